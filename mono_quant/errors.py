@@ -1,0 +1,172 @@
+"""Every error mono_quant raises on purpose.
+
+Catch `MonoQuantError` for all of them, or a branch for one family::
+
+    MonoQuantError
+    ├── ConfigError                 an argument or option is wrong
+    │   └── PatternError            a skip pattern matches nothing
+    ├── MissingDependencyError      an optional package is needed for this input
+    ├── SourceNotFoundError         no such folder, file or object
+    ├── AmbiguousSourceError        the text names a local folder and a Hub id
+    ├── UnsupportedModelError       the model cannot be converted as it was given
+    │   ├── StateDictError          weights without an architecture
+    │   ├── TorchScriptError        scripted, traced or compiled module
+    │   ├── WrappedModelError       DataParallel, DDP or FSDP wrapper
+    │   ├── AdapterAttachedError    PEFT adapters are attached
+    │   ├── MetaTensorError         weights are on the meta device or offloaded
+    │   ├── AlreadyQuantizedError   the weights are quantized already
+    │   └── RemoteCodeError         the model needs code from its repository
+    ├── UnsafeInputError            the input points outside itself or carries code
+    │   └── PickleOnlyError         there are only pickle weights
+    ├── CorruptCheckpointError      the files contradict themselves
+    │   └── MissingFileError        a file that the folder promises is not there
+    ├── LimitExceededError          the input asks for unreasonable resources
+    ├── NonFiniteWeightError        NaN or infinity in a weight
+    ├── Fp16RangeError              a value does not fit float16
+    ├── FormatVersionError          the saved format is newer than this package
+    ├── OutputError                 the result could not be written
+    │   ├── OutputExistsError       something that is not ours is there
+    │   ├── OutputBusyError         another run is writing there
+    │   └── OutputWriteError        the file system refused
+    └── HubError                    the Hub refused or did not answer
+        ├── HubAuthError            the token is missing, wrong or too weak
+        ├── HubGatedError           access to the repository must be requested
+        ├── HubNotFoundError        no such repository, revision or file
+        ├── HubConflictError        the repository changed or holds foreign weights
+        ├── HubOfflineError         not in the cache and the network is off
+        └── HubTransientError       the Hub failed for now; try again
+
+A message says which thing, what is wrong with it, the value found, and what to do.
+"""
+
+
+class MonoQuantError(Exception):
+    """Base of every error raised on purpose by mono_quant."""
+
+
+class ConfigError(MonoQuantError):
+    """An argument or option is wrong."""
+
+
+class PatternError(ConfigError):
+    """A skip pattern matches no module."""
+
+
+class MissingDependencyError(MonoQuantError):
+    """An optional package is needed for this input."""
+
+
+class SourceNotFoundError(MonoQuantError):
+    """The source names nothing that exists."""
+
+
+class AmbiguousSourceError(MonoQuantError):
+    """The source could be a local folder or a Hub id."""
+
+
+class UnsupportedModelError(MonoQuantError):
+    """The model cannot be converted as it was given."""
+
+
+class StateDictError(UnsupportedModelError):
+    """Weights were given without the architecture they belong to."""
+
+
+class TorchScriptError(UnsupportedModelError):
+    """A scripted, traced or compiled module was given."""
+
+
+class WrappedModelError(UnsupportedModelError):
+    """A DataParallel, DDP or FSDP wrapper was given."""
+
+
+class AdapterAttachedError(UnsupportedModelError):
+    """PEFT adapters are attached to the model."""
+
+
+class MetaTensorError(UnsupportedModelError):
+    """Weights have no data: they are on the meta device or offloaded."""
+
+
+class AlreadyQuantizedError(UnsupportedModelError):
+    """The weights are quantized already."""
+
+
+class RemoteCodeError(UnsupportedModelError):
+    """The model needs code from its repository."""
+
+
+class UnsafeInputError(MonoQuantError):
+    """The input points outside itself or carries code."""
+
+
+class PickleOnlyError(UnsafeInputError):
+    """There are only pickle weights, which can run code when read."""
+
+
+class CorruptCheckpointError(MonoQuantError):
+    """The files of a checkpoint contradict themselves."""
+
+
+class MissingFileError(CorruptCheckpointError):
+    """A file that the folder promises is not there."""
+
+
+class LimitExceededError(MonoQuantError):
+    """The input asks for unreasonable resources."""
+
+
+class NonFiniteWeightError(MonoQuantError):
+    """A weight holds NaN or infinity."""
+
+
+class Fp16RangeError(MonoQuantError):
+    """A value does not fit float16."""
+
+
+class FormatVersionError(MonoQuantError):
+    """The saved format is newer than this package."""
+
+
+class OutputError(MonoQuantError):
+    """The result could not be written."""
+
+
+class OutputExistsError(OutputError):
+    """Something that is not ours is at the output path."""
+
+
+class OutputBusyError(OutputError):
+    """Another run is writing to the output path."""
+
+
+class OutputWriteError(OutputError):
+    """The file system refused a write."""
+
+
+class HubError(MonoQuantError):
+    """The Hub refused or did not answer."""
+
+
+class HubAuthError(HubError):
+    """The token is missing, wrong or too weak."""
+
+
+class HubGatedError(HubError):
+    """Access to the repository must be requested first."""
+
+
+class HubNotFoundError(HubError):
+    """No such repository, revision or file on the Hub."""
+
+
+class HubConflictError(HubError):
+    """The repository changed meanwhile or holds foreign weights."""
+
+
+class HubOfflineError(HubError):
+    """The file is not in the cache and the network is switched off."""
+
+
+class HubTransientError(HubError):
+    """The Hub failed for now; the same call may work later."""
