@@ -1,0 +1,177 @@
+"""Pure tensor math on weights: int8 rows, float16 casts, and how good they are.
+
+One definition of the weight codes, used by every road that leads to an int8 tensor::
+
+    a[n]   = max_k |W[n, k]|                                    fp32
+    s[n]   = a[n] / 127, rounded to a value the checkpoint's dtype can hold
+    q[n,k] = clamp(rint(W[n, k] / s[n]), -127, 127)             half to even, int8
+
+Rounding the scale before computing the codes makes every reader see the same weights, whether it keeps scales in
+fp32 or casts them to the model's dtype.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mono_quant.errors import NonFiniteWeightError
+
+QMAX = 127
+# 10 * log10(12 * 127^2): the error of rounding to a step s is s^2 / 12, and s = absmax / 127.
+ONE_OPERAND_DB = 10 * math.log10(12 * QMAX**2)
+FP16_MAX = 65504.0
+# The first magnitude that rounds to infinity: half a step above the largest float16.
+FP16_OVERFLOW = 65520.0
+# Elements held in fp32 at once while a weight is quantized: bounds the scratch memory.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class RowCodes:
+    """Int8 codes of a matrix and what they lost.
+
+    Attributes:
+        codes: int8 [N, K] in [-127, 127].
+        scale: fp32 [N, 1], finite and positive; 1 for a row of zeros.
+        sqnr_db: signal to quantization noise of the whole matrix in dB; infinity when nothing was lost.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    sqnr_db: float
+
+
+def quantize_rows(weight: Tensor, scale_dtype: torch.dtype | None = None) -> RowCodes:
+    """Quantize each row of a matrix symmetrically to int8.
+
+    Args:
+        weight: floating [N, K].
+        scale_dtype: dtype whose values the scales are rounded to; the dtype of `weight` when not given.
+
+    Returns:
+        The codes, scales and the error made.
+
+    Raises:
+        NonFiniteWeightError: a value is NaN or infinite (in fp32).
+    """
+    rows, depth = weight.shape
+    codes = torch.empty(rows, depth, dtype=torch.int8, device=weight.device)
+    scale = torch.ones(rows, 1, dtype=torch.float32, device=weight.device)
+    signal = noise = 0.0
+    step = max(1, _CHUNK // max(1, depth))
+    for start in range(0, rows, step):
+        block = weight[start : start + step].detach().float()
+        if not depth:
+            continue
+        absmax = block.abs().amax(dim=1, keepdim=True)
+        if not torch.isfinite(absmax).all():
+            raise _non_finite(weight)
+        s = round_scale(absmax / QMAX, scale_dtype or weight.dtype)
+        zero = s < torch.finfo(torch.float32).tiny
+        s = torch.where(zero, 1.0, s)
+        q = (block / s).round_().clamp_(-QMAX, QMAX).masked_fill_(zero, 0.0)
+        codes[start : start + step] = q.to(torch.int8)
+        scale[start : start + step] = s
+        signal += float(block.double().square_().sum())
+        noise += float(torch.sub(block, q.mul_(s)).double().square_().sum())
+    return RowCodes(codes, scale, sqnr_db(signal, noise))
+
+
+def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round fp32 scales to values `dtype` can hold, as fp32.
+
+    Scales that would be subnormal in float16 are left as they are: rounding them there loses most of their bits.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return scale
+    rounded = scale.to(dtype).float()
+    if dtype == torch.float16:
+        rounded = torch.where(scale < torch.finfo(torch.float16).tiny, scale, rounded)
+    return rounded
+
+
+def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return `codes * scale` computed in fp32 and rounded once to `dtype`.
+
+    Args:
+        codes: int8 [..., K].
+        scale: fp32 [..., 1].
+        dtype: of the result.
+    """
+    return (codes.float() * scale).to(dtype)
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Return 10 log10(signal / noise) for two sums of squares; infinity when there is no noise."""
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def gaussian_crest_db(depth: int) -> float:
+    """Return the expected absmax / rms in dB of `depth` Gaussian values.
+
+    Extreme-value formula with n = 2 * depth (two-sided); within 0.15 dB of simulation for depth >= 256.
+    """
+    n = 2 * max(depth, 2)
+    t = math.sqrt(2 * math.log(n))
+    expected = t - (math.log(math.log(n)) + math.log(4 * math.pi)) / (2 * t) + 0.5772156649 / t
+    return 20 * math.log10(expected)
+
+
+def weight_limit_db(depth: int) -> float:
+    """Return the SQNR that 8-bit codes reach on Gaussian rows of `depth` values."""
+    return ONE_OPERAND_DB - gaussian_crest_db(depth)
+
+
+@dataclass(frozen=True)
+class HalfCast:
+    """A float16 copy of a tensor and what it lost.
+
+    Attributes:
+        value: float16, same shape.
+        overflowed: values of magnitude >= 65520, which became infinite.
+        clamped: values between 65504 and 65520, which became 65504.
+        flushed: non-zero values that became zero.
+    """
+
+    value: Tensor
+    overflowed: int
+    clamped: int
+    flushed: int
+
+
+def cast_half(tensor: Tensor) -> HalfCast:
+    """Cast a floating tensor to float16 and count what does not fit.
+
+    Raises:
+        NonFiniteWeightError: a value is NaN or infinite already.
+    """
+    source = tensor.detach()
+    value = source.to(torch.float16)
+    if source.dtype == torch.float16:
+        if not torch.isfinite(source).all():
+            raise _non_finite(source)
+        return HalfCast(value, 0, 0, 0)
+    overflowed = clamped = flushed = 0
+    flat, half = source.reshape(-1), value.reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        block = flat[start : start + _CHUNK]
+        magnitude = block.abs()
+        if not torch.isfinite(magnitude).all():
+            raise _non_finite(source)
+        overflow = magnitude >= FP16_OVERFLOW
+        overflowed += int(overflow.sum())
+        clamped += int(((magnitude > FP16_MAX) & ~overflow).sum())
+        flushed += int(((half[start : start + _CHUNK] == 0) & (block != 0)).sum())
+    return HalfCast(value, overflowed, clamped, flushed)
+
+
+def _non_finite(weight: Tensor) -> NonFiniteWeightError:
+    bad = ~torch.isfinite(weight.detach().float())
+    first = [int(i) for i in bad.nonzero()[0]]
+    return NonFiniteWeightError(
+        f"{int(bad.sum())} of {weight.numel()} values are NaN or infinite, first at {first}"
+    )

@@ -1,0 +1,308 @@
+"""What happened to every parameter, as data and as a table.
+
+A `QuantReport` has one row for each parameter and persistent buffer of the model. Each row is exactly one of
+*quantized*, *kept* (with the reason) or *shared* (with the name it shares memory with), so the rows add up to the
+whole model; `QuantReport.check` proves it.
+"""
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from mono_quant.errors import CorruptCheckpointError
+
+Action = Literal["quantized", "kept", "shared"]
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What happened to one parameter or buffer.
+
+    Attributes:
+        name: full name in the model.
+        module: name of the module that owns it.
+        kind: `linear`, `conv2d`, `embedding`, ... for a layer that could be quantized, else the class name.
+        shape: of the tensor.
+        dtype_before, dtype_after: names without `torch.`.
+        bytes_before, bytes_after: with scales counted in `bytes_after`; 0 for a shared tensor.
+        action: `quantized`, `kept` or `shared`.
+        reason: why it was kept, or the name it is shared with.
+        is_buffer: True for a buffer, which is not counted as a parameter.
+        is_layer: True for the weight of a layer that int8 could hold, so that being kept is a choice.
+        sqnr_db: weight SQNR in dB, for quantized tensors; None when nothing was lost.
+        gap_db: distance to what 8 bits reach on Gaussian rows of this length, in dB; negative is better.
+        flushed: non-zero values that became zero (fp16).
+    """
+
+    name: str
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype_before: str
+    dtype_after: str
+    bytes_before: int
+    bytes_after: int
+    action: Action
+    reason: str = ""
+    is_buffer: bool = False
+    is_layer: bool = False
+    sqnr_db: float | None = None
+    gap_db: float | None = None
+    flushed: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """The account of one conversion; see the module docstring.
+
+    Attributes:
+        dtype: `int8` or `fp16`.
+        rows: one per parameter and persistent buffer.
+        activation_bits: width of the activation codes; None for fp16.
+        kernel: the path that ran when fidelity was measured.
+        fidelity: measured output fidelity, see `mono_quant.fidelity`; None when the model was not run.
+        fidelity_note: why fidelity is None.
+        notes: other facts the user should know.
+        planned: True when nothing was converted.
+    """
+
+    dtype: str
+    rows: tuple[TensorReport, ...]
+    activation_bits: int | None = None
+    kernel: str = ""
+    fidelity: Mapping[str, Any] | None = None
+    fidelity_note: str = ""
+    notes: tuple[str, ...] = field(default=())
+    planned: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, shared ones counted once."""
+        return sum(r.numel for r in self.rows if not r.is_buffer and r.action != "shared")
+
+    @property
+    def quantized_parameters(self) -> int:
+        """Parameters that changed their dtype."""
+        return sum(r.numel for r in self.rows if not r.is_buffer and r.action == "quantized")
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters that are quantized, 0 to 1."""
+        return self.quantized_parameters / self.parameters if self.parameters else 0.0
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all tensors before."""
+        return sum(r.bytes_before for r in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors after, scales included."""
+        return sum(r.bytes_after for r in self.rows)
+
+    @property
+    def quantized(self) -> tuple[TensorReport, ...]:
+        """Rows that were quantized."""
+        return tuple(r for r in self.rows if r.action == "quantized")
+
+    @property
+    def skipped(self) -> tuple[TensorReport, ...]:
+        """Weights of layers that could have been quantized and were kept, each with its reason."""
+        return tuple(r for r in self.rows if r.is_layer and r.action == "kept")
+
+    @property
+    def worst(self) -> TensorReport | None:
+        """The quantized tensor with the lowest weight SQNR."""
+        return min(
+            (r for r in self.quantized if r.sqnr_db is not None), key=lambda r: r.sqnr_db or 0, default=None
+        )
+
+    def check(self, names: Iterable[str]) -> None:
+        """Prove that the rows account for exactly these tensors, each once.
+
+        Args:
+            names: all parameter and persistent buffer names of the model, shared ones included.
+
+        Raises:
+            CorruptCheckpointError: a name is missing, unknown or listed twice.
+        """
+        listed = Counter(r.name for r in self.rows)
+        expected = set(names)
+        wrong = sorted((listed.keys() ^ expected) | {n for n, count in listed.items() if count > 1})
+        if wrong:
+            raise CorruptCheckpointError(
+                f"the report does not account for every tensor once: {', '.join(wrong[:8])}"
+                f"{' ...' if len(wrong) > 8 else ''} ({len(wrong)} in all). This is a bug in mono_quant; please report it."
+            )
+
+    def with_fidelity(
+        self, fidelity: Mapping[str, Any] | None, note: str = "", kernel: str = ""
+    ) -> "QuantReport":
+        """Return a copy that carries measured fidelity, or the reason why there is none."""
+        return replace(self, fidelity=fidelity, fidelity_note=note, kernel=kernel or self.kernel)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; `from_dict` gives back an equal report."""
+        data = asdict(self)
+        data["rows"] = [_drop_defaults(row) for row in data["rows"]]
+        data["notes"] = list(self.notes)
+        data["totals"] = {
+            "parameters": self.parameters,
+            "quantized_parameters": self.quantized_parameters,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+        return data
+
+    def to_json(self) -> str:
+        """Return `to_dict` as canonical JSON."""
+        return (
+            json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "QuantReport":
+        """Rebuild a report from `to_dict`.
+
+        Raises:
+            CorruptCheckpointError: a field is missing or has the wrong type.
+        """
+        try:
+            fields = {k: v for k, v in data.items() if k != "totals"}
+            rows = tuple(TensorReport(**{**row, "shape": tuple(row["shape"])}) for row in fields.pop("rows"))
+            return cls(rows=rows, **{**fields, "notes": tuple(fields.get("notes", ()))})
+        except (TypeError, KeyError, AttributeError) as e:
+            raise CorruptCheckpointError(
+                f"the report has an unexpected form ({e}); save the model again"
+            ) from e
+
+    def table(self) -> str:
+        """Return the report as text for a terminal: groups of equal layers, sizes, reasons, fidelity."""
+        return "\n".join(_lines(self))
+
+
+_ROW_DEFAULTS = {
+    "reason": "",
+    "is_buffer": False,
+    "is_layer": False,
+    "sqnr_db": None,
+    "gap_db": None,
+    "flushed": 0,
+}
+
+
+def _drop_defaults(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in row.items() if k not in _ROW_DEFAULTS or v != _ROW_DEFAULTS[k]}
+    return {**kept, "shape": list(row["shape"])}
+
+
+def human_bytes(count: int) -> str:
+    """Return a byte count in the unit people read, e.g. `86.7 MB` (decimal units)."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def _lines(report: QuantReport) -> Iterable[str]:
+    verb = "would become" if report.planned else "became"
+    yield (
+        f"{report.quantized_parameters:,} of {report.parameters:,} parameters ({report.coverage:.1%}) "
+        f"{verb} {report.dtype}"
+    )
+    ratio = report.bytes_before / report.bytes_after if report.bytes_after else 1.0
+    yield (
+        f"size    {human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)} ({ratio:.2f}x smaller)"
+    )
+    yield ""
+    yield from _columns(
+        ["", "tensors", "parameters", "before", "after", "why"], list(_group_rows(report)), right={1, 2, 3, 4}
+    )
+    yield from _layer_lines(report)
+    yield from _fidelity_lines(report)
+    for note in report.notes:
+        yield f"note    {note}"
+
+
+def _group_rows(report: QuantReport) -> Iterable[list[str]]:
+    groups: dict[tuple[str, str], list[TensorReport]] = defaultdict(list)
+    for row in report.rows:
+        label = {"quantized": row.kind, "kept": row.reason, "shared": "shared with another tensor"}[
+            row.action
+        ]
+        groups[row.action, label].append(row)
+    order = {"quantized": 0, "kept": 1, "shared": 2}
+    for (action, label), rows in sorted(
+        groups.items(), key=lambda g: (order[g[0][0]], -_params(g[1]), g[0][1])
+    ):
+        yield [
+            action,
+            str(len(rows)),
+            f"{_params(rows):,}",
+            human_bytes(sum(r.bytes_before for r in rows)),
+            human_bytes(sum(r.bytes_after for r in rows)),
+            label,
+        ]
+
+
+def _params(rows: list[TensorReport]) -> int:
+    return sum(r.numel for r in rows)
+
+
+def _layer_lines(report: QuantReport) -> Iterable[str]:
+    if report.skipped:
+        yield ""
+        yield "layers kept in float"
+        rows = [[f"  {r.module or r.name}", f"{r.numel:,}", r.reason] for r in report.skipped[:20]]
+        yield from _columns(None, rows, right={1})
+        if len(report.skipped) > 20:
+            yield f"  ... and {len(report.skipped) - 20} more (all of them in the JSON report)"
+    if report.worst and report.worst.sqnr_db is not None:
+        worst = report.worst
+        yield ""
+        yield (
+            f"weights lowest SQNR {worst.sqnr_db:.1f} dB ({worst.name}), "
+            f"{worst.gap_db:.1f} dB below what 8 bits reach on Gaussian rows"
+        )
+    flushed = sum(r.flushed for r in report.rows)
+    if flushed:
+        yield f"weights {flushed:,} non-zero values ({flushed / report.parameters:.2%}) became zero in float16"
+
+
+def _fidelity_lines(report: QuantReport) -> Iterable[str]:
+    if report.fidelity is None:
+        if report.fidelity_note:
+            yield f"output  not measured: {report.fidelity_note}"
+        return
+    names = {
+        "relative_error": "relative error",
+        "cosine_mean": "cosine, mean",
+        "cosine_min": "cosine, lowest",
+        "kl_mean": "KL divergence, mean",
+        "kl_p99": "KL divergence, 99 %",
+        "top1_agreement": "top-1 agreement",
+    }
+    facts = [f"{names[k]} {report.fidelity[k]:.4g}" for k in names if k in report.fidelity]
+    yield f"output  {report.fidelity['output']} against the original: {', '.join(facts)}"
+    width = f", {report.activation_bits}-bit activations" if report.activation_bits else ""
+    yield f"        on {report.fidelity['probe']}; kernel: {report.kernel}{width}"
+
+
+def _columns(head: list[str] | None, rows: list[list[str]], right: set[int]) -> Iterable[str]:
+    table = ([head] if head else []) + rows
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))] if table else []
+    for row in table:
+        cells = [
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()

@@ -1,0 +1,247 @@
+"""Which layers are quantized: safe defaults, then the user's rules on top.
+
+Works on names, kinds and sizes alone, never on a model, so that a plan made from file headers and a conversion of
+a model in memory decide alike. User rules add to the defaults; a default is only lifted by naming it in
+`disable_defaults`.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mono_quant.errors import ConfigError, PatternError
+
+# Below this a layer's time and memory are noise: 16 kB in fp32.
+MIN_PARAMS = 4096
+# A row this short pays more for its scale and its rounding than it saves.
+MIN_ROW = 16
+
+DEFAULTS: Mapping[str, str] = {
+    "head": "output head: its errors reach the output directly",
+    "tied": "tied: shares its memory with another layer",
+    "router": "router: a small error sends a token to other experts",
+    "keep_in_fp32": "the model declares that it must stay in float32",
+    "small": "tiny: too few weights to gain from int8",
+    "portable": "convolution in a transformer: int8 here would keep transformers and vLLM from loading the checkpoint",
+    "embedding": "embedding: int8 only on request (embeddings=True)",
+}
+
+# Layers that engines fuse into one, or that must not differ: decided together.
+_UNITS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer that holds a weight matrix.
+
+    Attributes:
+        name: full module name; the weight is `weight_name` below it.
+        kind: `linear`, `transposed_linear`, `conv1d`, `conv2d`, `embedding`, `experts`, `attention`, or the class
+            name of a layer that int8 cannot hold.
+        class_name: of the module.
+        rows, depth: output channels and length of one row; experts count as one matrix.
+        defaults: names of the default rules that apply to it.
+        unsupported: why int8 cannot hold it; empty when it can.
+        aliases: other names the same module has.
+    """
+
+    name: str
+    kind: str
+    class_name: str
+    rows: int
+    depth: int
+    defaults: frozenset[str] = frozenset()
+    unsupported: str = ""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.depth
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The user's side of the decision.
+
+    Attributes:
+        skip: patterns of layers to keep: a name, part of a dotted name, a glob, or `re:` and a regular expression.
+        skip_types: class names of layers to keep.
+        min_params: layers with fewer weights are kept.
+        disable_defaults: default rules that do not apply, from `DEFAULTS`.
+        embeddings: quantize embeddings too.
+    """
+
+    skip: tuple[str, ...] = ()
+    skip_types: tuple[str, ...] = ()
+    min_params: int = 0
+    disable_defaults: tuple[str, ...] = ()
+    embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.disable_defaults) - set(DEFAULTS))
+        if unknown:
+            raise ConfigError(
+                f"disable_defaults names unknown rules {unknown}; the default rules are {sorted(DEFAULTS)}"
+            )
+        if self.min_params < 0:
+            raise ConfigError(f"min_params is {self.min_params}; give 0 or a number of weights")
+        for pattern in self.skip:
+            _compile(pattern)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to happen to one layer; `reason` says why it is kept, and is empty when it is quantized."""
+
+    layer: Layer
+    reason: str = field(default="")
+
+    @property
+    def quantize(self) -> bool:
+        """True when the layer becomes int8."""
+        return not self.reason
+
+
+def select(
+    layers: Sequence[Layer], rules: Rules, modules: Mapping[str, str] | None = None
+) -> dict[str, Decision]:
+    """Decide about every layer.
+
+    Args:
+        layers: all layers with a weight matrix.
+        rules: the user's rules.
+        modules: class names of all modules by name; a pattern may also name a module that is no layer.
+
+    Returns:
+        One decision per layer name, in the order of `layers`.
+
+    Raises:
+        PatternError: a pattern or type matches nothing.
+    """
+    _check_matches(layers, rules, modules or {})
+    reasons = {layer.name: _own_reason(layer, rules) for layer in layers}
+    for unit in _units(layers):
+        _decide_unit(unit, reasons, rules)
+    return {layer.name: Decision(layer, reasons[layer.name]) for layer in layers}
+
+
+def _own_reason(layer: Layer, rules: Rules) -> str:
+    if layer.unsupported:
+        return layer.unsupported
+    reason = user_reason((layer.name, *layer.aliases), layer.class_name, layer.weights, rules)
+    if reason:
+        return reason
+    for rule, reason in DEFAULTS.items():
+        lifted = rule in rules.disable_defaults or (rule == "embedding" and rules.embeddings)
+        if rule in layer.defaults and not lifted:
+            return reason
+    if layer.depth < MIN_ROW and "small" not in rules.disable_defaults:
+        return f"short rows: {layer.depth} weights share one scale, fewer than {MIN_ROW}"
+    return _size_reason(layer.weights, rules)
+
+
+def user_reason(names: Iterable[str], class_name: str, weights: int | None, rules: Rules) -> str:
+    """Return why the user's rules keep a module, or an empty string.
+
+    Args:
+        names: all names of the module.
+        class_name: of the module.
+        weights: how many it has; None when `min_params` does not apply to it.
+        rules: the user's rules.
+    """
+    for pattern in rules.skip:
+        if any(_matches(pattern, name) for name in names):
+            return f"skipped by the user: {pattern}"
+    if class_name in rules.skip_types:
+        return f"skipped by the user: type {class_name}"
+    if weights is not None and weights < rules.min_params:
+        return f"fewer than min_params={rules.min_params} weights"
+    return ""
+
+
+def _size_reason(weights: int, rules: Rules) -> str:
+    if weights < rules.min_params:
+        return user_reason((), "", weights, rules)
+    if weights < MIN_PARAMS and "small" not in rules.disable_defaults:
+        return DEFAULTS["small"]
+    return ""
+
+
+def _units(layers: Sequence[Layer]) -> Iterable[list[Layer]]:
+    families: dict[tuple[str, tuple[str, ...]], list[Layer]] = defaultdict(list)
+    for layer in layers:
+        parent, _, last = layer.name.rpartition(".")
+        for unit in _UNITS:
+            if last in unit and not layer.unsupported:
+                families[parent, unit].append(layer)
+    return (unit for unit in families.values() if len(unit) > 1)
+
+
+def _decide_unit(unit: list[Layer], reasons: dict[str, str], rules: Rules) -> None:
+    total = sum(layer.weights for layer in unit)
+    for layer in unit:
+        # the unit is fused by engines, so its size is what counts: a small k_proj does not hold back q_proj
+        if reasons[layer.name] and reasons[layer.name] == _size_reason(layer.weights, rules):
+            reasons[layer.name] = _size_reason(total, rules)
+    kept = [layer for layer in unit if reasons[layer.name]]
+    if kept and len(kept) < len(unit):
+        first = kept[0]
+        for layer in unit:
+            if not reasons[layer.name]:
+                reasons[layer.name] = f"decided together with {first.name.rpartition('.')[2]}, which is kept"
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    if not isinstance(pattern, str) or not pattern or pattern == "re:":
+        raise ConfigError(
+            f"skip pattern {pattern!r} is empty or no text; give a name, a glob or re:<expression>"
+        )
+    try:
+        if pattern.startswith("re:"):
+            return re.compile(pattern[3:])
+        if any(c in pattern for c in "*?["):
+            return re.compile(fnmatch.translate(pattern))
+    except re.error as e:
+        raise ConfigError(f"skip pattern {pattern!r} is no valid regular expression: {e}") from e
+    return re.compile(rf"(?:.*\.)?{re.escape(pattern)}(?:\..*)?", re.DOTALL)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """True when the pattern covers `name`: expressions and globs the whole name, plain names any dotted part."""
+    return _compile(pattern).fullmatch(name) is not None
+
+
+def _check_matches(layers: Sequence[Layer], rules: Rules, modules: Mapping[str, str]) -> None:
+    names = sorted({n for layer in layers for n in (layer.name, *layer.aliases)} | modules.keys() - {""})
+    types = sorted({layer.class_name for layer in layers} | set(modules.values()))
+    problems = [
+        f"{pattern!r} matches no module; {_near(pattern, names)}"
+        for pattern in rules.skip
+        if not any(_matches(pattern, name) for name in names)
+    ] + [
+        f"type {name!r} is no module of this model; its types are {', '.join(types) or 'none'}"
+        for name in rules.skip_types
+        if name not in types
+    ]
+    if problems:
+        raise PatternError(f"skip rule without a match: {'; '.join(problems)}")
+
+
+def _near(pattern: str, names: list[str]) -> str:
+    parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+    near = difflib.get_close_matches(pattern.removeprefix("re:"), [*names, *parts], n=5, cutoff=0.4)
+    return (
+        f"near names: {', '.join(near)}" if near else f"the model's modules are named {', '.join(parts[:12])}"
+    )
