@@ -1,0 +1,270 @@
+"""Finding the layers of a model: what kind each is, how large, and which default rules apply to it.
+
+Works on real and on meta modules alike, so that a plan and a conversion see the same layers.
+"""
+
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mono_quant.kernels import MAX_IN_FEATURES
+from mono_quant.selection import Layer
+
+# The float parameters that become int8, by kind of layer.
+WEIGHTS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("weight",),
+    "transposed_linear": ("weight",),
+    "conv1d": ("weight",),
+    "conv2d": ("weight",),
+    "embedding": ("weight",),
+    "experts": ("gate_up_proj", "down_proj"),
+    "attention": ("in_proj_weight", "out_proj.weight"),
+}
+
+# What compressed-tensors and vLLM can hold.
+PORTABLE_KINDS = frozenset({"linear", "experts"})
+
+_KINDS: Mapping[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Embedding: "embedding",
+    nn.MultiheadAttention: "attention",
+}
+_HEADS = frozenset({"lm_head", "classifier", "score", "qa_outputs", "proj_out", "classification_head"})
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """Return every layer of `model` that holds a weight matrix, in module order.
+
+    Args:
+        model: any module, on any device, meta included.
+    """
+    aliases = _aliases(model)
+    owners = _owners(model)
+    covered: set[str] = set()
+    layers = []
+    for name, module in model.named_modules():
+        if name in covered:
+            continue
+        kind = kind_of(module)
+        if kind == "attention":
+            covered.add(f"{name}.out_proj" if name else "out_proj")
+        layer = _layer(name, module, kind)
+        if layer is not None:
+            tied = any(len(owners[id(p)]) > 1 for p in _matrices(module))
+            rules = _router_rule(name, module) | _fp32_rule(model, name) | ({"tied"} if tied else set())
+            rules |= {"embedding"} if kind == "embedding" else set()
+            layers.append(replace(layer, defaults=frozenset(rules), aliases=aliases[id(module)]))
+    return _with_portable_rule(model, _with_heads(model, layers))
+
+
+def kind_of(module: nn.Module) -> str:
+    """Return the kind of layer `module` is, or an empty string; subclasses do not count."""
+    if type(module) in _KINDS:
+        return _KINDS[type(module)]
+    # by name: transformers is not imported for models that do not come from it
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return "transposed_linear"
+    return "experts" if _is_fused_experts(module) else ""
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """True for a transformers `PreTrainedModel`, without importing transformers."""
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.")
+        for c in type(model).mro()
+    )
+
+
+def _layer(name: str, module: nn.Module, kind: str) -> Layer | None:
+    matrices = list(_matrices(module))
+    cls = type(module).__name__
+    if isinstance(module, nn.MultiheadAttention) and kind:
+        size = module.embed_dim
+        return Layer(name, kind, cls, 4 * size, size, unsupported=_attention_problem(module))
+    if not matrices:
+        return None
+    if not kind:
+        total = sum(p.numel() for p in matrices)
+        return Layer(name, cls, cls, 1, total, unsupported=_foreign_reason(module))
+    rows, depth = _matrix_shape(module, kind)
+    return Layer(name, kind, cls, rows, depth, unsupported=_problem(module, kind, depth))
+
+
+def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the module's own parameters that are more than a vector."""
+    for parameter in module.parameters(recurse=False):
+        if (
+            isinstance(parameter, nn.parameter.UninitializedParameter)
+            or parameter.dim() >= 2
+            and parameter.numel() > max(parameter.shape)
+        ):
+            yield parameter
+
+
+def _matrix_shape(module: nn.Module, kind: str) -> tuple[int, int]:
+    if kind == "experts":
+        shapes = [p.shape for p in module.parameters(recurse=False)]
+        # rows of gate_up have H values, rows of down have I: count them as rows of the longer kind
+        depth = max(shape[-1] for shape in shapes)
+        return sum(shape.numel() for shape in shapes) // depth, depth
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if kind == "transposed_linear":
+        return weight.shape[1], weight.shape[0]
+    return weight.shape[0], weight[0].numel()
+
+
+def _problem(module: nn.Module, kind: str, depth: int) -> str:
+    if any(name not in module._parameters for name in WEIGHTS[kind]):
+        return "its weight is computed at every forward (weight norm or similar)"
+    weights = [module._parameters[name] for name in WEIGHTS[kind]]
+    dtypes = {w.dtype for w in weights if w is not None}
+    if not dtypes <= _FLOATS:
+        return f"its weight is {', '.join(sorted(str(d) for d in dtypes - _FLOATS))}, not a float matrix"
+    if depth > MAX_IN_FEATURES:
+        return f"{depth} inputs: an int32 sum could overflow above {MAX_IN_FEATURES}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "its forward renormalises the table (max_norm)"
+    return ""
+
+
+def _attention_problem(module: nn.MultiheadAttention) -> str:
+    if not module._qkv_same_embed_dim:
+        return "attention with different key or value sizes"
+    if module.bias_k is not None or module.add_zero_attn:
+        return "attention with bias_k, bias_v or add_zero_attn"
+    if parametrize.is_parametrized(module) or parametrize.is_parametrized(module.out_proj):
+        return "parametrized: its weight is computed at every forward"
+    return ""
+
+
+def _foreign_reason(module: nn.Module) -> str:
+    cls = type(module).__name__
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{cls} has no weights yet: run the model once first"
+    if parametrize.is_parametrized(module):
+        return "parametrized: its weight is computed at every forward"
+    for base in _KINDS:
+        if isinstance(module, base):
+            return f"{cls} is a subclass of {base.__name__} and may compute something else"
+    if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+        return f"{cls}: experts of a layout that is not known here"
+    return f"no int8 form of {cls}"
+
+
+def _aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+    return defaultdict(tuple, {key: tuple(found[1:]) for key, found in names.items()})
+
+
+def _owners(model: nn.Module) -> dict[int, set[int]]:
+    owners: dict[int, set[int]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].add(id(module))
+    return owners
+
+
+def _router_rule(name: str, module: nn.Module) -> set[str]:
+    is_router = name.rpartition(".")[2] in _ROUTERS or "Router" in type(module).__name__
+    return {"router"} if is_router else set()
+
+
+def _fp32_rule(model: nn.Module, name: str) -> set[str]:
+    return {"keep_in_fp32"} if any(p.search(name) for p in fp32_patterns(model)) else set()
+
+
+def fp32_patterns(model: nn.Module) -> list[re.Pattern[str]]:
+    """Return expressions for the module names that a transformers model keeps in float32."""
+    names: set[str] = set()
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        names |= set(getattr(model, attribute, None) or ())
+    return [re.compile(rf"(^|\.){n.replace('*', '.*')}($|\.)") for n in sorted(names)]
+
+
+def _with_heads(model: nn.Module, layers: list[Layer]) -> list[Layer]:
+    """Mark the output embeddings, and the last layer below every name that heads have."""
+    heads = {name for name, module in model.named_modules() if _is_output(model, module)}
+    last: dict[tuple[str, ...], str] = {}
+    for layer in layers:
+        parts = layer.name.split(".")
+        for i, part in enumerate(parts):
+            pooled = part == "pooler" and parts[i + 1 :] == ["dense"]
+            if part in _HEADS or pooled or (part == "head" and i == 0):
+                last[tuple(parts[: i + 1])] = layer.name
+                break
+    heads |= set(last.values())
+    return [replace(x, defaults=x.defaults | {"head"}) if x.name in heads else x for x in layers]
+
+
+def _is_output(model: nn.Module, module: nn.Module) -> bool:
+    get = getattr(model, "get_output_embeddings", None) if is_transformers_model(model) else None
+    return get is not None and get() is module
+
+
+def _with_portable_rule(model: nn.Module, layers: list[Layer]) -> list[Layer]:
+    """In a transformers model made of linear layers, convolutions would cost the standard format."""
+    if not is_transformers_model(model):
+        return layers
+    kinds: dict[str, int] = defaultdict(int)
+    for layer in layers:
+        kinds[layer.kind] += 0 if layer.unsupported else layer.weights
+    portable = sum(kinds[kind] for kind in PORTABLE_KINDS)
+    convs = kinds["conv1d"] + kinds["conv2d"]
+    if kinds["transposed_linear"] or convs >= portable:
+        return layers
+    return [
+        replace(x, defaults=x.defaults | {"portable"}) if x.kind in ("conv1d", "conv2d") else x
+        for x in layers
+    ]
+
+
+def _is_fused_experts(module: nn.Module) -> bool:
+    """True for experts that compute exactly what transformers' `MixtralExperts` does.
+
+    The layout cannot be told from the shapes alone (gpt_oss is transposed, others clamp or interleave), so the code of
+    `forward` has to be the same.
+    """
+    parameters = dict(module.named_parameters(recurse=False))
+    if parameters.keys() != {"gate_up_proj", "down_proj"} or any(p.dim() != 3 for p in parameters.values()):
+        return False
+    if not type(module).__module__.startswith("transformers."):
+        return False
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    own_gate = getattr(type(module), "_apply_gate", None)
+    return (
+        own_gate is getattr(MixtralExperts, "_apply_gate", None)
+        and not getattr(module, "is_transposed", False)
+        and getattr(module, "is_concatenated", True)
+        and _code(type(module)) == _code(MixtralExperts)
+    )
+
+
+def _code(cls: type[nn.Module]) -> tuple[object, ...]:
+    code = inspect.unwrap(cls.forward).__code__
+    return (code.co_code, code.co_names, tuple(c for c in code.co_consts if not isinstance(c, str)))
+
+
+def tensor_names(model: nn.Module) -> Iterable[tuple[str, Tensor, bool]]:
+    """Yield (name, tensor, is_buffer) for every parameter and persistent buffer, shared ones under every name."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield dot + name, parameter, False
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield dot + name, buffer, True
