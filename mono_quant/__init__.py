@@ -1,5 +1,19 @@
 """Quantize any Hugging Face or PyTorch model to INT8 or FP16, without calibration data."""
 
+from mono_quant.api import dynamic_quantize, load, plan, quantize, quantize_from_hub
+from mono_quant.config import QuantizationConfig
+from mono_quant.errors import MonoQuantError
+from mono_quant.result import QuantizedModel
 from mono_quant.version import __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "MonoQuantError",
+    "QuantizationConfig",
+    "QuantizedModel",
+    "__version__",
+    "dynamic_quantize",
+    "load",
+    "plan",
+    "quantize",
+    "quantize_from_hub",
+]

@@ -1,0 +1,342 @@
+"""The public verbs, as straight-line recipes."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import nn
+
+from mono_quant import convert, fidelity, hub, kernels, serialization
+from mono_quant.adapters import Access, Source, locate, open_source
+from mono_quant.bridge import mark_int8_
+from mono_quant.config import QuantizationConfig, merge
+from mono_quant.errors import ConfigError
+from mono_quant.layers import find_layers, is_transformers_model, tensor_names
+from mono_quant.report import QuantReport
+from mono_quant.result import QuantizedModel
+from mono_quant.selection import Decision, Layer
+
+# Above this the output is not measured unless asked for: two forward passes of a large model take minutes.
+AUTO_FIDELITY_PARAMETERS = 10**9
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "<as in config>"
+
+
+UNSET: Any = _Unset()
+
+
+def quantize(
+    source: nn.Module | str | Path,
+    dtype: str | torch.dtype = UNSET,
+    *,
+    config: QuantizationConfig | Mapping[str, Any] | None = None,
+    inplace: bool = False,
+    processor: Any = None,
+    probe: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    origin: str | None = None,
+    **options: Any,
+) -> QuantizedModel:
+    """Convert a model to INT8 or FP16.
+
+    Args:
+        source: an `nn.Module`, a transformers model, a SentenceTransformer, a local folder, or a Hub id.
+        dtype: `int8` (the default) or `fp16`; torch.int8, torch.qint8 and torch.float16 work too.
+        config: a request to start from; arguments win over it.
+        inplace: convert the given module itself; it is put back when that fails. Otherwise it is not touched.
+        processor: tokenizer or processor of a model in memory: measured with it, and saved beside the model.
+        probe: inputs to measure the output with: a tensor, a tuple of arguments or a dict of keyword arguments.
+        revision: branch, tag or commit of a Hub id.
+        token: for a private or gated Hub id; the saved login when None.
+        trust_remote_code: run the repository's own model code. Read it first.
+        allow_pickle: read pickle weights, as plain tensors in a guarded process.
+        origin: `hub` or `local`, to say what an ambiguous text means.
+        **options: fields of `QuantizationConfig`.
+
+    Returns:
+        The converted model with its report.
+
+    Raises:
+        MonoQuantError: a typed error for everything that cannot be converted, naming the remedy.
+    """
+    request = _request(config, dtype, options)
+    access = Access(revision, hub.Hub(token=token), trust_remote_code, allow_pickle, origin)
+    opened = open_source(source, access, processor=processor)
+    return _convert(opened, request, inplace=inplace or opened.owned, probe=probe)
+
+
+def dynamic_quantize(
+    model: nn.Module,
+    dtype: str | torch.dtype = UNSET,
+    config: QuantizationConfig | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[nn.Module, list[str]]:
+    """Convert a model in memory; the given one is not changed.
+
+    Args:
+        model: any module.
+        dtype: `int8` (the default) or `fp16`.
+        config: a request to start from; arguments win over it.
+        **options: fields of `QuantizationConfig`.
+
+    Returns:
+        The converted model, and the names of the layers that were left as they were.
+
+    Raises:
+        MonoQuantError: as `quantize`.
+    """
+    # nothing is measured: this verb returns no report
+    request = _request(config, dtype, {"fidelity": False, **options})
+    result = _convert(open_source(model), request, inplace=False, probe=None)
+    return result.model, [row.module or row.name for row in result.report.skipped]
+
+
+def quantize_from_hub(
+    repo_id: str,
+    dtype: str | torch.dtype = UNSET,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    output: str | Path | None = None,
+    config: QuantizationConfig | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> QuantizedModel:
+    """Download a model, convert it, and save it where asked.
+
+    Args:
+        repo_id: `owner/name`; never a local folder.
+        dtype: `int8` (the default) or `fp16`.
+        revision: branch, tag or commit; resolved to one commit that everything is read from.
+        token: for a private or gated source; the saved login when None.
+        output: folder to save to.
+        config: a request to start from; arguments win over it.
+        **options: fields of `QuantizationConfig`, and `trust_remote_code`, `allow_pickle`, `probe`.
+
+    Returns:
+        The converted model with its report.
+
+    Raises:
+        HubError: the Hub refused or did not answer.
+        MonoQuantError: as `quantize`.
+    """
+    result = quantize(repo_id, dtype, config=config, revision=revision, token=token, origin="hub", **options)
+    if output is not None:
+        result.save(output)
+    return result
+
+
+def plan(
+    source: nn.Module | str | Path,
+    dtype: str | torch.dtype = UNSET,
+    *,
+    config: QuantizationConfig | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    origin: str | None = None,
+    **options: Any,
+) -> QuantReport:
+    """Say what `quantize` would do, without converting or reading any weight.
+
+    Args:
+        source: as for `quantize`; of a Hub id only the config and the headers of the weight files are fetched.
+        dtype: `int8` (the default) or `fp16`.
+        config: a request to start from; arguments win over it.
+        revision, token, trust_remote_code, origin: as for `quantize`.
+        **options: fields of `QuantizationConfig`.
+
+    Returns:
+        A report with `planned=True`: every parameter, its fate and the sizes. What only the values can tell
+        (non-finite weights, float16 overflow) is not in it.
+
+    Raises:
+        MonoQuantError: as `quantize`.
+    """
+    request = _request(config, dtype, options)
+    access = Access(revision, hub.Hub(token=token), trust_remote_code, origin=origin)
+    opened = open_source(source, access, weights=False)
+    layers = _layers(opened)
+    decisions = convert.decide(layers, request.rules(), opened.model)
+    rows = convert.survey(opened.model, layers)
+    if request.dtype == "int8":
+        done, reasons = convert.planned(opened.model, decisions), convert.layer_reasons(rows, decisions)
+    else:
+        reasons, done = convert.planned_half(opened.model, request.rules(), opened.core_name)
+    return QuantReport(request.dtype, convert.account(rows, done, reasons), planned=True)
+
+
+def load(
+    folder: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    verify: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    origin: str | None = None,
+) -> nn.Module:
+    """Load a saved model, as the class it was, with int8 kept in memory and executed.
+
+    Also loads compressed-tensors int8 (W8A8, dynamic per token) checkpoints that others made.
+
+    Args:
+        folder: that `save` wrote, or a Hub id.
+        model: for a plain module, an instance of its class (left untouched) or a function that makes one.
+        verify: compare every file with the manifest's sha256 first.
+        revision, token, origin: for a Hub id, as for `quantize`.
+
+    Returns:
+        The model in evaluation mode; its outputs equal those of the model that was saved, bit for bit.
+
+    Raises:
+        MonoQuantError: a typed error for a missing, tampered, foreign or newer folder.
+    """
+    path = Path(folder)
+    if isinstance(folder, str) and locate(folder, origin) == "hub":
+        client = hub.Hub(token=token)
+        facts = hub.resolve(folder, revision=revision, hub=client)
+        path = hub.download(facts, wanted=serialization.is_result_file, hub=client)
+    loaded, _ = serialization.load(path, model, verify=verify)
+    return loaded
+
+
+def _request(
+    config: QuantizationConfig | Mapping[str, Any] | None, dtype: Any, options: Mapping[str, Any]
+) -> QuantizationConfig:
+    given = {k: v for k, v in options.items() if v is not UNSET}
+    if dtype is not UNSET:
+        given["dtype"] = dtype
+    return merge(config, given)
+
+
+def _convert(source: Source, request: QuantizationConfig, *, inplace: bool, probe: Any) -> QuantizedModel:
+    layers = _layers(source)
+    names = [name for name, _, _ in tensor_names(source.model)]
+    decisions = convert.decide(layers, request.rules(), source.model)
+    rows = convert.survey(source.model, layers)
+    work = source if inplace else _copy(source)
+    reference, note = _reference(work, request, probe)
+    with convert.rollback(work.model), _bar(type(source.core).__name__) as progress:
+        done, reasons = _apply(work, request, decisions, rows, progress)
+    if not inplace:
+        convert.own_memory(work.model, source.model)
+    bits = kernels.activation_bits() if request.dtype == "int8" else None
+    report = QuantReport(request.dtype, convert.account(rows, done, reasons), bits, notes=tuple(source.notes))
+    report.check(names)
+    report = _measured(report, work, reference, note)
+    return QuantizedModel(work.model, report, request, work)
+
+
+def _layers(source: Source) -> list[Layer]:
+    """Find the layers of the whole model; only those of its core can be converted."""
+    prefix = source.core_name
+    if not prefix:
+        return find_layers(source.model)
+    inside = [replace(x, name=f"{prefix}.{x.name}") for x in find_layers(source.core)]
+    outside = [
+        replace(x, unsupported=f"outside the transformer of the {type(source.model).__name__}")
+        for x in find_layers(source.model)
+        if not x.name.startswith(f"{prefix}.")
+    ]
+    return inside + outside
+
+
+def _copy(source: Source) -> Source:
+    model = convert.structural_copy(source.model)
+    return replace(source, model=model, core=model.get_submodule(source.core_name))
+
+
+def _apply(
+    work: Source,
+    request: QuantizationConfig,
+    decisions: Mapping[str, Decision],
+    rows: Mapping[str, Any],
+    progress: convert.Progress,
+) -> tuple[Mapping[str, convert.Converted], Mapping[str, str]]:
+    if request.dtype == "fp16":
+        reasons, done = convert.to_half_(
+            work.model,
+            request.rules(),
+            within=work.core_name,
+            on_nonfinite=request.on_nonfinite,
+            on_overflow=request.on_overflow,
+            progress=progress,
+        )
+        return done, reasons
+    final, done = convert.to_int8_(
+        work.model, decisions, on_nonfinite=request.on_nonfinite, progress=progress
+    )
+    if is_transformers_model(work.core):
+        mark_int8_(work.core)
+    return done, convert.layer_reasons(rows, final)
+
+
+def _reference(
+    work: Source, request: QuantizationConfig, given: Any
+) -> tuple[tuple[fidelity.Probe, fidelity.Output] | None, str]:
+    """Run the float model on the probe, or say why not."""
+    if request.fidelity is False:
+        return None, "not asked for"
+    parameters = sum(p.numel() for p in work.core.parameters())
+    if request.fidelity == "auto" and given is None and parameters > AUTO_FIDELITY_PARAMETERS:
+        return None, f"{parameters:,} parameters; ask for it with fidelity=True"
+    try:
+        if given is not None:
+            probe, model = fidelity.given_probe(given), work.model
+        else:
+            model = work.core
+            probe = fidelity.make_probe(model, _processor(work))
+        return (probe, fidelity.run(model, probe)), ""
+    except fidelity.ProbeError as e:
+        if request.fidelity is True or given is not None:
+            raise ConfigError(
+                f"the output cannot be measured: {e}; pass other inputs as probe=, or fidelity=False"
+            ) from e
+        return None, str(e)
+
+
+def _processor(work: Source) -> Any:
+    if work.processor is None and work.kind == "sentence_transformer":
+        return getattr(work.model, "tokenizer", None)
+    return work.find_processor()
+
+
+def _measured(
+    report: QuantReport,
+    work: Source,
+    reference: tuple[fidelity.Probe, fidelity.Output] | None,
+    note: str,
+) -> QuantReport:
+    if reference is None:
+        return report.with_fidelity(None, note)
+    probe, expected = reference
+    device = next((p.device for p in work.model.parameters()), torch.device("cpu"))
+    half = report.dtype == "fp16"
+    kernel = "torch float16" if half else kernels.describe(device)
+    model = work.model if probe.args or probe.name == "the given inputs" else work.core
+    try:
+        output = fidelity.run(model, fidelity.in_dtype(probe, torch.float16) if half else probe)
+        return report.with_fidelity(fidelity.compare(expected, output, probe.name), kernel=kernel)
+    except fidelity.ProbeError as e:
+        return report.with_fidelity(None, f"the converted model: {e}")
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[convert.Progress]:
+    """Show a progress bar on a terminal; `HF_HUB_DISABLE_PROGRESS_BARS` switches it off."""
+    with tqdm(desc=f"Converting {name}", unit="layer", disable=None, leave=False, name="mono_quant") as bar:
+
+        def progress(layer: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

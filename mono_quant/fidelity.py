@@ -1,0 +1,292 @@
+"""How far the converted model's output is from the original's, measured on the same inputs.
+
+Text models are probed with sentences when there is a tokenizer, else with random tokens; vision and audio models with noise in
+the shape their config names; other modules with the inputs the user gives. Synthetic probes under-represent rare
+inputs: the numbers say how close the arithmetic is, not how good the model is.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mono_quant.layers import is_transformers_model
+
+SENTENCES = (
+    "The ferry leaves the harbour at seven and returns before noon.",
+    "She measured the voltage twice, because the first reading looked wrong.",
+    "How many people live in the capital of Portugal?",
+    "Fresh bread, salted butter, two ripe tomatoes and a pinch of oregano.",
+    "The committee will publish its decision within thirty days.",
+    "def area(radius): return 3.14159 * radius ** 2",
+    "A glacier carries rocks downhill and leaves them where the ice melts.",
+    "Please confirm your appointment by replying to this message.",
+    "In 1969 two astronauts walked on the surface of the Moon.",
+    "The price of copper rose by 4.2 % while demand for zinc stayed flat.",
+    "He could not remember whether the key was under the mat or in the shed.",
+    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.",
+)
+_SEED = 20
+_BATCH, _LENGTH = 4, 32
+
+
+class ProbeError(Exception):
+    """The model could not be run on the probe; the text says why."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs for one forward pass.
+
+    Attributes:
+        args, kwargs: of the call.
+        name: what the inputs are, for the report.
+        mask: bool [B, L], True at real tokens; None when all count.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    name: str
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """The tensor that is compared: float32 on CPU, and what it is called."""
+
+    name: str
+    values: Tensor
+    mask: Tensor | None
+
+
+def given_probe(inputs: Any) -> Probe:
+    """Wrap the user's inputs: a tensor, a tuple of arguments, or a dict of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        mask = inputs.get("attention_mask")
+        return Probe((), dict(inputs), "the given inputs", mask.bool() if isinstance(mask, Tensor) else None)
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    return Probe(args, {}, "the given inputs")
+
+
+def make_probe(model: nn.Module, processor: Any) -> Probe:
+    """Make inputs for a transformers model.
+
+    Args:
+        model: on the device where it runs.
+        processor: its tokenizer or processor, or None.
+
+    Raises:
+        ProbeError: what it takes is not known.
+    """
+    if not is_transformers_model(model):
+        raise ProbeError("a plain module's inputs are not known; pass probe=<inputs>")
+    main = getattr(model, "main_input_name", "input_ids")
+    generator = torch.Generator().manual_seed(_SEED)
+    if main == "input_ids":
+        probe = _sentences(processor) or _random_tokens(model, generator)
+    elif main == "pixel_values":
+        probe = _noise_image(model, generator)
+    elif main == "input_features":
+        probe = _noise_audio(model, generator)
+    elif main == "input_values":
+        wave = torch.randn(2, 8000, generator=generator)
+        probe = Probe((), {"input_values": wave}, "noise of 8,000 samples")
+    else:
+        raise ProbeError(f"inputs called {main} are not known; pass probe=<inputs>")
+    kwargs = {**probe.kwargs, **_decoder_inputs(model, probe)}
+    return Probe(probe.args, _on_device_of(model, kwargs), probe.name, probe.mask)
+
+
+def run(model: nn.Module, probe: Probe) -> Output:
+    """Run the model once in inference mode and pick the output to compare.
+
+    The random states of torch and Python and the training flags are what they were afterwards.
+
+    Raises:
+        ProbeError: the model does not run on these inputs, or returns no float tensor.
+    """
+    try:
+        with _undisturbed(model), torch.no_grad():
+            raw = model(*_copied(probe.args), **_copied(probe.kwargs))
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+    ) as e:
+        raise ProbeError(f"the model did not run on {probe.name}: {' '.join(str(e).split())[:200]}") from e
+    name, values = _pick(raw)
+    mask = probe.mask if probe.mask is not None and values.shape[:2] == probe.mask.shape else None
+    return Output(name, values.detach().float().cpu(), None if mask is None else mask.cpu())
+
+
+def compare(reference: Output, output: Output, probe: str) -> dict[str, Any]:
+    """Measure an output against the reference.
+
+    Returns:
+        `relative_error`: ||y - r|| / ||r|| over all real positions; `cosine_mean`, `cosine_min` over positions;
+        for logits over a vocabulary also `kl_mean` and `kl_p99` in nats and `top1_agreement`. Numbers have four digits.
+    """
+    r, y = (_rows(o.values, reference.mask) for o in (reference, output))
+    if r.shape != y.shape:
+        raise ProbeError(f"the outputs have different shapes, {tuple(r.shape)} and {tuple(y.shape)}")
+    bad = int((~torch.isfinite(y)).any(dim=1).sum() - (~torch.isfinite(r)).any(dim=1).sum())
+    facts: dict[str, Any] = {"output": reference.name, "probe": probe, "positions": r.shape[0]}
+    if bad > 0:
+        facts["non_finite_positions"] = bad
+    norm = float(r.double().norm())
+    facts["relative_error"] = float((y.double() - r.double()).norm()) / norm if norm else 0.0
+    cosine = F.cosine_similarity(r.double(), y.double(), dim=1)
+    facts["cosine_mean"], facts["cosine_min"] = float(cosine.mean()), float(cosine.min())
+    if reference.name == "logits" and r.shape[1] > 1:
+        logp, logq = r.double().log_softmax(1), y.double().log_softmax(1)
+        kl = (logp.exp() * (logp - logq)).sum(1).clamp_min(0.0)
+        facts["kl_mean"], facts["kl_p99"] = float(kl.mean()), float(kl.quantile(0.99))
+        facts["top1_agreement"] = float((r.argmax(1) == y.argmax(1)).double().mean())
+    return {k: _digits(v) if isinstance(v, float) else v for k, v in facts.items()}
+
+
+def _digits(value: float) -> float | None:
+    # close to 1 the interesting digits are those of the distance to 1
+    if not math.isfinite(value):
+        return None
+    return float(f"{value:.4g}") if abs(value) < 0.9 else round(value, 6)
+
+
+def _sentences(processor: Any) -> Probe | None:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer is None or not callable(tokenizer):
+        return None
+    padding = getattr(tokenizer, "pad_token", None) is not None
+    texts = list(SENTENCES) if padding else [" ".join(SENTENCES)]
+    batch = dict(tokenizer(texts, return_tensors="pt", padding=padding, truncation=True, max_length=128))
+    mask = batch.get("attention_mask")
+    name = f"{len(SENTENCES)} built-in sentences"
+    return Probe((), batch, name, mask.bool() if isinstance(mask, Tensor) else None)
+
+
+def _random_tokens(model: nn.Module, generator: torch.Generator) -> Probe:
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    size = getattr(config, "vocab_size", None)
+    if not size:
+        raise ProbeError("the config names no vocab_size; pass probe=<inputs>")
+    limit = min(_LENGTH, getattr(config, "max_position_embeddings", None) or _LENGTH)
+    ids = torch.randint(0, size, (_BATCH, limit), generator=generator)
+    # the end and padding tokens would cut sequences short in classifiers and decoders
+    special = [
+        t
+        for t in (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
+        if isinstance(t, int)
+    ]
+    for token in special:
+        ids[ids == token] = (token + 1) % size if (token + 1) % size not in special else 0
+    mask = torch.ones_like(ids)
+    return Probe(
+        (), {"input_ids": ids, "attention_mask": mask}, f"{_BATCH} x {limit} random tokens", mask.bool()
+    )
+
+
+def _noise_image(model: nn.Module, generator: torch.Generator) -> Probe:
+    config = getattr(model.config, "vision_config", model.config)
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    shape = (2, getattr(config, "num_channels", 3), height, width)
+    pixels = torch.randn(shape, generator=generator)
+    return Probe((), {"pixel_values": pixels}, f"2 noise images of {height} x {width}")
+
+
+def _noise_audio(model: nn.Module, generator: torch.Generator) -> Probe:
+    bins, frames = (
+        getattr(model.config, "num_mel_bins", None),
+        getattr(model.config, "max_source_positions", None),
+    )
+    if not isinstance(bins, int) or not isinstance(frames, int):
+        raise ProbeError("the config names no num_mel_bins and max_source_positions; pass probe=<inputs>")
+    features = torch.randn(1, bins, 2 * frames, generator=generator)
+    return Probe((), {"input_features": features}, f"noise of {2 * frames} frames")
+
+
+def _decoder_inputs(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
+    config = model.config
+    if not getattr(config, "is_encoder_decoder", False):
+        return {}
+    start = getattr(config, "decoder_start_token_id", None)
+    text = config.get_text_config()  # type: ignore[union-attr,operator]
+    generator = torch.Generator().manual_seed(_SEED + 1)
+    batch = next(v.shape[0] for v in probe.kwargs.values() if isinstance(v, Tensor))
+    ids = torch.randint(0, text.vocab_size, (batch, 8), generator=generator)
+    ids[:, 0] = start if isinstance(start, int) else 0
+    return {"decoder_input_ids": ids}
+
+
+def _on_device_of(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    parameter = next(model.parameters())
+    return {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+
+
+def in_dtype(probe: Probe, dtype: torch.dtype) -> Probe:
+    """Return the probe with its floating inputs in `dtype`, for a model that was cast."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    args = tuple(cast(a) for a in probe.args)
+    return Probe(args, {k: cast(v) for k, v in probe.kwargs.items()}, probe.name, probe.mask)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {k: _copied(v) for k, v in value.items()}
+    return tuple(_copied(v) for v in value) if isinstance(value, tuple) else value
+
+
+def _pick(raw: Any) -> tuple[str, Tensor]:
+    for name in ("logits", "last_hidden_state", "start_logits", "sentence_embedding"):
+        value = raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return name, value
+    for value in _flatten(raw):
+        if value.is_floating_point():
+            return "output", value
+    raise ProbeError(f"the model returned {type(raw).__name__}, which holds no float tensor to compare")
+
+
+def _flatten(raw: Any) -> Iterator[Tensor]:
+    if isinstance(raw, Tensor):
+        yield raw
+    elif isinstance(raw, (Mapping, Sequence)) and not isinstance(raw, str):
+        for value in raw.values() if isinstance(raw, Mapping) else raw:
+            yield from _flatten(value)
+
+
+def _rows(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return [positions, features]; the last dimension is the features, whatever comes before it."""
+    if mask is not None:
+        return values[mask]
+    return values.reshape(-1, values.shape[-1]) if values.dim() > 1 else values.reshape(1, -1)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    python = random.getstate()
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        for module, training in flags:
+            module.training = training

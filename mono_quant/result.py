@@ -1,0 +1,108 @@
+"""The object that a verb returns: the converted model with everything that belongs to it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mono_quant import bridge, serialization
+from mono_quant.adapters import Source
+from mono_quant.config import QuantizationConfig
+from mono_quant.errors import UnsupportedModelError
+from mono_quant.report import QuantReport
+
+
+@dataclass
+class QuantizedModel:
+    """A converted model.
+
+    Attributes:
+        model: the module itself, of the class it was.
+        report: what became of every parameter, and how close the output is.
+        config: the request.
+    """
+
+    model: nn.Module
+    report: QuantReport
+    config: QuantizationConfig
+    _source: Source = field(repr=False)
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer or processor: the one given, else the one of the source folder; None when there is none."""
+        return self._source.find_processor()
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        max_shard_size: int | str = serialization.MAX_SHARD_SIZE,
+    ) -> Path:
+        """Write the model as a folder that appears whole or not at all.
+
+        Args:
+            folder: must not exist, unless `overwrite` and mono_quant wrote it.
+            overwrite: replace an older result.
+            max_shard_size: of one weight file, in bytes or text such as `5GB`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OutputError: it could not be written; what was there before is untouched.
+        """
+        return serialization.save(
+            folder,
+            self._source,
+            self.report,
+            self.config,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+        )
+
+    def card(self) -> str:
+        """Return the README that `save` writes."""
+        return serialization.card(self._source, self.report, self.config)
+
+    def pipeline(self, task: str) -> Any:
+        """Return a transformers pipeline around the model and its processor.
+
+        Args:
+            task: a transformers task, e.g. `text-classification` or `feature-extraction`.
+
+        Raises:
+            UnsupportedModelError: the model is not a transformers model.
+        """
+        if self._source.kind != "transformers":
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} is no transformers model, so it has no pipeline; call .model itself"
+            )
+        return bridge.pipeline(task, self.model, self.processor)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        model: nn.Module | Callable[[], nn.Module] | None = None,
+        *,
+        verify: bool = True,
+    ) -> "QuantizedModel":
+        """Load a saved folder with its report and processor; see `mono_quant.load` for the model alone.
+
+        Args:
+            folder: that `save` wrote.
+            model: for a plain module, an instance or a function that makes one.
+            verify: compare every file with the manifest's sha256 first.
+
+        Raises:
+            MonoQuantError: a typed error for a missing, tampered, foreign or newer folder.
+        """
+        path = Path(folder)
+        loaded, manifest = serialization.load(path, model, verify=verify)
+        report = serialization.read_report(path)
+        settings: Mapping[str, Any] = manifest.get("settings", {})
+        source = serialization.loaded_source(path, loaded, manifest)
+        return cls(loaded, report, QuantizationConfig.from_dict(settings), source)
