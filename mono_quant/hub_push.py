@@ -1,0 +1,449 @@
+"""Push a finished folder to the Hugging Face Hub as exactly one commit.
+
+Everything that can be refused is refused before the first byte goes up. The commit names the head it was planned
+on, and what the Hub then holds is read back and compared with the folder. A lost answer is settled by looking.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+from mono_quant.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    HubConflictError,
+    HubNotFoundError,
+    HubOfflineError,
+    HubTransientError,
+    LimitExceededError,
+    MissingFileError,
+    UnsafeInputError,
+)
+from mono_quant.hub import RepoFacts, RepoFile, read_small_file, resolve
+from mono_quant.hub_client import HUB, TRIES, Hub, Patience, ask, check_repo_id, patience, quiet_bars, scrub
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "mono_quant.json"
+WEIGHTS = re.compile(r"\.(?:safetensors|bin|pt|pth|ckpt|h5|msgpack)(?:\.index\.json)?$")
+NO_WEIGHTS = re.compile(r"(?:^|/)(?:training_args|optimizer|scheduler|rng_state)[^/]*$")
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push left on the Hub.
+
+    Attributes:
+        repo_id: canonical id of the target.
+        commit_sha: the commit that holds the files.
+        url: page of the repository.
+        pr_url: page of the pull request, if one was asked for.
+        created: whether the repository is new.
+        already_there: whether the Hub held exactly these files before, so that no commit was needed.
+    """
+
+    repo_id: str
+    commit_sha: str
+    url: str
+    pr_url: str | None = None
+    created: bool = False
+    already_there: bool = False
+
+
+@dataclass(frozen=True)
+class _Local:
+    """One file to push."""
+
+    path: Path
+    size: int
+    sha256: str
+
+    def equals(self, remote: RepoFile | None) -> bool:
+        """Tell whether the Hub holds the same content."""
+        if remote is None or remote.size != self.size:
+            return False
+        if remote.sha256 is not None:
+            return remote.sha256 == self.sha256
+        # Small files have a git id instead; they are small, so reading them again is cheap.
+        return remote.blob_id == hashlib.sha1(b"blob %d\0" % self.size + self.path.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One commit: where it goes, and what the tree must hold afterwards."""
+
+    hub: Hub
+    repo_id: str
+    revision: str | None
+    create_pr: bool
+    head: str
+    message: str
+    files: Mapping[str, _Local]
+    changed: tuple[str, ...]
+    superseded: tuple[str, ...]
+
+    @property
+    def subject(self) -> str:
+        """Start of error messages."""
+        return f"Cannot push to {self.repo_id!r} on the Hub"
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    files: Sequence[str],
+    expect: Mapping[str, tuple[int, str]],
+    commit_message: str,
+    instead: Mapping[str, Path] | None = None,
+    source: RepoFacts | None = None,
+    private: bool | None = None,
+    overwrite: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    hub: Hub = HUB,
+) -> PushResult:
+    """Push the listed files of a folder in one commit.
+
+    Args:
+        folder: finished folder.
+        repo_id: `owner/name`; without an owner the account of the token is taken. Created if missing.
+        files: paths in the folder to push; nothing else is sent, and symbolic links never.
+        expect: size and SHA-256 for each path, as they were written; a path that is not in it is not compared.
+        commit_message: one line.
+        instead: for some of the paths, a file that lies elsewhere and is pushed in its place.
+        source: facts of the quantized model. The target never gets more public than it, unless `private=False`.
+        private: visibility of a repository that is created; None follows the source.
+        overwrite: replace weights that mono_quant did not push.
+        create_pr: open a pull request instead of changing the branch.
+        revision: branch to push to, None for the default one.
+        hub: where to push, with which token, and how long to wait for a failing Hub.
+
+    Returns:
+        The commit that holds the files. Pushing the same files twice makes one commit.
+
+    Raises:
+        ConfigError: an argument is wrong.
+        UnsafeInputError: a path leaves the folder or is no regular file.
+        CorruptCheckpointError: a file is not what was written.
+        HubConflictError: the target is too public, is the source itself, holds foreign weights, hides files from
+            commits, or changed meanwhile.
+        HubError: any other refusal; see `mono_quant.errors`.
+    """
+    repo_id = full_id(repo_id, hub)
+    message = scrub(commit_message)
+    if not message:
+        raise ConfigError("The commit message is empty. Say what the commit is.")
+    if hub.is_offline:
+        raise HubOfflineError(f"Cannot push to {repo_id!r}: the network is off. Unset HF_HUB_OFFLINE.")
+    local = _local_files(folder, files, expect)
+    local |= {name: _local_file(path.parent, path.name, None) for name, path in (instead or {}).items()}
+    with patience(hub) as patient, quiet_bars():
+        target, created = _open_target(hub, repo_id, private, source, create_pr)
+        _check_target(target, private, source, create_pr)
+        head = target if revision is None else resolve(target.repo_id, revision=revision, hub=hub)
+        subject = f"Cannot push to {target.repo_id!r} on the Hub"
+        ask(hub, subject, lambda api: api.auth_check(target.repo_id, write=not create_pr), tries=TRIES)
+        tree = _tree(hub, target.repo_id, head.sha)
+        superseded = tuple(path for path in tree if _is_weights(path) and path not in local)
+        if not (overwrite or create_pr):
+            _refuse_foreign_weights(hub, head, tree)
+        changed = tuple(path for path, file in local.items() if not file.equals(tree.get(path)))
+        url = f"{hub.url}/{target.repo_id}"
+        if not changed and not superseded:
+            return PushResult(target.repo_id, head.sha, url, created=created, already_there=True)
+        plan = _Plan(hub, target.repo_id, revision, create_pr, head.sha, message, local, changed, superseded)
+        sha, pr_url = _commit(plan, _upload(plan), patient)
+        _check_pushed(plan, sha)
+    logger.info("%d files are in %s at %s", len(local), target.repo_id, sha)
+    return PushResult(target.repo_id, sha, url, pr_url, created)
+
+
+def check_push(repo_id: str, hub: Hub = HUB) -> None:
+    """Refuse early what `push` would refuse after long work: a bad id, a missing right.
+
+    Args:
+        repo_id: target. That it does not exist yet is fine.
+        hub: where to push, and with which token.
+
+    Raises:
+        HubError: the token may not write there.
+        ConfigError: it is no id.
+    """
+    if hub.is_offline:
+        raise HubOfflineError(f"Cannot push to {repo_id!r}: the network is off. Unset HF_HUB_OFFLINE.")
+    target = full_id(repo_id, hub)
+    subject = f"Cannot push to {target!r} on the Hub"
+    with suppress(HubNotFoundError):
+        ask(hub, subject, lambda api: api.auth_check(target, write=True), tries=TRIES)
+        return
+    # it does not exist, or is hidden from this token: at least the token has to be good
+    ask(hub, subject, lambda api: api.whoami(), tries=TRIES)
+
+
+def full_id(repo_id: str, hub: Hub = HUB) -> str:
+    """Return a repository id with its owner, which is the account of the token when none is named.
+
+    Raises:
+        ConfigError: it is no id.
+        HubError: the account cannot be asked for.
+    """
+    check_repo_id(repo_id)
+    if "/" in repo_id or hub.is_offline:
+        return repo_id
+    subject = f"Cannot find the owner of {repo_id!r} on the Hub"
+    return f"{ask(hub, subject, lambda api: api.whoami()['name'], tries=TRIES)}/{repo_id}"
+
+
+def _local_files(
+    folder: Path, files: Sequence[str], expect: Mapping[str, tuple[int, str]]
+) -> dict[str, _Local]:
+    if not files or len(set(files)) != len(files) or not set(expect) <= set(files):
+        raise ConfigError(
+            f"{len(files)} files to push and {len(expect)} expectations do not fit together. List each file once, and "
+            "expect only listed files."
+        )
+    return {name: _local_file(folder, name, expect.get(name)) for name in files}
+
+
+def _local_file(folder: Path, name: str, expected: tuple[int, str] | None) -> _Local:
+    parts = name.split("/")
+    if "\\" in name or not name.isprintable() or any(part in ("", ".", "..", ".git") for part in parts):
+        raise UnsafeInputError(f"{name!r} is not a path inside a repository. Use relative paths with '/'.")
+    path = folder
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise UnsafeInputError(
+                f"{name!r} in {folder} is or passes a symbolic link, which is never pushed."
+            )
+    if not path.exists():
+        raise MissingFileError(f"{name!r} is not in {folder}. Save the model again.")
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise UnsafeInputError(f"{name!r} in {folder} is not a regular file, and only such are pushed.")
+    with path.open("rb") as file:
+        found = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    if expected is not None and found != tuple(expected):
+        raise CorruptCheckpointError(
+            f"{name!r} in {folder} has {found[0]} bytes and SHA-256 {found[1]}, but {expected[0]} bytes and "
+            f"{expected[1]} were written. Save the model again."
+        )
+    return _Local(path, *found)
+
+
+def _open_target(
+    hub: Hub, repo_id: str, private: bool | None, source: RepoFacts | None, create_pr: bool
+) -> tuple[RepoFacts, bool]:
+    """Return the target's facts and whether it was created just now."""
+    subject = f"Cannot create {repo_id!r} on the Hub"
+    with suppress(HubNotFoundError):
+        return resolve(repo_id, hub=hub), False
+    if create_pr:
+        raise HubNotFoundError(
+            f"{repo_id!r} does not exist, or the token cannot see it, so no pull request can be opened. Push without one."
+        )
+    wanted = private if private is not None else (True if _restriction(source) else None)
+    ask(hub, subject, lambda api: api.create_repo(repo_id, private=wanted, exist_ok=True), tries=TRIES)
+    facts = resolve(repo_id, hub=hub)
+    if wanted and not facts.private:
+        raise HubConflictError(
+            f"{repo_id!r} should be private but is public. Nothing was uploaded; change its visibility on the Hub."
+        )
+    return facts, True
+
+
+def _restriction(facts: RepoFacts | None) -> int:
+    """Return 0 for public, 1 for gated, 2 for private; what is unknown counts as private."""
+    if facts is None:
+        return 0
+    if facts.private is not False:
+        return 2
+    return 1 if facts.gated is not False else 0
+
+
+def _check_target(target: RepoFacts, private: bool | None, source: RepoFacts | None, create_pr: bool) -> None:
+    if private and not target.private:
+        raise HubConflictError(
+            f"{target.repo_id!r} exists and is public, and private=True does not change that. Change its visibility "
+            "on the Hub or choose another name."
+        )
+    if source is not None and private is not False and _restriction(target) < _restriction(source):
+        kind = ("public", "gated", "private")
+        raise HubConflictError(
+            f"{target.repo_id!r} is {kind[_restriction(target)]}, but its source {source.repo_id!r} is "
+            f"{kind[_restriction(source)]}. Choose a private target, or pass private=False to publish it anyway."
+        )
+    if source is not None and source.repo_id.lower() == target.repo_id.lower() and not create_pr:
+        raise HubConflictError(
+            f"{target.repo_id!r} is the model that was quantized; its weights are not replaced. Choose another name, "
+            "or open a pull request."
+        )
+
+
+def _is_weights(path: str) -> bool:
+    return WEIGHTS.search(path) is not None and NO_WEIGHTS.search(path) is None
+
+
+def _refuse_foreign_weights(hub: Hub, head: RepoFacts, tree: Mapping[str, RepoFile]) -> None:
+    foreign = [path for path in tree if _is_weights(path)]
+    if foreign and not _is_ours(hub, head, tree):
+        raise HubConflictError(
+            f"{head.repo_id!r} holds weights that mono_quant did not push, such as {foreign[0]!r}. Choose another name, "
+            "pass overwrite=True to replace them, or open a pull request."
+        )
+
+
+def _is_ours(hub: Hub, head: RepoFacts, tree: Mapping[str, RepoFile]) -> bool:
+    if MANIFEST not in tree:
+        return False
+    try:
+        manifest = json.loads(read_small_file(head, MANIFEST, hub=hub))
+    except (ValueError, RecursionError, LimitExceededError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == "mono_quant"
+
+
+def _tree(hub: Hub, repo_id: str, sha: str) -> dict[str, RepoFile]:
+    entries = ask(
+        hub,
+        f"Cannot list the files of {repo_id!r} at commit {sha}",
+        lambda api: list(api.list_repo_tree(repo_id, recursive=True, revision=sha)),
+        tries=2,
+    )
+    return {
+        entry.path: RepoFile(
+            entry.path,
+            entry.size,
+            entry.lfs.sha256 if entry.lfs else None,
+            None if entry.lfs else entry.blob_id,
+        )
+        for entry in entries
+        if hasattr(entry, "size")
+    }
+
+
+def _upload(plan: _Plan) -> list[Any]:
+    """Upload the large files; return the operations of the commit."""
+    additions = [CommitOperationAdd(path, str(plan.files[path].path)) for path in plan.changed]
+    if additions:
+        # An empty rule list: otherwise the repository's own .gitignore makes files vanish from the commit.
+        ask(
+            plan.hub,
+            plan.subject,
+            lambda api: api.preupload_lfs_files(
+                plan.repo_id,
+                additions,
+                revision=plan.revision,
+                create_pr=plan.create_pr,
+                free_memory=False,
+                gitignore_content="",
+            ),
+            tries=TRIES,
+        )
+    hidden = [add.path_in_repo for add in additions if add._should_ignore]  # noqa: SLF001 - the only sign of it
+    if hidden:
+        raise HubConflictError(
+            f"The .gitignore of {plan.repo_id!r} hides {hidden}, so a commit would lack them. Nothing was committed; "
+            "remove that rule first."
+        )
+    return [*additions, *(CommitOperationDelete(path, is_folder=False) for path in plan.superseded)]
+
+
+def _commit(plan: _Plan, operations: list[Any], patient: Patience) -> tuple[str, str | None]:
+    """Commit, and settle by looking when the answer is lost; return the commit and the pull request's page."""
+    pulls = set(_pull_requests(plan)) if plan.create_pr else set()
+    for is_last in (False, True):
+        failure: HubTransientError | HubConflictError
+        patient.asked = 0.0
+        try:
+            info = ask(
+                plan.hub,
+                plan.subject,
+                lambda api: api.create_commit(
+                    plan.repo_id,
+                    operations,
+                    commit_message=plan.message,
+                    revision=plan.revision,
+                    parent_commit=plan.head,
+                    create_pr=plan.create_pr,
+                ),
+            )
+            return info.oid, info.pr_url
+        except (HubTransientError, HubConflictError) as error:
+            failure = error
+        landed = _landed_pull_request(plan, pulls) if plan.create_pr else _landed_commit(plan)
+        if landed is not None:
+            return landed
+        if is_last or patient.left < 0 or isinstance(failure, HubConflictError):
+            break
+        time.sleep(max(1.0, patient.asked))
+    raise failure
+
+
+def _landed_commit(plan: _Plan) -> tuple[str, None] | None:
+    """Return our commit if it is on the branch, None if nothing is.
+
+    Raises:
+        HubConflictError: somebody else committed.
+    """
+    head = resolve(plan.repo_id, revision=plan.revision, hub=plan.hub).sha
+    if head == plan.head:
+        return None
+    commits = ask(
+        plan.hub,
+        plan.subject,
+        lambda api: api.list_repo_commits(plan.repo_id, revision=plan.revision),
+        tries=2,
+    )
+    newer = list(takewhile(lambda sha: sha != plan.head, (commit.commit_id for commit in commits)))
+    for sha in newer[-20:][::-1]:
+        if not _differences(plan, sha):
+            return sha, None
+    raise HubConflictError(
+        f"{plan.subject}: somebody committed {head} after {plan.head}. Nothing was overwritten; look at it, then push "
+        "again."
+    )
+
+
+def _pull_requests(plan: _Plan) -> dict[str, str]:
+    refs = ask(
+        plan.hub,
+        plan.subject,
+        lambda api: api.list_repo_refs(plan.repo_id, include_pull_requests=True).pull_requests,
+        tries=TRIES,
+    )
+    return {ref.ref: ref.target_commit for ref in refs or []}
+
+
+def _landed_pull_request(plan: _Plan, known: set[str]) -> tuple[str, str] | None:
+    for ref, sha in _pull_requests(plan).items():
+        if ref not in known and not _differences(plan, sha):
+            return sha, f"{plan.hub.url}/{plan.repo_id}/discussions/{ref.rsplit('/', 1)[-1]}"
+    return None
+
+
+def _differences(plan: _Plan, sha: str) -> list[str]:
+    tree = _tree(plan.hub, plan.repo_id, sha)
+    wrong = [path for path, file in plan.files.items() if not file.equals(tree.get(path))]
+    return wrong + [path for path in plan.superseded if path in tree]
+
+
+def _check_pushed(plan: _Plan, sha: str) -> None:
+    # Read twice before complaining: the list may lag behind the commit.
+    wrong = _differences(plan, sha) and _differences(plan, sha)
+    if wrong:
+        raise HubConflictError(
+            f"Commit {sha} of {plan.repo_id!r} does not hold what was pushed: {wrong} differ. Do not use it; revert "
+            "that commit and push again."
+        )
