@@ -1,6 +1,6 @@
 """Quantize any Hugging Face or PyTorch model to INT8 or FP16, without calibration data."""
 
-from mono_quant.api import dynamic_quantize, load, plan, quantize, quantize_from_hub
+from mono_quant.api import dynamic_quantize, load, plan, push_to_hub, quantize, quantize_from_hub
 from mono_quant.config import QuantizationConfig
 from mono_quant.errors import MonoQuantError
 from mono_quant.result import QuantizedModel
@@ -14,6 +14,7 @@ __all__ = [
     "dynamic_quantize",
     "load",
     "plan",
+    "push_to_hub",
     "quantize",
     "quantize_from_hub",
 ]

@@ -45,8 +45,7 @@ class Source:
         folder: where its files are; None for a model in memory.
         side_files: names of the files in `folder` that belong to the result: tokenizer, processor, licence.
         processor: tokenizer or processor given by the user.
-        repo: what the Hub says about it; None for anything local.
-        origin: where it came from, when it was read from a saved folder.
+        origin: where it came from, and what its card says.
         owned: True when nobody else holds the model, so that it may be changed.
         notes: what the user should know.
     """
@@ -58,8 +57,7 @@ class Source:
     folder: Path | None = None
     side_files: tuple[str, ...] = ()
     processor: Any = None
-    repo: hub.RepoFacts | None = None
-    origin: Origin | None = None
+    origin: Origin = field(default_factory=lambda: Origin("model"))
     owned: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -130,6 +128,8 @@ def locate(text: str, origin: str | None = None) -> str:
         AmbiguousSourceError: it has the form of an id, and a folder of that name is here too.
         SourceNotFoundError: it is neither.
     """
+    if hub.looks_like_token(text):
+        raise ConfigError("an access token was given where a model belongs; pass it as token=")
     if origin not in (None, "hub", "local"):
         raise ConfigError(f"origin is {origin!r}; use 'hub' or 'local'")
     if origin is not None:
@@ -157,9 +157,11 @@ def _from_module(model: nn.Module, processor: Any) -> Source:
                 f"{type(model).__name__}: its first module ({type(model[0]).__name__}) holds no transformer to quantize"  # type: ignore[index]
             )
         name = next(path for path, module in model.named_modules() if module is core)
-        return Source(model, core, "sentence_transformer", name, processor=processor)
+        return Source(
+            model, core, "sentence_transformer", name, processor=processor, origin=Origin(type(core).__name__)
+        )
     kind = "transformers" if is_transformers_model(model) else "module"
-    return Source(model, model, kind, processor=processor)
+    return Source(model, model, kind, processor=processor, origin=Origin(type(model).__name__))
 
 
 def _from_hub(repo_id: str, access: Access, weights: bool) -> Source:
@@ -182,22 +184,48 @@ def _from_hub(repo_id: str, access: Access, weights: bool) -> Source:
     if weights or not safe:
         opened = _from_folder(folder, access, weights)
     else:
-        opened = _skeleton(folder, access, _remote_shapes(facts, access.client))
-    opened.repo = facts
+        opened = _skeleton(folder, access, remote_headers(facts, access.client)[0])
+    opened.origin = _hub_origin(opened.origin.name, facts)
     if facts.gated:
         opened.notes.append("the source repository is gated; its terms apply to the result")
     return opened
 
 
-def _remote_shapes(facts: hub.RepoFacts, client: hub.Hub) -> Shapes:
+def _hub_origin(name: str, facts: hub.RepoFacts) -> Origin:
+    return Origin(
+        name,
+        facts.repo_id,
+        facts.sha,
+        facts.private,
+        facts.gated,
+        facts.license,
+        facts.license_name,
+        facts.license_link,
+        facts.language,
+        facts.datasets,
+        facts.pipeline_tag,
+        facts.extra_gated,
+    )
+
+
+def _local_origin(name: str, folder: Path) -> Origin:
+    """Take over what the card beside a local checkpoint says about licence and data; its `base_model` is another one."""
+    return Origin(name, **hub.local_card(folder / "README.md"))
+
+
+def remote_headers(facts: hub.RepoFacts, client: hub.Hub) -> tuple[Shapes, int]:
+    """Fetch dtype and shape of every tensor of a repository, and the size of its weights in bytes."""
+
     def is_weight(name: str) -> bool:
         return "/" not in name and is_allowed(name)
 
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    size = 0
     for name, head in hub.read_headers(facts, wanted=is_weight, hub=client).items():
         spans, _ = parse_header_bytes(head, facts.file(name).size, f"{facts.repo_id}/{name}")
         shapes.update({key: (span.dtype, span.shape) for key, span in spans.items()})
-    return shapes
+        size += sum(span.end - span.start for span in spans.values())
+    return shapes, size
 
 
 def _from_folder(folder: Path, access: Access, weights: bool) -> Source:
@@ -211,7 +239,7 @@ def _from_folder(folder: Path, access: Access, weights: bool) -> Source:
         check_proportion(folder, raw, shapes)
         cls, config = bridge.model_class(raw, folder, access.trust_remote_code)
         model = bridge.load_float(cls, config, _read_all(checkpoint), str(folder))
-    source = Source(model, model, "transformers", folder=folder, side_files=side_files(folder), owned=True)
+    source = _of_folder(model, folder)
     if pickled:
         source.notes.append("read from pickle weights (allow_pickle=True)")
     _note_generation(model, folder)
@@ -229,7 +257,19 @@ def _skeleton(folder: Path, access: Access, shapes: Shapes) -> Source:
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
     dtype = max(sizes, key=lambda d: sizes[d], default=torch.float32)
     model = bridge.skeleton(cls, config, dtype)
-    return Source(model, model, "transformers", folder=folder, side_files=side_files(folder), owned=True)
+    return _of_folder(model, folder)
+
+
+def _of_folder(model: nn.Module, folder: Path) -> Source:
+    return Source(
+        model,
+        model,
+        "transformers",
+        folder=folder,
+        side_files=side_files(folder),
+        origin=_local_origin(type(model).__name__, folder),
+        owned=True,
+    )
 
 
 def _read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -249,4 +289,4 @@ def _note_generation(model: nn.Module, folder: Path) -> None:
     path = folder / "generation_config.json"
     if path.exists() and hasattr(model, "generation_config"):
         clean, _ = bridge.clean_config(read_json_object(path))
-        model.generation_config = type(model.generation_config).from_dict(clean)  # type: ignore[operator,union-attr]
+        model.generation_config = type(model.generation_config).from_dict(clean)  # type: ignore[union-attr]

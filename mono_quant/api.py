@@ -15,7 +15,10 @@ from mono_quant.adapters import Access, Source, locate, open_source
 from mono_quant.bridge import mark_int8_
 from mono_quant.config import QuantizationConfig, merge
 from mono_quant.errors import ConfigError
+from mono_quant.files import check_target
+from mono_quant.hub_push import PushResult, check_push
 from mono_quant.layers import find_layers, is_transformers_model, tensor_names
+from mono_quant.publishing import publish
 from mono_quant.report import QuantReport
 from mono_quant.result import QuantizedModel
 from mono_quant.selection import Decision, Layer
@@ -108,10 +111,14 @@ def quantize_from_hub(
     revision: str | None = None,
     token: str | bool | None = None,
     output: str | Path | None = None,
+    push_to: str | None = None,
+    private: bool | None = None,
+    overwrite: bool = False,
+    create_pr: bool = False,
     config: QuantizationConfig | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> QuantizedModel:
-    """Download a model, convert it, and save it where asked.
+    """Download a model, convert it, and save and push it where asked.
 
     Args:
         repo_id: `owner/name`; never a local folder.
@@ -119,6 +126,10 @@ def quantize_from_hub(
         revision: branch, tag or commit; resolved to one commit that everything is read from.
         token: for a private or gated source; the saved login when None.
         output: folder to save to.
+        push_to: repository to push to, in one commit, after the saved model was loaded back and compared.
+        private: visibility of a new repository; None makes it as private as the source.
+        overwrite: replace an older `output`, and weights in `push_to` that mono_quant did not push.
+        create_pr: open a pull request in `push_to` instead of changing its branch.
         config: a request to start from; arguments win over it.
         **options: fields of `QuantizationConfig`, and `trust_remote_code`, `allow_pickle`, `probe`.
 
@@ -129,10 +140,62 @@ def quantize_from_hub(
         HubError: the Hub refused or did not answer.
         MonoQuantError: as `quantize`.
     """
+    client = hub.Hub(token=token)
+    if output is not None:
+        check_target(output, overwrite=overwrite)
+    if push_to is not None:
+        check_push(push_to, client)
     result = quantize(repo_id, dtype, config=config, revision=revision, token=token, origin="hub", **options)
     if output is not None:
-        result.save(output)
+        result.save(output, overwrite=overwrite)
+    if push_to is not None:
+        result.push_to_hub(push_to, private=private, overwrite=overwrite, create_pr=create_pr, token=token)
     return result
+
+
+def push_to_hub(
+    folder_or_result: str | Path | QuantizedModel,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    overwrite: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> PushResult:
+    """Publish a saved folder or a converted model in one commit: all files or none.
+
+    The folder is loaded back first; the card is written for the repository it goes to; what the Hub holds afterwards is
+    read back and compared.
+
+    Args:
+        folder_or_result: a folder that `save` wrote, or what `quantize` returned.
+        repo_id: target; the token's account when it has no owner. Created when missing.
+        private: visibility of a new repository; None makes it as private as the source.
+        overwrite: replace weights that mono_quant did not push.
+        create_pr: open a pull request instead of changing the branch.
+        revision: branch to push to.
+        commit_message: one line.
+        token: the saved login when None.
+
+    Returns:
+        The commit that holds the files, with the page of the repository.
+
+    Raises:
+        HubError: the Hub refused; nothing was changed, or it says what was.
+        ConfigError: the folder's card was edited and contradicts the report.
+    """
+    options: dict[str, Any] = {
+        "private": private,
+        "overwrite": overwrite,
+        "create_pr": create_pr,
+        "revision": revision,
+        "commit_message": commit_message,
+    }
+    if isinstance(folder_or_result, QuantizedModel):
+        return folder_or_result.push_to_hub(repo_id, token=token, **options)
+    return publish(Path(folder_or_result), repo_id, client=hub.Hub(token=token), **options)
 
 
 def plan(

@@ -1,72 +1,395 @@
-"""The README of a saved model: plain text from the report, with nothing in it that was not measured."""
+"""The card of a saved model: a pure function of the report and the source's facts, and a check that a card is true.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Every string that comes from outside (names, licences, tags) is put on one line, cut, and set in a code span or written by the YAML
+library, so that it cannot become structure. There is no template that could be filled with code.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mono_quant.report import QuantReport
-from mono_quant.version import __version__
+from huggingface_hub import ModelCard, ModelCardData
+
+from mono_quant.errors import CorruptCheckpointError
+from mono_quant.report import QuantReport, TensorReport, human_bytes
+
+_FACTS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+_MAX_KEPT_LINES = 60
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from.
+    """Where a model came from, and what its own card says about it.
 
     Attributes:
         name: class of the model.
-        repo_id: canonical Hub id of the source; None for anything local.
-        sha: commit of the source.
+        repo_id, sha: canonical Hub id and commit; None for anything local.
+        private, gated: as the Hub said; None when that is not known.
+        license, license_name, license_link, language, datasets, pipeline_tag: from the source's card.
+        extra_gated: its `extra_gated_*` entries.
     """
 
     name: str
     repo_id: str | None = None
     sha: str | None = None
+    private: bool | None = None
+    gated: bool | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    pipeline_tag: str | None = None
+    extra_gated: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; `from_dict` gives back an equal origin."""
+        data = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Origin":
+        """Rebuild an origin from `to_dict`.
+
+        Raises:
+            CorruptCheckpointError: a field has the wrong type.
+        """
+        try:
+            lists = {k: tuple(data.get(k, ())) for k in ("language", "datasets")}
+            return cls(**{**data, **lists})
+        except TypeError as e:
+            raise CorruptCheckpointError(
+                f"the manifest describes the source in an unknown way ({e}); save again"
+            ) from e
 
 
-def render(report: QuantReport, origin: Origin, layout: str, settings: Mapping[str, Any]) -> str:
-    """Return the card.
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything a card is made from.
+
+    Attributes:
+        report: of the conversion.
+        origin: of the model.
+        layout: `compressed-tensors`, `mono_quant` or `plain`.
+        kind: `module`, `transformers` or `sentence_transformer`.
+        settings: options of the request that differ from the defaults.
+        versions: of mono_quant, torch and transformers.
+        has_tokenizer: the folder brings a tokenizer.
+        repo_id: where the model is published; None for a folder.
+    """
+
+    report: QuantReport
+    origin: Origin
+    layout: str
+    kind: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    has_tokenizer: bool = False
+    repo_id: str | None = None
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """Return text without line breaks, control and direction characters, cut at `limit`."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def render(facts: CardFacts) -> str:
+    """Return the card as Markdown with a YAML head."""
+    sections = [
+        _head(facts),
+        _summary(facts),
+        _section("What is quantized and what is not", _account_lines(facts.report)),
+        _section("How close it is to the original", _fidelity_lines(facts.report)),
+        _section("How to load it", _loading_lines(facts)),
+        _section("How to make it again", _recipe_lines(facts)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def lint(text: str, facts: CardFacts) -> list[str]:
+    """Compare a card with the facts it should state.
 
     Args:
-        report: of the conversion.
-        origin: where the model came from.
-        layout: the format of the folder: `compressed-tensors`, `mono_quant` or `plain`.
-        settings: the request, as plain data.
+        text: the card, perhaps edited by hand.
+        facts: of the model.
+
+    Returns:
+        One line per contradiction; empty when the card is true. Text that was added is not judged.
     """
+    try:
+        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError) as e:
+        return [f"its YAML head cannot be read: {one_line(str(e))}"]
+    problems = []
+    expected = metadata(facts).to_dict()
+    for key in ("base_model", "base_model_relation", "library_name", *_FACTS):
+        if data.get(key) != expected.get(key):
+            problems.append(f"{key} is {data.get(key)!r}, but the model's is {expected.get(key)!r}")
+    own = {x.casefold() for x in (facts.repo_id,) if x}
+    if str(data.get("base_model", "")).casefold() in own:
+        problems.append(f"base_model is {data.get('base_model')!r}, the repository itself")
+    lines = set(text.splitlines())
+    for part in (
+        _account_lines(facts.report),
+        _fidelity_lines(facts.report),
+        _loading_lines(facts),
+        _recipe_lines(facts),
+    ):
+        missing = [line for line in part if line.strip() and line not in lines]
+        problems += [f"this line is missing or differs: {line[:160]}" for line in missing[:5]]
+    return problems
+
+
+def metadata(facts: CardFacts) -> ModelCardData:
+    """Return the YAML head's fields."""
+    origin, report = facts.origin, facts.report
+    known = {k: _clean(getattr(origin, k)) for k in _FACTS}
+    if origin.repo_id is not None and origin.repo_id.casefold() != (facts.repo_id or "").casefold():
+        known |= {"base_model": origin.repo_id, "base_model_relation": "quantized"}
+    return ModelCardData(
+        library_name=library_of(facts),
+        tags=["mono_quant", "int8", "w8a8"] if report.dtype == "int8" else ["mono_quant", "fp16"],
+        **{k: v for k, v in known.items() if v},
+        **{
+            k: _clean(v)
+            for k, v in sorted(origin.extra_gated.items())
+            if re.fullmatch(r"extra_gated_[a-z_]+", k)
+        },
+    )
+
+
+def library_of(facts: CardFacts) -> str:
+    """Return the library whose own loader really loads the model."""
+    if facts.kind == "sentence_transformer":
+        return "sentence-transformers"
+    fused = any(row.kind == "experts" and row.action == "quantized" for row in facts.report.rows)
+    return (
+        "transformers"
+        if facts.kind == "transformers" and facts.layout != "mono_quant" and not fused
+        else "mono_quant"
+    )
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return one_line(value)
+    if isinstance(value, (list, tuple)):
+        return [_clean(v) for v in value]
+    return {one_line(str(k)): _clean(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _head(facts: CardFacts) -> str:
+    return f"---\n{metadata(facts).to_yaml()}\n---"
+
+
+def _summary(facts: CardFacts) -> str:
+    report, origin = facts.report, facts.origin
+    title = facts.repo_id.rpartition("/")[2] if facts.repo_id else f"{one_line(origin.name)} {report.dtype}"
     what = "INT8 (W8A8, dynamic)" if report.dtype == "int8" else "FP16"
-    source = f"`{origin.repo_id}` at commit `{origin.sha}`" if origin.repo_id else "a local model"
-    lines = [
-        f"# {origin.name}, {what}",
-        "",
-        f"{what} version of {source}, made with mono_quant {__version__}, without calibration data.",
-        "",
-        "## What became of every parameter",
-        "",
-        "```",
-        report.table(),
-        "```",
-        "",
-        "## How to load it",
-        "",
-        *_LOADING[layout],
-        "",
-        "## How it was made",
-        "",
-        "```json",
-        *(f"{k}: {v!r}" for k, v in sorted(settings.items())),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    if origin.repo_id:
+        source = f"[{_code(origin.repo_id)}](https://huggingface.co/{origin.repo_id}) at commit {_code(str(origin.sha))}"
+    else:
+        source = f"a local {_code(origin.name)}"
+    if report.dtype == "int8":
+        how = "Weights are int8 with one scale per output channel; activations are quantized per token at run time. "
+    else:
+        how = "Weights are float16. "
+    return (
+        f"# {_escape(title)}\n\n{what} version of {source}. {how}No calibration data was used.\n\n"
+        f"- **{report.quantized_parameters:,} of {report.parameters:,} parameters ({report.coverage:.1%})** are {report.dtype}\n"
+        f"- **{human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)}** of weights "
+        f"({report.bytes_before / max(report.bytes_after, 1):.2f}x smaller)"
+    )
 
 
-_LOADING = {
-    "compressed-tensors": (
-        "`mono_quant.load(folder)` keeps the weights in int8 and computes in int8. The folder is a standard "
-        "compressed-tensors checkpoint as well: transformers loads it (and computes in float), vLLM serves it in int8.",
-    ),
-    "mono_quant": (
-        "`mono_quant.load(folder)`. The weights are in mono_quant's own layout, because a standard one cannot hold "
-        "all of these layers; other loaders refuse the file.",
-    ),
-    "plain": ("As any float16 checkpoint, or with `mono_quant.load(folder)`.",),
+def _section(name: str, lines: Iterable[str]) -> str:
+    return "\n".join([f"## {name}", "", *lines])
+
+
+def _account_lines(report: QuantReport) -> list[str]:
+    groups: dict[tuple[str, str], list[TensorReport]] = defaultdict(list)
+    for row in report.rows:
+        label = {"quantized": row.kind, "kept": row.reason, "shared": "shares memory with another tensor"}[
+            row.action
+        ]
+        groups[row.action, label].append(row)
+    order = {"quantized": 0, "kept": 1, "shared": 2}
+    lines = ["| | kind or reason | tensors | parameters | before | after |", "|---|---|---:|---:|---:|---:|"]
+    for (action, label), rows in sorted(groups.items(), key=lambda g: (order[g[0][0]], g[0][1])):
+        what = report.dtype if action == "quantized" else action
+        lines.append(
+            f"| {what} | {_cell(label)} | {len(rows)} | {sum(r.numel for r in rows):,} | "
+            f"{human_bytes(sum(r.bytes_before for r in rows))} | {human_bytes(sum(r.bytes_after for r in rows))} |"
+        )
+    return lines + list(_kept_lines(report.skipped))
+
+
+def _kept_lines(skipped: Iterable[TensorReport]) -> Iterator[str]:
+    groups: dict[tuple[str, str, str], list[TensorReport]] = defaultdict(list)
+    for row in skipped:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.module or row.name)
+        groups[pattern, row.dtype_after, row.reason].append(row)
+    if not groups:
+        return
+    yield ""
+    yield "Layers that stay in float, each with its reason (`*` stands for layer numbers):"
+    yield ""
+    yield "| layer | count | dtype | weights | reason |"
+    yield "|---|---:|---|---:|---|"
+    for i, ((pattern, dtype, reason), rows) in enumerate(groups.items()):
+        if i == _MAX_KEPT_LINES:
+            rest = list(groups.values())[i:]
+            yield f"| and {len(rest)} more kinds, listed in `mono_quant_report.json` | {sum(map(len, rest))} | | | |"
+            return
+        name = pattern if len(rows) > 1 else rows[0].module or rows[0].name
+        yield f"| {_cell(_code(name))} | {len(rows)} | {dtype} | {sum(r.numel for r in rows):,} | {_cell(reason)} |"
+
+
+_MEASURES = {
+    "relative_error": "relative error",
+    "cosine_mean": "cosine similarity, mean",
+    "cosine_min": "cosine similarity, lowest",
+    "kl_mean": "KL divergence, mean (nats)",
+    "kl_p99": "KL divergence, 99 % (nats)",
+    "top1_agreement": "top-1 agreement",
 }
+
+
+def _fidelity_lines(report: QuantReport) -> list[str]:
+    lines = []
+    if report.fidelity is None:
+        lines.append(f"The output was not measured: {_escape(report.fidelity_note)}.")
+    else:
+        lines += [
+            f"{_code(str(report.fidelity['output']))} of this model against the original, on {_escape(str(report.fidelity['probe']))} "
+            f"({report.fidelity['positions']:,} positions), measured when it was made (kernel: {_escape(report.kernel)}):",
+            "",
+            "| measure | value |",
+            "|---|---:|",
+            *(
+                f"| {name} | {report.fidelity[k]:.4g} |"
+                for k, name in _MEASURES.items()
+                if report.fidelity.get(k) is not None
+            ),
+        ]
+        if report.fidelity.get("non_finite_positions"):
+            lines.append(f"| positions with NaN or infinity | {report.fidelity['non_finite_positions']} |")
+        lines += [
+            "",
+            "A synthetic probe says how close the arithmetic is; it is no benchmark of the model's abilities.",
+        ]
+    worst = report.worst
+    if worst is not None and worst.sqnr_db is not None:
+        lines += [
+            "",
+            f"Lowest weight SQNR: {worst.sqnr_db:.1f} dB ({_code(worst.name)}), {worst.gap_db:.1f} dB below what 8 bits reach on "
+            f"Gaussian rows.",
+        ]
+    flushed = sum(r.flushed for r in report.rows)
+    if flushed:
+        lines += [
+            "",
+            f"{flushed:,} non-zero weights ({flushed / report.parameters:.2%}) became zero in float16.",
+        ]
+    return lines + [line for note in report.notes for line in ("", f"Note: {_escape(note)}.")]
+
+
+def _loading_lines(facts: CardFacts) -> list[str]:
+    where = facts.repo_id or "path/to/this/folder"
+    if facts.kind == "module":
+        name = facts.origin.name if facts.origin.name.isidentifier() else "YourModel"
+        body = [
+            "import mono_quant",
+            "",
+            f'model = mono_quant.load("{where}", model={name}(...))  # your own class',
+        ]
+    elif facts.has_tokenizer and facts.kind == "transformers":
+        body = [
+            "import mono_quant",
+            "from transformers import AutoTokenizer",
+            "",
+            f'model = mono_quant.load("{where}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
+            'output = model(**tokenizer("Hello, world.", return_tensors="pt"))',
+        ]
+    elif facts.kind == "sentence_transformer":
+        body = [
+            "import mono_quant",
+            "",
+            f'model = mono_quant.load("{where}")',
+            'embedding = model.encode("Hello, world.")',
+        ]
+    else:
+        body = ["import mono_quant", "", f'model = mono_quant.load("{where}")']
+    return ["```python", *body, "```", "", *_reader_lines(facts)]
+
+
+def _reader_lines(facts: CardFacts) -> Iterator[str]:
+    if facts.layout == "plain":
+        yield "This is a plain float16 checkpoint: every loader of the original reads it."
+        kept = [r for r in facts.report.rows if r.action == "kept" and "float16 cannot hold" in r.reason]
+        if kept:
+            yield ""
+            yield (
+                f"{len(kept)} tensors do not fit float16 and are stored in their own dtype. `mono_quant.load` keeps them so; a loader "
+                f"that casts everything to float16 turns their largest values into infinity."
+            )
+    elif facts.layout == "mono_quant":
+        yield (
+            "The int8 codes are stored in mono_quant's own layout, because the standard one cannot hold all of these layers. "
+            "Other loaders refuse the file rather than read codes as weights."
+        )
+    elif library_of(facts) == "mono_quant":
+        yield (
+            "The files are a standard compressed-tensors checkpoint with one int8 matrix per expert. transformers by itself cannot load "
+            "int8 experts; mono_quant keeps them in int8."
+        )
+    else:
+        yield (
+            "The files are a standard compressed-tensors checkpoint: transformers loads them too (with `compressed-tensors` "
+            "installed; it turns the weights back into float at the first call). It is the layout that vLLM documents for int8 "
+            "W8A8; this model was not run there."
+        )
+
+
+def _recipe_lines(facts: CardFacts) -> list[str]:
+    options = "".join(f", {k}={v!r}" for k, v in sorted(facts.settings.items()))
+    dtype = facts.report.dtype
+    if facts.origin.repo_id:
+        call = f'mono_quant.quantize_from_hub("{facts.origin.repo_id}", "{dtype}", revision="{facts.origin.sha}"{options})'
+    else:
+        call = f'mono_quant.quantize(model, "{dtype}"{options})  # the original model'
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
+    return [
+        "```python",
+        "import mono_quant",
+        "",
+        f"result = {one_line(call, 4000)}",
+        'result.save("output-folder")',
+        "```",
+        "",
+        f"Made with {versions}. `mono_quant_report.json` lists every tensor; `mono_quant.json` has the sha256 of every file.",
+    ]
+
+
+def _code(text: str) -> str:
+    """Set foreign text in a code span that it cannot leave."""
+    line = one_line(text)
+    ticks = "`" * (max((len(run) for run in re.findall(r"`+", line)), default=0) + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{ticks}{pad}{line}{pad}{ticks}"
+
+
+def _escape(text: str) -> str:
+    """Escape what Markdown and HTML would take for structure."""
+    return re.sub(r"([\\`*_\[\]<>{}|#!])", r"\\\1", one_line(text, 400))
+
+
+def _cell(text: str) -> str:
+    """Make text safe inside a table cell: a bar ends a cell even inside a code span."""
+    if text.startswith("`"):
+        return text.replace("|", "\\|")
+    return _escape(text)

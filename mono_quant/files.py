@@ -875,3 +875,32 @@ def _discard(path: Path) -> None:
             problem = error
     if problem is not None and os.path.lexists(path):
         logger.warning("%s could not be removed (%s); the next run tries again", path, problem.strerror)
+
+
+def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Refuse early what `new_folder` would refuse after long work.
+
+    Args:
+        target: the folder to be written.
+        overwrite: replace a folder that mono_quant wrote.
+
+    Raises:
+        OutputExistsError: something that is not ours to replace is there.
+    """
+    place = _place(target)
+    _refuse_cache(place)
+    _holds_old_result(place, overwrite)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file durably; for files in a `temporary_folder`.
+
+    Raises:
+        OutputWriteError: the file system refused.
+    """
+    _write_new(path, [data], len(data))
+
+
+def record(data: bytes) -> dict[str, Any]:
+    """Return what the manifest says about a file with this content."""
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

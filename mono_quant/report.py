@@ -294,8 +294,7 @@ def _fidelity_lines(report: QuantReport) -> Iterable[str]:
     }
     facts = [f"{names[k]} {report.fidelity[k]:.4g}" for k in names if k in report.fidelity]
     yield f"output  {report.fidelity['output']} against the original: {', '.join(facts)}"
-    width = f", {report.activation_bits}-bit activations" if report.activation_bits else ""
-    yield f"        on {report.fidelity['probe']}; kernel: {report.kernel}{width}"
+    yield f"        on {report.fidelity['probe']}; kernel: {report.kernel}"
 
 
 def _columns(head: list[str] | None, rows: list[list[str]], right: set[int]) -> Iterable[str]:

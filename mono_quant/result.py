@@ -9,8 +9,13 @@ from torch import nn
 
 from mono_quant import bridge, serialization
 from mono_quant.adapters import Source
+from mono_quant.cards import render
 from mono_quant.config import QuantizationConfig
 from mono_quant.errors import UnsupportedModelError
+from mono_quant.files import temporary_folder
+from mono_quant.hub import Hub
+from mono_quant.hub_push import PushResult
+from mono_quant.publishing import publish
 from mono_quant.report import QuantReport
 
 
@@ -63,9 +68,53 @@ class QuantizedModel:
             max_shard_size=max_shard_size,
         )
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        overwrite: bool = False,
+        create_pr: bool = False,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+    ) -> PushResult:
+        """Save, load back, compare, and push in one commit.
+
+        Args:
+            repo_id: target; the token's account when it has no owner. Created when missing.
+            private: visibility of a new repository; None makes it as private as the source.
+            overwrite: replace weights that mono_quant did not push.
+            create_pr: open a pull request instead of changing the branch.
+            revision: branch to push to.
+            commit_message: one line.
+            token: the saved login when None.
+
+        Returns:
+            The commit that holds the files.
+
+        Raises:
+            HubError: the Hub refused; nothing was changed, or it says what was.
+        """
+        with temporary_folder() as scratch:
+            return publish(
+                self.save(scratch / "model"),
+                repo_id,
+                model=self.model,
+                private=private,
+                overwrite=overwrite,
+                create_pr=create_pr,
+                revision=revision,
+                commit_message=commit_message,
+                client=Hub(token=token),
+            )
+
     def card(self) -> str:
         """Return the README that `save` writes."""
-        return serialization.card(self._source, self.report, self.config)
+        has_tokenizer = (
+            "tokenizer_config.json" in self._source.side_files or self._source.processor is not None
+        )
+        return render(serialization.card_facts(self._source, self.report, self.config, has_tokenizer))
 
     def pipeline(self, task: str) -> Any:
         """Return a transformers pipeline around the model and its processor.

@@ -241,7 +241,8 @@ def _check_matches(layers: Sequence[Layer], rules: Rules, modules: Mapping[str, 
 
 def _near(pattern: str, names: list[str]) -> str:
     parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
-    near = difflib.get_close_matches(pattern.removeprefix("re:"), [*names, *parts], n=5, cutoff=0.4)
+    known = dict.fromkeys([*names, *parts])
+    near = difflib.get_close_matches(pattern.removeprefix("re:"), known, n=5, cutoff=0.4)
     return (
         f"near names: {', '.join(near)}" if near else f"the model's modules are named {', '.join(parts[:12])}"
     )

@@ -1,6 +1,7 @@
 """A saved model: written as one folder, read back bit for bit. The layouts are in `formats`."""
 
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from mono_quant import bridge
 from mono_quant.adapters import Source, side_files
-from mono_quant.cards import Origin, render
+from mono_quant.cards import CardFacts, Origin, render
 from mono_quant.checkpoint import open_checkpoint, write_checkpoint
 from mono_quant.config import QuantizationConfig
 from mono_quant.convert import cast_inputs_, install_, structural_copy
@@ -80,31 +81,29 @@ def save(
     Raises:
         OutputError: it could not be written; nothing was changed.
     """
-    layout, origin = layout_of(source.kind, report), _origin(source)
+    layout = layout_of(source.kind, report)
     state = _state(source)
     with new_folder(target, overwrite=overwrite, sources=[source.folder] if source.folder else []) as folder:
         table = _write_tensors(folder, source, state, layout, max_shard_size)
-        if source.kind == "module":
-            facts: dict[str, Any] = {"class": type(source.model).__name__}
-        else:
-            facts = {"class": type(source.core).__name__}
+        if source.kind != "module":
             _write_configs(folder, source, state, layout)
         _write_side_files(folder, source)
-        folder.write_text("README.md", card(source, report, config))
+        about = card_facts(source, report, config, "tokenizer_config.json" in folder.files)
+        folder.write_text("README.md", render(about))
         folder.write_text(REPORT, report.to_json())
-        folder.manifest.update({
+        folder.manifest |= {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "tool_version": __version__,
+            "class": type(source.core).__name__,
             "kind": source.kind,
             "layout": layout,
             "dtype": report.dtype,
             "tensors": table,
             "kept": _kept(source, report),
-            "source": {"repo_id": origin.repo_id, "sha": origin.sha},
+            "source": source.origin.to_dict(),
             "settings": config.to_dict(),
-            **facts,
-        })
+            "versions": dict(about.versions),
+        }
     return Path(target)
 
 
@@ -207,13 +206,6 @@ def _kept(source: Source, report: QuantReport) -> dict[str, str]:
     }
 
 
-def _origin(source: Source) -> Origin:
-    name = type(source.core).__name__
-    if source.origin is not None:
-        return source.origin
-    return Origin(name, source.repo.repo_id, source.repo.sha) if source.repo else Origin(name)
-
-
 def load(
     folder: Path, model: nn.Module | Callable[[], nn.Module] | None = None, *, verify: bool = True
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -237,6 +229,22 @@ def load(
         verify_manifest(folder, hashes=verify)
         return _load_own(folder, manifest, model), manifest
     return _load_foreign(folder), {}
+
+
+def verified_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder after comparing every file with it."""
+    manifest = read_manifest(folder)
+    verify_manifest(folder, hashes=True)
+    return manifest
+
+
+def read_tensors(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read all weights of a folder, codes in the shape of the float weight, without building a model.
+
+    Raises:
+        CorruptCheckpointError: codes or scales are not sound.
+    """
+    return _tensors(folder, manifest.get("tensors", {}))
 
 
 def _load_own(
@@ -425,9 +433,46 @@ def is_result_file(name: str) -> bool:
     return is_allowed(name)
 
 
-def card(source: Source, report: QuantReport, config: QuantizationConfig) -> str:
-    """Return the README of a converted model."""
-    return render(report, _origin(source), layout_of(source.kind, report), config.to_dict())
+def card_facts(
+    source: Source, report: QuantReport, config: QuantizationConfig, has_tokenizer: bool
+) -> CardFacts:
+    """Gather what the card of a converted model is made from."""
+    packages = ["torch"] if source.kind == "module" else ["torch", "transformers"]
+    versions = {"mono_quant": __version__} | {name: metadata.version(name) for name in packages}
+    layout = layout_of(source.kind, report)
+    return CardFacts(report, source.origin, layout, source.kind, _given(config), versions, has_tokenizer)
+
+
+def read_card_facts(folder: Path, repo_id: str | None = None) -> CardFacts:
+    """Gather the same from a saved folder.
+
+    Args:
+        folder: that `save` wrote.
+        repo_id: where it is, or will be, published.
+
+    Raises:
+        MonoQuantError: the folder is not a complete saved model.
+    """
+    manifest = read_manifest(folder)
+    try:
+        return CardFacts(
+            read_report(folder),
+            Origin.from_dict(manifest["source"]),
+            manifest["layout"],
+            manifest["kind"],
+            _given(QuantizationConfig.from_dict(manifest["settings"])),
+            dict(manifest["versions"]),
+            "tokenizer_config.json" in manifest["files"],
+            repo_id,
+        )
+    except KeyError as e:
+        raise CorruptCheckpointError(f"{folder}: {MANIFEST} lacks {e}; save the model again") from e
+
+
+def _given(config: QuantizationConfig) -> dict[str, Any]:
+    """Return the options that differ from the defaults, without the dtype."""
+    default = QuantizationConfig().to_dict()
+    return {k: v for k, v in config.to_dict().items() if v != default[k] and k != "dtype"}
 
 
 def loaded_source(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -> Source:
@@ -435,7 +480,6 @@ def loaded_source(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -
     kind = str(manifest.get("kind", "transformers"))
     core: Any = model[0].auto_model if kind == "sentence_transformer" else model  # type: ignore[index]
     name = next(path for path, module in model.named_modules() if module is core)
-    facts = manifest.get("source") or {}
-    origin = Origin(type(core).__name__, facts.get("repo_id"), facts.get("sha"))
+    origin = Origin.from_dict(manifest.get("source") or {"name": type(core).__name__})
     side = side_files(folder) if kind == "transformers" else ()
     return Source(model, core, kind, name, folder=folder, side_files=side, owned=True, origin=origin)

@@ -1,0 +1,255 @@
+"""The command line: one function per verb; results on stdout, everything else on stderr."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mono_quant import api, cards, hub, inspection, publishing, serialization
+from mono_quant.errors import MonoQuantError
+from mono_quant.files import check_target
+from mono_quant.hub_push import PushResult, check_push
+from mono_quant.report import QuantReport, human_bytes
+from mono_quant.version import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Quantize any Hugging Face or PyTorch model to INT8 or FP16, without calibration data.",
+)
+
+SourceArg = Annotated[
+    str, typer.Argument(help="A local model folder, or a Hub id such as org/model.", metavar="SOURCE")
+]
+PlaceArg = Annotated[str, typer.Argument(help="A model folder, or a Hub id.", metavar="DIR")]
+FolderArg = Annotated[Path, typer.Argument(help="A folder that mono_quant saved.", metavar="DIR")]
+DtypeOption = Annotated[str, typer.Option(help="int8 or fp16.")]
+SkipOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Keep this layer in float: a name, part of a name, a glob, or re:EXPRESSION. Repeatable."
+    ),
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+EmbeddingsOption = Annotated[
+    bool, typer.Option("--embeddings", help="Quantize embeddings too (int8, per row).")
+]
+DisableOption = Annotated[
+    list[str] | None, typer.Option("--disable-default", help="Lift a default rule, e.g. head. Repeatable.")
+]
+MinParamsOption = Annotated[int, typer.Option(help="Keep layers with fewer weights than this.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the repository.")]
+
+
+TokenOption = Annotated[
+    str | None, typer.Option(help="Access token; better: the saved login or HF_TOKEN.", show_default=False)
+]
+PrivateOption = Annotated[
+    bool | None,
+    typer.Option("--private/--public", help="Visibility of a new repository. Default: as the source."),
+]
+PrOption = Annotated[
+    bool, typer.Option("--create-pr", help="Open a pull request instead of changing the branch.")
+]
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+# `--version` alone is a whole command
+app.info.invoke_without_command = True
+
+
+@app.command()
+def quantize(
+    source: SourceArg,
+    dtype: DtypeOption = "int8",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write. Default: <name>-<dtype>, unless pushing."),
+    ] = None,
+    push_to: Annotated[
+        str | None, typer.Option("--push-to", help="Repository to publish the result in.")
+    ] = None,
+    private: PrivateOption = None,
+    create_pr: PrOption = False,
+    skip: SkipOption = None,
+    min_params: MinParamsOption = 0,
+    disable_default: DisableOption = None,
+    embeddings: EmbeddingsOption = False,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older result.")] = False,
+    fidelity: Annotated[bool, typer.Option(help="Measure the output against the original.")] = True,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickle weights in a guarded process.")
+    ] = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a model, save it as a folder, and publish it where asked."""
+    target = output if output or push_to else Path(f"{_name(source)}-{dtype}")
+    if target is not None:
+        check_target(target, overwrite=overwrite)
+    if push_to is not None:
+        check_push(push_to, hub.Hub(token=token))
+    result = api.quantize(
+        source,
+        dtype,
+        revision=revision,
+        token=token,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        fidelity="auto" if fidelity else False,
+        **_options(skip, min_params, disable_default, embeddings),
+    )
+    facts: dict[str, Any] = {}
+    if target is not None:
+        folder = result.save(target, overwrite=overwrite)
+        facts |= {"folder": str(folder), "folder_bytes": _folder_bytes(folder)}
+    if push_to is not None:
+        options: dict[str, Any] = {
+            "private": private,
+            "overwrite": overwrite,
+            "create_pr": create_pr,
+            "token": token,
+        }
+        pushed = result.push_to_hub(push_to, **options)
+        facts |= asdict(pushed)
+    if as_json:
+        print(json.dumps({**result.report.to_dict(), **facts}, indent=2, sort_keys=True))
+        return
+    print(result.report.table())
+    if target is not None:
+        print(f"\nsaved   {facts['folder']} ({human_bytes(facts['folder_bytes'])} on disk)")
+    if push_to is not None:
+        print(_pushed_line(pushed))
+
+
+@app.command()
+def plan(
+    source: SourceArg,
+    dtype: DtypeOption = "int8",
+    skip: SkipOption = None,
+    min_params: MinParamsOption = 0,
+    disable_default: DisableOption = None,
+    embeddings: EmbeddingsOption = False,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what quantize would do, from the config and the file headers alone."""
+    options = _options(skip, min_params, disable_default, embeddings)
+    report = api.plan(
+        source, dtype, revision=revision, token=token, trust_remote_code=trust_remote_code, **options
+    )
+    _show(report, as_json)
+
+
+@app.command()
+def inspect(
+    folder: PlaceArg, revision: RevisionOption = None, token: TokenOption = None, as_json: JsonOption = False
+) -> None:
+    """List what is quantized in a model and what is not, from its files alone; of a Hub id only the headers are fetched."""
+    seen = inspection.inspect_any(folder, revision=revision, client=hub.Hub(token=token))
+    print(json.dumps(seen.to_dict(), indent=2, sort_keys=True) if as_json else seen.table())
+
+
+@app.command()
+def push(
+    folder: FolderArg,
+    repo: Annotated[
+        str, typer.Argument(help="Repository to publish in, e.g. me/model-int8.", metavar="REPO")
+    ],
+    private: PrivateOption = None,
+    create_pr: PrOption = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace weights of somebody else.")] = False,
+    token: TokenOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a saved folder in one commit, after loading it back."""
+    pushed = api.push_to_hub(
+        folder, repo, private=private, create_pr=create_pr, overwrite=overwrite, token=token
+    )
+    print(json.dumps(asdict(pushed), indent=2) if as_json else _pushed_line(pushed))
+
+
+@app.command()
+def card(
+    folder: FolderArg,
+    repo: Annotated[str | None, typer.Option("--repo", help="Write it for this repository.")] = None,
+    lint: Annotated[
+        bool, typer.Option("--lint", help="Check the folder's README.md against its report instead.")
+    ] = False,
+) -> None:
+    """Print the card of a saved folder, or check the one it has."""
+    if not lint:
+        print(cards.render(serialization.read_card_facts(folder, repo)), end="")
+        return
+    publishing.checked_card(folder, repo)
+    print(f"ok      {folder / publishing.README} says what the report says")
+
+
+@app.command()
+def verify(folder: FolderArg, as_json: JsonOption = False) -> None:
+    """Check a saved folder: its files against the manifest, its report, and that it loads."""
+    passed = inspection.verify(folder)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "ok": True, "passed": passed}, indent=2))
+    else:
+        print("\n".join(f"ok      {line}" for line in passed))
+
+
+def main() -> None:
+    """Run the command line; a known error is one line on stderr and exit code 2."""
+    try:
+        app()
+    except MonoQuantError as e:
+        print(f"mono-quant: {' '.join(str(e).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("mono-quant: interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _show(report: QuantReport, as_json: bool) -> None:
+    print(report.to_json() if as_json else report.table(), end="" if as_json else "\n")
+
+
+def _options(
+    skip: list[str] | None, min_params: int, disable_default: list[str] | None, embeddings: bool
+) -> dict[str, Any]:
+    return {
+        "skip": skip or (),
+        "min_params": min_params,
+        "disable_defaults": disable_default or (),
+        "embeddings": embeddings,
+    }
+
+
+def _name(source: str) -> str:
+    return Path(source).resolve().name if Path(source).exists() else source.rpartition("/")[2]
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _pushed_line(pushed: PushResult) -> str:
+    what = "already at" if pushed.already_there else "pull request" if pushed.pr_url else "pushed to"
+    return f"{what} {pushed.pr_url or pushed.url} (commit {pushed.commit_sha[:12]})"

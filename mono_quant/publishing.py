@@ -1,0 +1,140 @@
+"""From a saved folder to a repository: check it, give it the card of the place where it will be, push it in one commit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant import cards, serialization
+from mono_quant.errors import ConfigError, CorruptCheckpointError
+from mono_quant.files import MANIFEST, record, temporary_folder, write_file
+from mono_quant.hub import HUB, Hub, RepoFacts
+from mono_quant.hub_push import PushResult, full_id, push
+
+README = "README.md"
+
+
+def publish(
+    folder: Path,
+    repo_id: str,
+    *,
+    model: nn.Module | None = None,
+    private: bool | None = None,
+    overwrite: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    client: Hub = HUB,
+) -> PushResult:
+    """Push a saved folder, after loading it back.
+
+    Args:
+        folder: that `save` wrote.
+        repo_id: target; the token's account when it has no owner.
+        model: the converted model, to compare what the folder loads as with.
+        private: visibility of a repository that is created; None follows the source.
+        overwrite: replace weights that mono_quant did not push.
+        create_pr: open a pull request instead of changing the branch.
+        revision: branch to push to.
+        commit_message: one line.
+        client: where the Hub is, and who asks.
+
+    Returns:
+        The commit that holds the files.
+
+    Raises:
+        ConfigError: the card contradicts the report.
+        CorruptCheckpointError: the folder does not load as what it should be.
+        HubError: the Hub refused; see `mono_quant.errors`.
+    """
+    manifest = serialization.verified_manifest(folder)
+    target = full_id(repo_id, client)
+    card = checked_card(folder, target)
+    check_loads(folder, manifest, model)
+    origin = serialization.read_card_facts(folder).origin
+    source = None
+    if origin.repo_id is not None:
+        source = RepoFacts(origin.repo_id, None, str(origin.sha), origin.private, origin.gated)
+    files = manifest["files"]
+    with temporary_folder() as staged:
+        write_file(staged / README, card.encode())
+        manifest["files"] = {**files, README: record(card.encode())}
+        text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        write_file(staged / MANIFEST, text.encode())
+        return push(
+            folder,
+            target,
+            files=sorted({*files, README, MANIFEST}),
+            expect={
+                name: (facts["size"], facts["sha256"]) for name, facts in files.items() if name != README
+            },
+            instead={README: staged / README, MANIFEST: staged / MANIFEST},
+            commit_message=commit_message or _message(manifest),
+            source=source,
+            private=private,
+            overwrite=overwrite,
+            create_pr=create_pr,
+            revision=revision,
+            hub=client,
+        )
+
+
+def checked_card(folder: Path, repo_id: str | None = None) -> str:
+    """Return the card of a folder for the place where it is to be.
+
+    A card that nobody touched is written anew, with a load snippet for `repo_id`; one that was edited is kept when it is true.
+
+    Raises:
+        ConfigError: the card contradicts the report.
+    """
+    here, there = serialization.read_card_facts(folder), serialization.read_card_facts(folder, repo_id)
+    path = folder / README
+    text = path.read_text(encoding="utf-8") if path.is_file() else cards.render(here)
+    if text == cards.render(here):
+        return cards.render(there)
+    problems = cards.lint(text, there)
+    if problems:
+        raise ConfigError(
+            f"{path} was edited and contradicts the report: {'; '.join(problems[:5])}. Correct it, or delete it to have it "
+            f"written anew"
+        )
+    return text
+
+
+def check_loads(folder: Path, manifest: dict[str, Any], model: nn.Module | None) -> None:
+    """Load a folder and compare every tensor with the model it was saved from, bit for bit.
+
+    Args:
+        folder: to load.
+        manifest: of the folder.
+        model: the converted model; None only proves that the folder loads.
+
+    Raises:
+        CorruptCheckpointError: a tensor differs.
+    """
+    if manifest["kind"] == "module":
+        # only the user's code can build it: compare what is in the files
+        found = serialization.read_tensors(folder, manifest)
+    else:
+        found = serialization.load(folder, verify=False)[0].state_dict()
+    if model is None:
+        return
+    expected = model.state_dict()
+    tied = set(expected) - set(found) if manifest["kind"] == "module" else set()
+    wrong = [n for n in (expected.keys() | found.keys()) - tied if not _equal(expected.get(n), found.get(n))]
+    if wrong:
+        raise CorruptCheckpointError(
+            f"{folder} does not load as the model that was saved: {', '.join(sorted(wrong)[:5])} differ. Nothing was published"
+        )
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+
+
+def _message(manifest: dict[str, Any]) -> str:
+    origin = manifest["source"]
+    base = f"{origin['repo_id']}@{str(origin['sha'])[:12]}" if origin.get("repo_id") else "a local model"
+    return f"{manifest['class']} in {manifest['dtype']}, made by mono_quant from {base}"

