@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from mono_quant.errors import CorruptCheckpointError
-from mono_quant.report import QuantReport, TensorReport, human_bytes
+from mono_quant.report import QuantReport, TensorReport, gap_text, human_bytes
 
 _FACTS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 _MAX_KEPT_LINES = 60
@@ -270,7 +270,7 @@ def _fidelity_lines(report: QuantReport) -> list[str]:
             "| measure | value |",
             "|---|---:|",
             *(
-                f"| {name} | {report.fidelity[k]:.4g} |"
+                f"| {name} | {report.fidelity[k]:.6g} |"
                 for k, name in _MEASURES.items()
                 if report.fidelity.get(k) is not None
             ),
@@ -285,8 +285,7 @@ def _fidelity_lines(report: QuantReport) -> list[str]:
     if worst is not None and worst.sqnr_db is not None:
         lines += [
             "",
-            f"Lowest weight SQNR: {worst.sqnr_db:.1f} dB ({_code(worst.name)}), {worst.gap_db:.1f} dB below what 8 bits reach on "
-            f"Gaussian rows.",
+            f"Lowest weight SQNR: {worst.sqnr_db:.1f} dB ({_code(worst.name)}), {gap_text(worst)}.",
         ]
     flushed = sum(r.flushed for r in report.rows)
     if flushed:

@@ -204,6 +204,12 @@ def _drop_defaults(row: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "shape": list(row["shape"])}
 
 
+def gap_text(row: TensorReport) -> str:
+    """Say how far a quantized tensor is from what 8 bits reach on Gaussian rows of its length."""
+    gap = row.gap_db or 0.0
+    return f"{abs(gap):.1f} dB {'below' if gap >= 0 else 'above'} what 8 bits reach on Gaussian rows"
+
+
 def human_bytes(count: int) -> str:
     """Return a byte count in the unit people read, e.g. `86.7 MB` (decimal units)."""
     size = float(count)
@@ -271,8 +277,7 @@ def _layer_lines(report: QuantReport) -> Iterable[str]:
         worst = report.worst
         yield ""
         yield (
-            f"weights lowest SQNR {worst.sqnr_db:.1f} dB ({worst.name}), "
-            f"{worst.gap_db:.1f} dB below what 8 bits reach on Gaussian rows"
+            f"weights lowest SQNR {worst.sqnr_db:.1f} dB ({worst.name}), {gap_text(worst)}"
         )
     flushed = sum(r.flushed for r in report.rows)
     if flushed:
@@ -292,7 +297,7 @@ def _fidelity_lines(report: QuantReport) -> Iterable[str]:
         "kl_p99": "KL divergence, 99 %",
         "top1_agreement": "top-1 agreement",
     }
-    facts = [f"{names[k]} {report.fidelity[k]:.4g}" for k in names if k in report.fidelity]
+    facts = [f"{names[k]} {report.fidelity[k]:.6g}" for k in names if k in report.fidelity]
     yield f"output  {report.fidelity['output']} against the original: {', '.join(facts)}"
     yield f"        on {report.fidelity['probe']}; kernel: {report.kernel}"
 

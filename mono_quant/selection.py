@@ -139,7 +139,7 @@ def select(
 
 def _own_reason(layer: Layer, rules: Rules) -> str:
     if layer.unsupported:
-        return layer.unsupported
+        return DEFAULTS["router"] if "router" in layer.defaults else layer.unsupported
     reason = user_reason((layer.name, *layer.aliases), layer.class_name, layer.weights, rules)
     if reason:
         return reason

@@ -13,18 +13,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ |= {
-    "HF_HUB_DISABLE_XET": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-}
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from loopback_hub import LoopbackHub
+
+# huggingface_hub reads its settings when it is imported
+server = LoopbackHub().__enter__()
+cache = tempfile.TemporaryDirectory()
+os.environ |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": cache.name, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
 import torch
 import transformers
-from huggingface_hub import constants
-from loopback_hub import LoopbackHub
 from torch import nn
 
 import mono_quant
@@ -113,16 +114,12 @@ def main() -> None:
     torch.manual_seed(0)
     keep(mono_quant.quantize(minilm()), "all-MiniLM-L6-v2-int8")
     keep(mono_quant.quantize(SmallCNN(), probe=torch.randn(2, 3, 16, 16)), "small-cnn-int8")
-    with LoopbackHub() as server, tempfile.TemporaryDirectory() as cache:
-        constants.ENDPOINT, constants.HF_HUB_CACHE = server.endpoint, cache
-        for name, model in (
-            ("tiny-llama", tiny_llama()),
-            ("tiny-gpt2", tiny_gpt2()),
-            ("tiny-moe", tiny_moe()),
-        ):
-            server.add_repo(f"example/{name}", files_of(model))
-            keep(mono_quant.quantize_from_hub(f"example/{name}"), f"{name}-int8")
-        keep(mono_quant.quantize_from_hub("example/tiny-llama", "fp16"), "tiny-llama-fp16")
+    for name, model in (("tiny-llama", tiny_llama()), ("tiny-gpt2", tiny_gpt2()), ("tiny-moe", tiny_moe())):
+        server.add_repo(f"example/{name}", files_of(model))
+        keep(mono_quant.quantize_from_hub(f"example/{name}"), f"{name}-int8")
+    keep(mono_quant.quantize_from_hub("example/tiny-llama", "fp16"), "tiny-llama-fp16")
+    server.__exit__(None, None, None)
+    cache.cleanup()
 
 
 if __name__ == "__main__":
