@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mono_quant import bridge, hub
+from mono_quant.allowed import is_allowed
 from mono_quant.cards import Origin
 from mono_quant.checkpoint import Checkpoint, open_checkpoint
 from mono_quant.errors import (
@@ -19,7 +20,6 @@ from mono_quant.errors import (
     StateDictError,
     UnsupportedModelError,
 )
-from mono_quant.files import MANIFEST, is_allowed
 from mono_quant.guards import (
     PICKLES,
     Shapes,
@@ -29,8 +29,10 @@ from mono_quant.guards import (
     read_config,
     refuse_pickles,
 )
-from mono_quant.headers import parse_header_bytes, read_json_object
+from mono_quant.headers import parse_header_bytes
+from mono_quant.json_reader import read_json_object
 from mono_quant.layers import is_transformers_model
+from mono_quant.manifest import MANIFEST
 
 
 @dataclass

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.errors import CorruptCheckpointError, UnsupportedModelError
-from mono_quant.files import MANIFEST
 from mono_quant.layers import PORTABLE_KINDS
+from mono_quant.manifest import MANIFEST
 from mono_quant.modules import Int8Module
 from mono_quant.report import QuantReport
 

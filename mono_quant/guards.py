@@ -21,9 +21,9 @@ from mono_quant.errors import (
     UnsupportedModelError,
     WrappedModelError,
 )
-from mono_quant.files import MANIFEST
-from mono_quant.headers import read_json_object
+from mono_quant.json_reader import read_json_object
 from mono_quant.layers import is_transformers_model
+from mono_quant.manifest import MANIFEST
 from mono_quant.modules import Int8Module
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -88,7 +88,7 @@ def _check_part(path: str, module: nn.Module) -> None:
         )
     for name, tensor in module.named_parameters(recurse=False):
         if isinstance(tensor, nn.parameter.UninitializedParameter):
-            continue
+            raise MetaTensorError(f"{path}.{name} has no weights yet; run the model once before converting it")
         if type(tensor.data) is not torch.Tensor or tensor.is_quantized or tensor.layout != torch.strided:
             raise AlreadyQuantizedError(
                 f"{path}.{name} is a {type(tensor.data).__name__} ({tensor.layout}), not a plain float tensor; pass the float model"

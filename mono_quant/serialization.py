@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mono_quant import bridge
 from mono_quant.adapters import Source, side_files
+from mono_quant.allowed import is_allowed
 from mono_quant.cards import CardFacts, Origin, render
-from mono_quant.checkpoint import open_checkpoint, write_checkpoint
+from mono_quant.checkpoint import open_checkpoint
 from mono_quant.config import QuantizationConfig
 from mono_quant.convert import cast_inputs_, install_, structural_copy
 from mono_quant.errors import (
@@ -21,15 +22,7 @@ from mono_quant.errors import (
     MissingFileError,
     UnsupportedModelError,
 )
-from mono_quant.files import (
-    MANIFEST,
-    OutputFolder,
-    TensorEntry,
-    is_allowed,
-    new_folder,
-    read_manifest,
-    verify_manifest,
-)
+from mono_quant.files import OutputFolder, new_folder
 from mono_quant.formats import (
     FORMAT,
     FORMAT_VERSION,
@@ -44,12 +37,15 @@ from mono_quant.formats import (
     layout_of,
     unflatten,
 )
-from mono_quant.headers import read_json_object
+from mono_quant.json_reader import read_json_object
 from mono_quant.layers import WEIGHTS, kind_of
+from mono_quant.manifest import MANIFEST, read_manifest, verify_manifest
 from mono_quant.modules import Int8TransposedLinear
 from mono_quant.report import QuantReport
 from mono_quant.selection import DEFAULTS
 from mono_quant.sentence import load_modules, write_modules
+from mono_quant.shards import write_checkpoint
+from mono_quant.tensor_file import TensorEntry
 from mono_quant.version import __version__
 
 REPORT = "mono_quant_report.json"
@@ -100,6 +96,7 @@ def save(
             "dtype": report.dtype,
             "tensors": table,
             "kept": _kept(source, report),
+            "buffers": _cast_buffers(source.core),
             "source": source.origin.to_dict(),
             "settings": config.to_dict(),
             "versions": dict(about.versions),
@@ -273,6 +270,7 @@ def _load_own(
         )
     else:
         loaded = bridge.load_int8(cls, config, tensors, str(folder), dtype_of(raw))
+    _recast_buffers(loaded, manifest)
     _set_generation(loaded, folder)
     return loaded
 
@@ -288,6 +286,7 @@ def _load_sentence(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
         tensors = _tensors(folder, {})
         core = model[0].auto_model
         _restore_kept(core, kept, lambda: bridge.load_float(cls, config, tensors, str(folder), torch.float32))
+    _recast_buffers(model[0].auto_model, manifest)
     return model  # type: ignore[no-any-return]
 
 
@@ -319,6 +318,7 @@ def _load_plain(
         )
     install_(built, sorted({owners[name] for name in codes}))
     _fill_plain(built, tensors, folder)
+    _recast_buffers(built, manifest)
     _cast_inputs_of(built, manifest.get("kept", {}))
     return built.eval()
 
@@ -473,6 +473,25 @@ def _given(config: QuantizationConfig) -> dict[str, Any]:
     """Return the options that differ from the defaults, without the dtype."""
     default = QuantizationConfig().to_dict()
     return {k: v for k, v in config.to_dict().items() if v != default[k] and k != "dtype"}
+
+
+def _cast_buffers(core: nn.Module) -> dict[str, str]:
+    """Name the float buffers that are not saved (rotary tables) and are not in float32, with their dtype.
+
+    They are computed when a model is built, in float32; a model that was cast in memory has them in another dtype.
+    """
+    saved = core.state_dict(keep_vars=True).keys()
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in core.named_buffers()
+        if name not in saved and buffer.numel() and buffer.is_floating_point() and buffer.dtype != torch.float32
+    }
+
+
+def _recast_buffers(core: nn.Module, manifest: Mapping[str, Any]) -> None:
+    buffers = dict(core.named_buffers())
+    for name, dtype in manifest.get("buffers", {}).items():
+        buffers[name].data = buffers[name].data.to(getattr(torch, dtype))
 
 
 def loaded_source(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -> Source:

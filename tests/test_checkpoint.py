@@ -19,14 +19,8 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from mono_quant import checkpoint, files, headers
-from mono_quant.checkpoint import (
-    open_checkpoint,
-    plan_shards,
-    read_json,
-    read_json_object,
-    write_checkpoint,
-)
+from mono_quant import checkpoint, disk, headers, pickles
+from mono_quant.checkpoint import open_checkpoint
 from mono_quant.errors import (
     ConfigError,
     CorruptCheckpointError,
@@ -38,7 +32,10 @@ from mono_quant.errors import (
     UnsafeInputError,
     UnsupportedModelError,
 )
-from mono_quant.files import TensorEntry, new_folder
+from mono_quant.files import new_folder
+from mono_quant.json_reader import read_json, read_json_object
+from mono_quant.shards import plan_shards, write_checkpoint
+from mono_quant.tensor_file import TensorEntry
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -759,7 +756,7 @@ def no_process(*_, **__):
 
 
 def test_K1_pickles_alone_are_refused_with_a_remedy(tmp_path, monkeypatch, opened):
-    monkeypatch.setattr(checkpoint.subprocess, "run", no_process)
+    monkeypatch.setattr(pickles.subprocess, "run", no_process)
     torch.save(weights(), tmp_path / "pytorch_model.bin")
     opened.clear()
     with pytest.raises(
@@ -770,7 +767,7 @@ def test_K1_pickles_alone_are_refused_with_a_remedy(tmp_path, monkeypatch, opene
 
 
 def test_K1_pickles_beside_safetensors_are_never_touched(tmp_path, monkeypatch, opened):
-    monkeypatch.setattr(checkpoint.subprocess, "run", no_process)
+    monkeypatch.setattr(pickles.subprocess, "run", no_process)
     (sharded(tmp_path) / "pytorch_model.bin").write_bytes(b"whatever")
     opened.clear()
     with open_checkpoint(tmp_path, allow_pickle=True) as found:
@@ -780,7 +777,7 @@ def test_K1_pickles_beside_safetensors_are_never_touched(tmp_path, monkeypatch, 
 
 def test_K1_pickles_are_converted_on_request_and_the_copy_goes_away(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    monkeypatch.setattr(files.tempfile, "tempdir", None)
+    monkeypatch.setattr(disk.tempfile, "tempdir", None)
     (tmp_path / "tmp").mkdir()
     tensors = weights() | {
         "half": torch.ones(3, dtype=torch.bfloat16),
@@ -829,7 +826,7 @@ def test_K2_no_code_path_reads_pickles_in_full():
 
 def load_pickle(folder, value, **options):
     torch.save(value, folder / "pytorch_model.bin", **options)
-    return checkpoint._load_pickle(folder / "pytorch_model.bin", False)
+    return pickles._load_pickle(folder / "pytorch_model.bin", False)
 
 
 def test_K3_compressed_records_are_refused(tmp_path):
@@ -843,7 +840,7 @@ def test_K3_compressed_records_are_refused(tmp_path):
     with pytest.raises(
         UnsafeInputError, match=r"pytorch_model\.bin' holds compressed records; do not use it"
     ):
-        checkpoint._load_pickle(tmp_path / "pytorch_model.bin", False)
+        pickles._load_pickle(tmp_path / "pytorch_model.bin", False)
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage")
@@ -885,7 +882,7 @@ def test_K3_many_views_of_one_storage_are_refused(tmp_path):
     "names", [["-00001-of-00002"], ["", "-00001-of-00001"], ["-00001-of-00001", "-00002-of-00002"]]
 )
 def test_K1_an_incomplete_set_of_pickles_is_refused(tmp_path, names, monkeypatch):
-    monkeypatch.setattr(checkpoint.subprocess, "run", no_process)
+    monkeypatch.setattr(pickles.subprocess, "run", no_process)
     for name in names:
         (tmp_path / f"pytorch_model{name}.bin").write_bytes(b"")
     with pytest.raises(
@@ -927,7 +924,7 @@ def test_K1_other_pickles_are_not_weights(tmp_path):
 def test_K1_every_end_of_the_other_process_is_typed(tmp_path, monkeypatch, code, out, kind, words):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     done = subprocess.CompletedProcess([], code, stdout=out, stderr="on stderr")
-    monkeypatch.setattr(checkpoint.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(pickles.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(kind, match=words):
         open_checkpoint(tmp_path, allow_pickle=True)
 
@@ -935,8 +932,8 @@ def test_K1_every_end_of_the_other_process_is_typed(tmp_path, monkeypatch, code,
 def test_K3_the_memory_of_the_other_process_is_limited(tmp_path):
     script = """
 import torch
-from mono_quant import checkpoint
-checkpoint._limit_memory(1 << 30)
+from mono_quant import pickles
+pickles._limit_memory(1 << 30)
 torch.ones(1 << 20)
 try:
     torch.empty(1 << 31, dtype=torch.uint8)
@@ -948,12 +945,12 @@ except RuntimeError as error:
 
 
 def test_a_tensor_in_two_pickles_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_limit_memory", lambda extra: None)
+    monkeypatch.setattr(pickles, "_limit_memory", lambda extra: None)
     paths = [tmp_path / "1.bin", tmp_path / "2.bin"]
     for path in paths:
         torch.save({"w": torch.ones(1)}, path)
     with pytest.raises(CorruptCheckpointError, match=r"'w' is in two pickle files; fetch"):
-        checkpoint.convert_pickles([str(path) for path in paths], str(tmp_path / "out"), False)
+        pickles.convert_pickles([str(path) for path in paths], str(tmp_path / "out"), False)
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mono_quant import files
+from mono_quant import disk, files, reading, staging, tensor_file
+from mono_quant.allowed import is_allowed
 from mono_quant.errors import (
     CorruptCheckpointError,
     FormatVersionError,
@@ -27,10 +28,12 @@ from mono_quant.errors import (
     OutputWriteError,
     UnsafeInputError,
 )
-from mono_quant.files import TensorEntry, is_allowed, new_folder, read_manifest, verify_manifest
+from mono_quant.files import new_folder
+from mono_quant.manifest import read_manifest, verify_manifest
+from mono_quant.tensor_file import TensorEntry
 from mono_quant.version import __version__
 
-WRITES = [name for name in vars(files._Ops) if not name.startswith("_")]
+WRITES = [name for name in vars(disk._Ops) if not name.startswith("_")]
 DEAD = "deadbeef"
 
 
@@ -38,7 +41,7 @@ class Stop(BaseException):
     """Stands for anything that is no Exception."""
 
 
-class ShimOps(files._Ops):
+class ShimOps(disk._Ops):
     """Counts every operation and lets the k-th one go wrong, before or after it took effect."""
 
     def __init__(self, fail_at=None, error=None, after=False, can_exchange=True):
@@ -121,7 +124,7 @@ def expected(tmp_path_factory):
 
 def shimmed(monkeypatch, **options):
     ops = ShimOps(**options)
-    monkeypatch.setattr(files, "_ops", ops)
+    monkeypatch.setattr(disk, "_ops", ops)
     return ops
 
 
@@ -155,12 +158,12 @@ def test_nothing_is_visible_before_the_end_and_the_path_follows(tmp_path):
 def test_the_manifest_is_the_last_file_written(tmp_path, monkeypatch):
     opened = []
 
-    class Watching(files._Ops):
+    class Watching(disk._Ops):
         def open(self, path):
             opened.append(path.name)
             return super().open(path)
 
-    monkeypatch.setattr(files, "_ops", Watching())
+    monkeypatch.setattr(disk, "_ops", Watching())
     save(tmp_path / "out", 1)
     assert opened[-1] == "mono_quant.json" and opened.count("mono_quant.json") == 1
 
@@ -386,13 +389,13 @@ def test_S6_a_source_that_shrinks_while_copied_is_noticed(tmp_path, monkeypatch)
     source = tmp_path / "LICENSE"
     source.write_bytes(b"x" * 100)
     real = os.pread
-    monkeypatch.setattr(files, "_CHUNK", 10)
+    monkeypatch.setattr(reading, "_CHUNK", 10)
 
     def shrinking(descriptor, count, offset):
         os.truncate(source, 20)
         return real(descriptor, count, offset)
 
-    monkeypatch.setattr(files.os, "pread", shrinking)
+    monkeypatch.setattr(reading.os, "pread", shrinking)
     with (
         pytest.raises(CorruptCheckpointError, match=r"LICENSE' became shorter"),
         new_folder(tmp_path / "o") as folder,
@@ -454,7 +457,7 @@ def test_S9_bytes_are_those_of_the_official_writer(tmp_path, tensors):
 
 
 def test_large_tensors_are_written_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_CHUNK", 100)
+    monkeypatch.setattr(tensor_file, "_CHUNK", 100)
     tensors = {"w": torch.arange(1000.0), "v": torch.arange(7)}
     assert written(tmp_path / "out", tensors) == official(tmp_path / "official", tensors)
 
@@ -535,7 +538,7 @@ def test_P12_unwritable_tensors_are_named_together(tmp_path):
 
 
 def test_a_header_that_no_reader_takes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr(tensor_file, "MAX_HEADER_BYTES", 100)
     with pytest.raises(
         OutputError, match=r"model\.safetensors would need a header of \d+ bytes.*use more shards"
     ):
@@ -688,10 +691,10 @@ def prepare(base, setting):
 
 def count_operations(base, setting, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_ops", ShimOps())
+        patch.setattr(disk, "_ops", ShimOps())
         prepare(base, setting)
         ops = ShimOps(can_exchange=SETTINGS[setting]["can_exchange"])
-        patch.setattr(files, "_ops", ops)
+        patch.setattr(disk, "_ops", ops)
         save(base / "out", 2, overwrite=True)
     return ops.count
 
@@ -796,23 +799,23 @@ except OutputWriteError as error:
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
 def test_O6_a_file_system_that_cannot_reserve_space_is_fine(tmp_path, monkeypatch, expected, code):
-    class NoReserve(files._Ops):
+    class NoReserve(disk._Ops):
         def allocate(self, descriptor, size):
             raise OSError(code, "no")
 
-    monkeypatch.setattr(files, "_ops", NoReserve())
+    monkeypatch.setattr(disk, "_ops", NoReserve())
     save(tmp_path / "out", 1)
     assert snapshot(tmp_path / "out") == expected["old"]
 
 
 def test_O7_short_writes_are_continued_and_none_is_an_error(tmp_path, monkeypatch, expected):
-    class Short(files._Ops):
+    class Short(disk._Ops):
         step = 7
 
         def write(self, descriptor, data):
             return super().write(descriptor, data[: self.step])
 
-    monkeypatch.setattr(files, "_ops", Short())
+    monkeypatch.setattr(disk, "_ops", Short())
     save(tmp_path / "out", 1)
     assert snapshot(tmp_path / "out") == expected["old"]
     monkeypatch.setattr(Short, "step", 0)
@@ -823,25 +826,25 @@ def test_O7_short_writes_are_continued_and_none_is_an_error(tmp_path, monkeypatc
 def test_O7_a_folder_that_cannot_be_synced_is_fine_where_there_is_no_such_call(
     tmp_path, monkeypatch, expected
 ):
-    class NoFolderSync(files._Ops):
+    class NoFolderSync(disk._Ops):
         def fsync(self, descriptor):
             if stat.S_ISDIR(os.fstat(descriptor).st_mode):
                 raise OSError(errno.EINVAL, "no")
 
-    monkeypatch.setattr(files, "_ops", NoFolderSync())
+    monkeypatch.setattr(disk, "_ops", NoFolderSync())
     save(tmp_path / "out", 1)
     assert snapshot(tmp_path / "out") == expected["old"]
 
 
 def test_exchange_falls_back_or_reports(tmp_path):
-    ops = files._Ops()
+    ops = disk._Ops()
     (tmp_path / "a").mkdir()
     with pytest.raises(OSError, match="No such file"):
         ops.exchange(tmp_path / "a", tmp_path / "absent")
 
 
 def stray(parent, kind="partial", host=None, process=2**22 + 1):
-    path = parent / f".out.mq-{host or files._host()}-{process}-00000000.{kind}"
+    path = parent / f".out.mq-{host or staging._host()}-{process}-00000000.{kind}"
     path.mkdir()
     (path / "x").write_text("x")
     return path
@@ -864,14 +867,14 @@ def test_O1_strays_of_dead_runs_are_removed_and_others_left(tmp_path, caplog):
 
 
 def test_a_stray_that_cannot_be_removed_is_reported(tmp_path, monkeypatch, caplog):
-    class Stubborn(files._Ops):
+    class Stubborn(disk._Ops):
         def remove_tree(self, path):
             if not path.name.startswith(".scratch"):
                 raise OSError(errno.EIO, "Input/output error")
             super().remove_tree(path)
 
     path = stray(tmp_path)
-    monkeypatch.setattr(files, "_ops", Stubborn())
+    monkeypatch.setattr(disk, "_ops", Stubborn())
     save(tmp_path / "out", 1)
     assert f"{path} could not be removed (Input/output error); the next run tries again" in caplog.text
 
@@ -916,13 +919,13 @@ def test_O4_a_second_run_in_the_same_process_is_refused(tmp_path):
 
 
 def test_O4_losing_a_race_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
-    class Racing(files._Ops):
+    class Racing(disk._Ops):
         def rename(self, old, new):
             new.mkdir()
             (new / "theirs").write_text("x")
             super().rename(old, new)
 
-    monkeypatch.setattr(files, "_ops", Racing())
+    monkeypatch.setattr(disk, "_ops", Racing())
     with pytest.raises(
         OutputBusyError, match=r"another run finished .*out' in the meantime; nothing was changed"
     ):

@@ -1,0 +1,35 @@
+"""What an output folder may hold, by name, in full.
+
+Everything else stays behind, above all code (*.py), pickles (*.bin), secrets (.env), history (.git) and training state.
+"""
+
+import re
+
+ALLOWED = (
+    # the model's description
+    r"config\.json|generation_config\.json",
+    # our weights and their index; a pickle can run code when it is read
+    r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json",
+    # our manifest and report, the card
+    r"mono_quant\.json|mono_quant_report\.json|README\.md",
+    # tokenizer: the fast one, the settings, and the vocabularies of the slow ones
+    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|normalizer\.json",
+    r"vocab\.(txt|json)|merges\.txt|[A-Za-z0-9][A-Za-z0-9_.-]*\.(model|tiktoken)",
+    # processors of images, sound and video; templates are text that is rendered in a sandbox
+    r"(preprocessor|processor|video_preprocessor|image_processor|feature_extractor)_config\.json",
+    r"chat_template\.(jinja|json)|additional_chat_templates/[A-Za-z0-9][A-Za-z0-9_.-]*\.jinja",
+    # sentence-transformers: the list of modules and each module's settings and dense weights
+    r"modules\.json|config_sentence_transformers\.json|sentence_[a-z0-9]+_config\.json",
+    r"\d+_[A-Za-z][A-Za-z0-9_]*/(config\.json|model\.safetensors)",
+    # terms that must travel along
+    r"(?i:LICEN[SC]E|NOTICE|USE_POLICY)[A-Za-z0-9_-]*(\.(txt|md|rst|pdf))?",
+)
+_ALLOWED = re.compile("|".join(f"(?:{pattern})" for pattern in ALLOWED))
+
+# Found beside the files of every clone or download from the Hub.
+HUB_EXTRAS = (".gitattributes", ".cache/", ".git/")
+
+
+def is_allowed(name: str) -> bool:
+    """Tell whether an output folder may hold a file of this name (relative, with `/`)."""
+    return len(name) <= 255 and _ALLOWED.fullmatch(name) is not None
