@@ -5,16 +5,37 @@ under `torch.compile`, `torch.export`, fake tensors and autograd they go through
 compiler pass can open and rewrite into an inexact kernel.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mono_quant.kernels import reference
+from mono_quant.kernels import cpu, reference
+from mono_quant.kernels.cpu import EncodedRows, HalfValues
 from mono_quant.kernels.reference import MAX_IN_FEATURES
 
-__all__ = ["MAX_IN_FEATURES", "activation_bits", "describe", "int8_conv", "int8_embedding", "int8_linear"]
+__all__ = [
+    "MAX_IN_FEATURES",
+    "EncodedRows",
+    "HalfValues",
+    "activation_bits",
+    "cast_half",
+    "describe",
+    "encode_rows",
+    "environment",
+    "half_linear",
+    "int8_conv",
+    "int8_embedding",
+    "int8_linear",
+    "using",
+]
+
+_loaded = cpu.load()
+# Replaced as a whole by `using`, so that a thread sees the old choice or the new one.
+_cpu, _cpu_reason = cpu.from_environment(_loaded)
 
 # Rows of unfolded patches held at once by a convolution, in elements: bounds its scratch memory.
 _PATCH_ELEMENTS = 1 << 24
@@ -32,7 +53,7 @@ def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     Returns:
         [..., N] in the dtype of `x`. Each row depends on that row of `x` alone.
     """
-    if _needs_op(x):
+    if _needs_op(x, bias):
         out: Tensor = torch.ops.mono_quant.int8_linear(x, weight, weight_scale, bias)
         return out
     return _linear(x, weight, weight_scale, bias)
@@ -61,7 +82,7 @@ def int8_conv(
         [B, O, H', W'] in the dtype of `x`.
     """
     args = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
-    if _needs_op(x):
+    if _needs_op(x, bias):
         out: Tensor = torch.ops.mono_quant.int8_conv(x, weight, weight_scale, bias, *args)
         return out
     return _conv(x, weight, weight_scale, bias, *args)
@@ -79,27 +100,169 @@ def int8_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype:
     Returns:
         `dtype` [*indices.shape, D].
     """
+    if _cpu is not None and not _needs_op(indices, None):
+        out = _cpu.embedding(indices, weight, weight_scale, dtype)
+        if out is not None:
+            return out
     rows = F.embedding(indices, weight)
     return (rows.float() * F.embedding(indices, weight_scale)).to(dtype)
 
 
+def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear layer with float16 weights and float arithmetic.
+
+    On CPU the weights are read as float16 and widened in registers. Sums are fp32; their order, and with it the last
+    bit, may change with the number of tokens.
+
+    Args:
+        x: fp32, fp16 or bf16 [..., K].
+        weight: float16 [N, K].
+        bias: float [N] or None.
+
+    Returns:
+        [..., N] in the dtype of `x`.
+    """
+    if _needs_op(x, bias):
+        out: Tensor = torch.ops.mono_quant.half_linear(x, weight, bias)
+        return out
+    return _half_linear(x, weight, bias)
+
+
+def encode_rows(weight: Tensor, scale_dtype: torch.dtype) -> EncodedRows | None:
+    """Quantize each row of a matrix symmetrically to int8 in one pass over memory.
+
+    Args:
+        weight: fp32, fp16 or bf16 [N, K].
+        scale_dtype: dtype whose values the scales are rounded to.
+
+    Returns:
+        Codes, scales and error sums, or None where no native kernel can do it.
+    """
+    return None if _cpu is None else _cpu.encode_rows(weight, scale_dtype)
+
+
+def cast_half(tensor: Tensor) -> HalfValues | None:
+    """Cast fp32 or bf16 to float16 and count what does not fit, in one pass over memory.
+
+    Returns:
+        The values and counts, or None where no native kernel can do it.
+    """
+    return None if _cpu is None else _cpu.cast_half(tensor)
+
+
 def activation_bits(device: torch.device | str = "cpu") -> int:
-    """Return the width of the activation codes that the chosen path uses on `device`."""
-    return 8
+    """Return the width of the activation codes that the chosen path uses on `device`.
+
+    Rows too long for exact int32 sums at that width (more than 8192 values at 12 bits) get narrower codes.
+    """
+    return _cpu.bits if _cpu is not None and torch.device(device).type == "cpu" else reference.BITS
 
 
 def describe(device: torch.device | str = "cpu") -> str:
     """Name the path that runs int8 products on `device`, for reports."""
+    if _cpu is not None and torch.device(device).type == "cpu":
+        return f"native {_cpu.path} (exact, {_cpu.bits}-bit activations)"
     return "reference (plain torch, exact)"
 
 
-def _needs_op(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled())
+def environment() -> dict[str, str | int | bool | list[str] | None]:
+    """Say what runs int8 products on this machine's CPU, and why: for `mono-quant env`.
+
+    Returns:
+        `library` (is the native library there), `reason` (why not, or what was refused), `compiler`, `isa_paths`
+        (instruction sets that work here), `path` (the one in use), `activation_bits`, `threads`, and `cost` (what
+        the missing library costs, or None).
+    """
+    cost = None
+    if _cpu is None:
+        cost = "int8 layers compute in float and are slower than float ones; results stay exact"
+    return {
+        "library": _loaded.library is not None,
+        "reason": _cpu_reason,
+        "compiler": _loaded.compiler,
+        "isa_paths": list(_loaded.paths),
+        "path": "reference" if _cpu is None else _cpu.path,
+        "activation_bits": activation_bits(),
+        "threads": torch.get_num_threads(),
+        "cost": cost,
+    }
+
+
+@contextmanager
+def using(path: str | None = None, bits: int | None = None) -> Iterator[None]:
+    """Run int8 products on CPU on another path while the context lasts, in the whole process.
+
+    Args:
+        path: "reference", "portable", "avx2", "avx512" or "avx512vnni"; the best one here when not given.
+        bits: width of the activation codes, 8 to 12; 12 when not given. 8 bits give the bits of the reference.
+
+    Raises:
+        ValueError: the path or the width is unknown, or this machine does not have the path.
+    """
+    global _cpu, _cpu_reason
+    before = _cpu, _cpu_reason
+    _cpu, _cpu_reason = cpu.choose(_loaded, path, bits)
+    try:
+        yield
+    finally:
+        _cpu, _cpu_reason = before
+
+
+def _needs_op(x: Tensor, bias: Tensor | None) -> bool:
+    """Say whether someone other than the CPU looks at this call: a compiler, a tracer, autograd, a fake tensor."""
+    return (
+        type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    if _cpu is not None and _has_memory():
+        out = _cpu.linear(x, weight, weight_scale, bias)
+        if out is not None:
+            return out
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return reference.int8_linear(rows, weight, weight_scale, bias).reshape(*x.shape[:-1], weight.shape[0])
+    codes, scale = reference.quantize_tokens(rows)
+    matmul = torch._int_mm if _has_int_mm(codes, weight) else reference.int_matmul
+    total = matmul(codes, weight.t() if matmul is torch._int_mm else weight)
+    out = reference.rescale(total, scale, weight_scale, bias, x.dtype)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _cpu is not None and _has_memory():
+        out = _cpu.half_linear(x, weight, bias)
+        if out is not None:
+            return out
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _has_memory() -> bool:
+    # under functorch a tensor may stand for another one
+    return torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _has_int_mm(codes: Tensor, weight: Tensor) -> bool:
+    # with one input feature torch 2.13 confuses the strides and the result is wrong
+    if not codes.is_cpu or codes.shape[0] <= 16 or codes.shape[1] < 16 or weight.shape[0] == 0:
+        return False
+    # on CPUs without VNNI it is a scalar loop
+    return _int_mm_is_exact()
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    if not torch.cpu._is_vnni_supported():
+        return False
+    codes = torch.full((32, 256), reference.QMAX, dtype=torch.int8)
+    weight = torch.tensor([127, -128, -127, 1], dtype=torch.int8).view(4, 1).expand(4, 256).contiguous()
+    try:
+        return torch.equal(torch._int_mm(codes, weight.t()), reference.int_matmul(codes, weight))
+    except RuntimeError:
+        return False
 
 
 def _out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -120,6 +283,12 @@ def _conv(
     size = [
         _out_size(*args) for args in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     ]
+    if _cpu is not None and _has_memory():
+        native = _cpu.conv(
+            x, weight, weight_scale, bias, kernel_size, stride, padding, dilation, groups, size
+        )
+        if native is not None:
+            return native
     places = size[0] * size[1]
     channels = weight.shape[0]
     out = x.new_empty(x.shape[0], channels, *size)
@@ -128,13 +297,11 @@ def _conv(
     for start in range(0, x.shape[0], step):
         # unfold has no half kernel on every device; the codes are computed from fp32 in any case
         part = x[start : start + step].float()
-        patches = F.unfold(part, kernel_size, dilation, padding, stride)
+        patches = F.unfold(part, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
         tokens = patches.view(part.shape[0], groups, depth, places).permute(1, 0, 3, 2)
         for group in range(groups):
             rows = slice(group * width, (group + 1) * width)
-            y = _linear(
-                tokens[group], weight[rows], weight_scale[rows], None if bias is None else bias[rows]
-            )
+            y = _linear(tokens[group], weight[rows], weight_scale[rows], None if bias is None else bias[rows])
             out[start : start + step, rows] = y.transpose(1, 2).reshape(part.shape[0], width, *size)
     return out
 
@@ -143,7 +310,7 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     weight, weight_scale = ctx.saved_tensors
     # Straight-through estimate: the gradient of the linear layer with the dequantized weight.
     grad_x = (grad.float() @ (weight.float() * weight_scale)).to(grad.dtype)
-    grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
     return grad_x, None, None, grad_bias
 
 
@@ -176,7 +343,9 @@ def _conv_op(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    return _conv(x, weight, weight_scale, bias, kernel_size, stride, padding, dilation, groups)
+    out = _conv(x, weight, weight_scale, bias, kernel_size, stride, padding, dilation, groups)
+    # one layout for every input, as the fake tensor has it
+    return out.contiguous()
 
 
 @_conv_op.register_fake
@@ -195,3 +364,26 @@ def _conv_fake(
         _out_size(*args) for args in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     ]
     return x.new_empty(x.shape[0], weight.shape[0], *size)
+
+
+def _half_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    (weight,) = ctx.saved_tensors
+    grad_x = (grad.float() @ weight.float()).to(grad.dtype)
+    return grad_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _half_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[1])
+
+
+@torch.library.custom_op("mono_quant::half_linear", mutates_args=())
+def _half_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _half_linear(x, weight, bias)
+
+
+@_half_op.register_fake
+def _half_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_half_op.register_autograd(_half_backward, setup_context=_half_setup)

@@ -16,12 +16,13 @@ output dtype.
 import torch
 from torch import Tensor
 
+BITS = 8
 QMAX = 127
 # Below this the fp32 scale a / 127 would be subnormal: the row counts as zero.
 TINY = QMAX * 2.0**-126
-# 127 * 128 * 1024 < 2^24: partial sums of this many products are integers that fp32 holds exactly, in any
-# order, also for the code -128 of foreign checkpoints.
-K_BLOCK = 1024
+# Partial sums below 2^24 are integers that fp32 holds exactly, in any order. Weights may hold -128: foreign
+# checkpoints do.
+_EXACT = 2**24 // 128
 # |sum| <= 127 * 128 * K must stay below 2^31.
 MAX_IN_FEATURES = (2**31 - 1) // (QMAX * 128)
 
@@ -34,14 +35,15 @@ def quantize_tokens(x: Tensor, qmax: int = QMAX) -> tuple[Tensor, Tensor]:
         qmax: largest code; 127 gives int8 codes, up to 2047 int16 codes.
 
     Returns:
-        codes [M, K] in [-qmax, qmax] (int8, or int16 for qmax > 127) and scales, fp32 [M, 1]. A row of zeros
+        Codes [M, K] in [-qmax, qmax] (int8, or int16 for qmax > 127) and scales, fp32 [M, 1]. A row of zeros
         has scale 0; a row with NaN or infinity has codes 0 and scale NaN.
     """
     x = x.float()
     absmax = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
     finite = torch.isfinite(absmax)
     zero = absmax < qmax * 2.0**-126
-    inverse = torch.where(zero | ~finite, 0.0, qmax / absmax)
+    # a tensor on both sides: `number / tensor` multiplies by a rounded reciprocal
+    inverse = torch.where(zero | ~finite, 0.0, torch.full_like(absmax, qmax) / absmax)
     codes = (x * inverse).round_().clamp_(-qmax, qmax).nan_to_num_(0.0)
     scale = torch.where(zero, 0.0, absmax / qmax).masked_fill_(~finite, float("nan"))
     return codes.to(torch.int8 if qmax <= QMAX else torch.int16), scale
@@ -51,19 +53,22 @@ def int_matmul(codes: Tensor, weight: Tensor) -> Tensor:
     """Multiply integer codes exactly.
 
     Args:
-        codes: int8 [M, K] in [-127, 127].
+        codes: int8 [M, K] in [-127, 127], or int16 in [-2047, 2047].
         weight: int8 [N, K].
 
     Returns:
-        int32 [M, N], `codes @ weight.T` without rounding or overflow for K <= MAX_IN_FEATURES.
+        int32 [M, N], `codes @ weight.T` without rounding, and without overflow for int8 and K <= MAX_IN_FEATURES.
     """
     rows, depth = codes.shape
-    if depth <= K_BLOCK:
-        return (codes.float() @ weight.float().t()).to(torch.int32)
-    total = torch.zeros(rows, weight.shape[0], dtype=torch.int32, device=codes.device)
-    for start in range(0, depth, K_BLOCK):
-        block = slice(start, start + K_BLOCK)
-        total += (codes[:, block].float() @ weight[:, block].float().t()).to(torch.int32)
+    step = _EXACT // (QMAX + 1 if codes.dtype == torch.int8 else 2048)
+    # autocast would run the product in half precision
+    with torch.autocast("cpu" if codes.is_meta else codes.device.type, enabled=False):
+        if depth <= step:
+            return (codes.float() @ weight.float().t()).to(torch.int32)
+        total = torch.zeros(rows, weight.shape[0], dtype=torch.int32, device=codes.device)
+        for start in range(0, depth, step):
+            block = slice(start, start + step)
+            total += (codes[:, block].float() @ weight[:, block].float().t()).to(torch.int32)
     return total
 
 

@@ -1,0 +1,410 @@
+"""The native library on CPU: load it, test it against the reference, call it.
+
+The library is plain C called through ctypes, which releases the GIL. It shares torch's OpenMP threads because it
+names the same runtime and is loaded after torch.
+"""
+
+import ctypes
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mono_quant.kernels import reference
+
+# Instruction sets, best last; the numbers are those of the C interface.
+PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512vnni": 3}
+WIDE_BITS = 12
+_VERSION = 1
+_FOLDER = Path(__file__).resolve().parent
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# |sum| <= qmax * 128 * K must stay below 2^31: very long rows get narrower codes, whatever their batch is.
+_CODE_BUDGET = (2**31 - 1) // 128
+
+_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES: dict[str, list[Any]] = {
+    "mq_version": [],
+    "mq_isas": [],
+    "mq_linear": [_INT] * 3
+    + [_LONG] * 3
+    + [_POINTER, _INT, _LONG]
+    + [_POINTER] * 3
+    + [_INT, _POINTER, _LONG],
+    "mq_half_linear": [_INT] * 2
+    + [_LONG] * 3
+    + [_POINTER, _INT, _LONG]
+    + [_POINTER] * 2
+    + [_INT, _POINTER, _LONG],
+    "mq_conv": [_INT] * 3 + [_POINTER] * 2 + [_INT] + [_POINTER] * 3 + [_INT, _POINTER],
+    "mq_quantize_rows": [_INT, _LONG, _LONG, _POINTER, _INT, _LONG, _INT] + [_POINTER] * 3,
+    "mq_to_half": [_INT, _LONG, _POINTER, _INT, _POINTER, _POINTER],
+    "mq_embedding": [_INT, _LONG, _LONG, _LONG] + [_POINTER] * 4 + [_INT],
+}
+
+
+class EncodedRows(NamedTuple):
+    """A matrix in int8 rows.
+
+    Attributes:
+        codes: int8 [N, K] in [-127, 127].
+        scale: fp32 [N, 1]; NaN for a row with NaN or infinity, 1 for a row of zeros.
+        signal: sum of squares of the matrix, of its finite rows.
+        noise: sum of squares of what rounding changed in them.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    signal: float
+    noise: float
+
+
+class HalfValues(NamedTuple):
+    """A tensor in float16.
+
+    Attributes:
+        value: float16, same shape.
+        overflowed: finite values of magnitude >= 65520, which became infinite.
+        clamped: values between 65504 and 65520, which became 65504.
+        flushed: non-zero values that became zero.
+        nonfinite: values that were NaN or infinite.
+    """
+
+    value: Tensor
+    overflowed: int
+    clamped: int
+    flushed: int
+    nonfinite: int
+
+
+def widest_code(depth: int, bits: int) -> int:
+    """Return the largest activation code for rows of `depth` values when `bits` are allowed."""
+    return min((1 << bits - 1) - 1, max(reference.QMAX, _CODE_BUDGET // max(1, depth)))
+
+
+class Cpu:
+    """The library on one instruction set, with one width of activation codes.
+
+    Every method returns None where the library has no kernel for its arguments; the caller then takes the reference.
+    """
+
+    def __init__(self, library: ctypes.CDLL, path: str, bits: int) -> None:
+        self.path, self.bits = path, bits
+        self._isa, self._qmax = PATHS[path], (1 << bits - 1) - 1
+        self._library = library
+        self._linear, self._half_linear = library.mq_linear, library.mq_half_linear
+        self._embedding = library.mq_embedding
+
+    def linear(self, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Apply an int8 linear layer; see `mono_quant.kernels.int8_linear`."""
+        dtype = _DTYPES.get(x.dtype)
+        rows, depth = weight.shape
+        shape = x.shape
+        if dtype is None or not (x.is_cpu and weight.is_cpu) or not shape or shape[-1] != depth:
+            return None
+        x = _dense(x)
+        # int8 [N, K] and fp32 [N, 1] are dense unless someone transposed them
+        weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
+        if weight.dtype is not torch.int8 or weight_scale.dtype is not torch.float32:
+            return None
+        bias_pointer, bias_dtype = None, 0
+        if bias is not None:
+            known = _DTYPES.get(bias.dtype)
+            if known is None or bias.numel() != rows:
+                return None
+            bias = bias.contiguous()
+            bias_pointer, bias_dtype = bias.data_ptr(), known
+        if weight_scale.numel() != rows:
+            return None
+        out = x.new_empty((*shape[:-1], rows))
+        failed = self._linear(
+            self._isa,
+            self._qmax if depth * self._qmax <= _CODE_BUDGET else widest_code(depth, self.bits),
+            torch.get_num_threads(),
+            shape[:-1].numel(),
+            rows,
+            depth,
+            x.data_ptr(),
+            dtype,
+            depth,
+            weight.data_ptr(),
+            weight_scale.data_ptr(),
+            bias_pointer,
+            bias_dtype,
+            out.data_ptr(),
+            rows,
+        )
+        return None if failed else out
+
+    def half_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Apply a linear layer with float16 weights; see `mono_quant.kernels.half_linear`."""
+        dtype = _DTYPES.get(x.dtype)
+        rows, depth = weight.shape
+        shape = x.shape
+        if dtype is None or not (x.is_cpu and weight.is_cpu) or not shape or shape[-1] != depth:
+            return None
+        if weight.dtype is not torch.float16:
+            return None
+        x, weight = _dense(x), weight.contiguous()
+        bias_pointer, bias_dtype = None, 0
+        if bias is not None:
+            known = _DTYPES.get(bias.dtype)
+            if known is None or bias.numel() != rows:
+                return None
+            bias = bias.contiguous()
+            bias_pointer, bias_dtype = bias.data_ptr(), known
+        out = x.new_empty((*shape[:-1], rows))
+        failed = self._half_linear(
+            self._isa,
+            torch.get_num_threads(),
+            shape[:-1].numel(),
+            rows,
+            depth,
+            x.data_ptr(),
+            dtype,
+            depth,
+            weight.data_ptr(),
+            bias_pointer,
+            bias_dtype,
+            out.data_ptr(),
+            rows,
+        )
+        return None if failed else out
+
+    def conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        out_size: Sequence[int],
+    ) -> Tensor | None:
+        """Apply an int8 convolution; see `mono_quant.kernels.int8_conv`."""
+        dtype = _DTYPES.get(x.dtype)
+        bias_dtype = 0 if bias is None else _DTYPES.get(bias.dtype)
+        if dtype is None or bias_dtype is None or not (x.is_cpu and weight.is_cpu):
+            return None
+        if weight.dtype is not torch.int8 or weight_scale.dtype is not torch.float32:
+            return None
+        images, channels, height, width = x.shape
+        rows, depth = weight.shape
+        inner = channels // groups
+        if depth != inner * kernel_size[0] * kernel_size[1] or channels % groups or rows % groups:
+            return None
+        # pixels of adjacent channels: a receptive field is then a few long runs of memory
+        pixels = _dense(x.permute(0, 2, 3, 1))
+        weight = weight.view(rows, inner, *kernel_size).permute(0, 2, 3, 1).contiguous()
+        weight_scale = weight_scale.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        out = x.new_empty((images, *out_size, rows))
+        sizes = [images, groups, rows // groups, height, width, inner]
+        sizes += [*kernel_size, *stride, *padding, *dilation, *out_size]
+        failed = self._library.mq_conv(
+            self._isa,
+            widest_code(depth, self.bits),
+            torch.get_num_threads(),
+            (_LONG * len(sizes))(*sizes),
+            pixels.data_ptr(),
+            dtype,
+            weight.data_ptr(),
+            weight_scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            bias_dtype,
+            out.data_ptr(),
+        )
+        if failed:
+            return None
+        out = out.permute(0, 3, 1, 2)
+        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+            return out.contiguous()
+        return out
+
+    def embedding(
+        self, indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Gather and dequantize rows; see `mono_quant.kernels.int8_embedding`."""
+        known = _DTYPES.get(dtype)
+        if known is None or not (indices.is_cpu and weight.is_cpu) or indices.is_floating_point():
+            return None
+        if weight.dtype is not torch.int8 or weight_scale.dtype is not torch.float32:
+            return None
+        rows, depth = weight.shape
+        index = indices.to(torch.int64).contiguous()
+        weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
+        out = weight_scale.new_empty((*indices.shape, depth), dtype=dtype)
+        failed = self._embedding(
+            torch.get_num_threads(),
+            index.numel(),
+            rows,
+            depth,
+            index.data_ptr(),
+            weight.data_ptr(),
+            weight_scale.data_ptr(),
+            out.data_ptr(),
+            known,
+        )
+        return None if failed else out
+
+    def encode_rows(self, weight: Tensor, scale_dtype: torch.dtype) -> EncodedRows | None:
+        """Quantize the rows of a weight; see `mono_quant.kernels.encode_rows`."""
+        dtype, scale_code = _DTYPES.get(weight.dtype), _DTYPES.get(scale_dtype, 0)
+        if dtype is None or not weight.is_cpu or weight.dim() != 2:
+            return None
+        weight = _dense(weight)
+        rows, depth = weight.shape
+        codes = weight.new_empty((rows, depth), dtype=torch.int8)
+        scale = weight.new_empty((rows, 1), dtype=torch.float32)
+        energy = weight.new_empty((rows, 2), dtype=torch.float64)
+        failed = self._library.mq_quantize_rows(
+            torch.get_num_threads(),
+            rows,
+            depth,
+            weight.data_ptr(),
+            dtype,
+            depth,
+            scale_code,
+            codes.data_ptr(),
+            scale.data_ptr(),
+            energy.data_ptr(),
+        )
+        if failed:
+            return None
+        signal, noise = energy.sum(0).tolist()
+        return EncodedRows(codes, scale, signal, noise)
+
+    def cast_half(self, tensor: Tensor) -> HalfValues | None:
+        """Cast to float16 and count what does not fit; see `mono_quant.kernels.cast_half`."""
+        if tensor.dtype not in (torch.float32, torch.bfloat16) or not tensor.is_cpu:
+            return None
+        tensor = _dense(tensor)
+        value = tensor.new_empty(tensor.shape, dtype=torch.float16)
+        counts = (_LONG * 4)()
+        failed = self._library.mq_to_half(
+            torch.get_num_threads(),
+            tensor.numel(),
+            tensor.data_ptr(),
+            _DTYPES[tensor.dtype],
+            value.data_ptr(),
+            counts,
+        )
+        return None if failed else HalfValues(value, *counts)
+
+
+def _dense(x: Tensor) -> Tensor:
+    # a tensor marked as negated shares its memory with the positive one
+    return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What came of loading the library.
+
+    Attributes:
+        library: the loaded library, or None.
+        reason: why there is none, or why some path was refused; None when all is well.
+        compiler: the compiler that built it, when known.
+        paths: the instruction sets that this processor runs and that passed the self-test, best last.
+    """
+
+    library: ctypes.CDLL | None
+    reason: str | None
+    compiler: str | None
+    paths: tuple[str, ...]
+
+
+def load() -> Loaded:
+    """Load the library from this folder and test each path that the processor can run."""
+    record = _read_record()
+    compiler = record.get("compiler")
+    file = _FOLDER / "libmono_quant.so"
+    if not file.exists():
+        reason = record.get("reason") or "it was not built when the package was installed"
+        return Loaded(None, reason, compiler, ())
+    try:
+        library = ctypes.CDLL(str(file))
+        for name, argtypes in _SIGNATURES.items():
+            getattr(library, name).argtypes = argtypes
+    except (OSError, AttributeError) as e:
+        return Loaded(None, f"{file} could not be loaded: {e}", compiler, ())
+    version = library.mq_version()
+    if version != _VERSION:
+        return Loaded(None, f"{file} has interface {version}, this package needs {_VERSION}", compiler, ())
+    mask = library.mq_isas()
+    runnable = [name for name, isa in PATHS.items() if mask >> isa & 1]
+    passed = tuple(name for name in runnable if _agrees(library, name))
+    failed = [name for name in runnable if name not in passed]
+    reason = f"self-test failed, not used: {', '.join(failed)}" if failed else None
+    return Loaded(library, reason, compiler, passed)
+
+
+def _read_record() -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads((_FOLDER / "libmono_quant.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
+def choose(loaded: Loaded, path: str | None = None, bits: int | None = None) -> tuple[Cpu | None, str | None]:
+    """Return the kernels to use, or None and the reason for the reference.
+
+    Args:
+        loaded: from `load`.
+        path: a name in `PATHS`, or "reference"; the best one when not given.
+        bits: width of activation codes, 8 to 12; 12 when not given.
+
+    Raises:
+        ValueError: the path or the width is unknown, or this machine does not have the path.
+    """
+    bits = WIDE_BITS if bits is None else bits
+    if not 8 <= bits <= WIDE_BITS:
+        raise ValueError(f"activation codes have 8 to {WIDE_BITS} bits, not {bits}")
+    if path == "reference":
+        return None, "the reference was asked for"
+    if path is not None and path not in PATHS:
+        raise ValueError(f"unknown kernel path {path!r}; choose from {', '.join(['reference', *PATHS])}")
+    if loaded.library is None or not loaded.paths:
+        if path is not None:
+            raise ValueError(f"kernel path {path!r} is not available: {loaded.reason}")
+        return None, loaded.reason
+    if path is not None and path not in loaded.paths:
+        raise ValueError(f"this processor does not run {path!r}, only {', '.join(loaded.paths)}")
+    return Cpu(loaded.library, path or loaded.paths[-1], bits), loaded.reason
+
+
+def from_environment(loaded: Loaded) -> tuple[Cpu | None, str | None]:
+    """Choose by MONO_QUANT_ISA and MONO_QUANT_ACTIVATION_BITS; see `choose`."""
+    bits = os.environ.get("MONO_QUANT_ACTIVATION_BITS")
+    return choose(loaded, os.environ.get("MONO_QUANT_ISA") or None, int(bits) if bits else None)
+
+
+def _agrees(library: ctypes.CDLL, path: str) -> bool:
+    """Hold one path against the reference, bit for bit, on small products made to catch it."""
+    # few and many tokens take different kernels; odd sizes leave a tail everywhere
+    cases = [(3, 7, 67), (61, 51, 131)]
+    return all(_case_agrees(Cpu(library, path, bits), *case) for bits in (8, WIDE_BITS) for case in cases)
+
+
+def _case_agrees(cpu: Cpu, tokens: int, rows: int, depth: int) -> bool:
+    index = torch.arange(tokens * depth, dtype=torch.float32)
+    x = torch.sin(index * index).view(tokens, depth)
+    x[0] = 1.0
+    x[1] = 0.0
+    x[2, depth - 1] = float("nan")
+    weight = ((torch.arange(rows * depth) * 37 + 11) % 256 - 128).to(torch.int8).view(rows, depth)
+    weight[0], weight[1] = 127, -128
+    weight_scale = torch.linspace(0.5, 1.5, rows).view(rows, 1)
+    bias = torch.linspace(-1.0, 1.0, rows)
+    codes, scale = reference.quantize_tokens(x, widest_code(depth, cpu.bits))
+    expected = reference.rescale(reference.int_matmul(codes, weight), scale, weight_scale, bias, x.dtype)
+    found = cpu.linear(x, weight, weight_scale, bias)
+    return found is not None and torch.equal(found.nan_to_num(1e30), expected.nan_to_num(1e30))

@@ -1,0 +1,139 @@
+// The C interface. Pointers, sizes and strides only: no dependency on Python or torch, loaded with ctypes.
+#include "convert.h"
+#include "linear.h"
+
+using namespace mq;
+
+#define MQ_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+bool known(int dtype) { return dtype >= 0 && dtype <= 2; }
+
+}  // namespace
+
+// Changes whenever a signature or a meaning below does.
+MQ_API int mq_version() { return 1; }
+
+// One bit per Isa that this processor runs.
+MQ_API int mq_isas() {
+  int mask = 0;
+  for (int isa = 0; isa <= static_cast<int>(Isa::avx512vnni); ++isa) {
+    if (runs(static_cast<Isa>(isa))) mask |= 1 << isa;
+  }
+  return mask;
+}
+
+// x [tokens, depth], weight int8 [rows, depth], weight_scale fp32 [rows], bias [rows] or null, out [tokens, rows] in
+// the dtype of x; strides in elements, last dimensions dense. Returns 0, 1 (no kernel or no memory) or 2 (bad
+// argument).
+MQ_API int mq_linear(int isa, int qmax, int threads, int64_t tokens, int64_t rows, int64_t depth, const void* x,
+                     int x_dtype, int64_t x_stride, const int8_t* weight, const float* weight_scale, const void* bias,
+                     int bias_dtype, void* out, int64_t out_stride) {
+  if (tokens < 0 || rows < 0 || depth < 0 || qmax < 1 || qmax > 2047 || !known(x_dtype) || !known(bias_dtype)) return 2;
+  if (tokens == 0 || rows == 0) return 0;
+  Linear layer = {};
+  layer.isa = static_cast<Isa>(isa);
+  layer.qmax = qmax;
+  layer.threads = threads;
+  layer.tokens = tokens, layer.rows = rows, layer.depth = depth;
+  layer.x = {x, static_cast<DType>(x_dtype), x_stride};
+  layer.weight = weight, layer.weight_stride = depth, layer.weight_scale = weight_scale;
+  layer.bias = bias, layer.bias_dtype = static_cast<DType>(bias_dtype);
+  layer.out = out, layer.out_stride = out_stride;
+  return linear(layer) ? 0 : 1;
+}
+
+// The same with float16 weights [rows, depth] and float arithmetic.
+MQ_API int mq_half_linear(int isa, int threads, int64_t tokens, int64_t rows, int64_t depth, const void* x, int x_dtype,
+                          int64_t x_stride, const void* weight, const void* bias, int bias_dtype, void* out,
+                          int64_t out_stride) {
+  if (tokens < 0 || rows < 0 || depth < 0 || !known(x_dtype) || !known(bias_dtype)) return 2;
+  if (tokens == 0 || rows == 0) return 0;
+  Linear layer = {};
+  layer.isa = static_cast<Isa>(isa);
+  layer.half = true;
+  layer.threads = threads;
+  layer.tokens = tokens, layer.rows = rows, layer.depth = depth;
+  layer.x = {x, static_cast<DType>(x_dtype), x_stride};
+  layer.weight = static_cast<const int8_t*>(weight), layer.weight_stride = 2 * depth;
+  layer.bias = bias, layer.bias_dtype = static_cast<DType>(bias_dtype);
+  layer.out = out, layer.out_stride = out_stride;
+  return linear(layer) ? 0 : 1;
+}
+
+// x [images, height, width, groups * channels], weight int8 [groups * rows, kernel_h * kernel_w * channels] in the
+// order kernel row, kernel column, channel; out [images, out_h, out_w, groups * rows]. `shape` holds images, groups,
+// rows and the twelve sizes of `Patches` in their order, then out_h and out_w.
+MQ_API int mq_conv(int isa, int qmax, int threads, const int64_t* shape, const void* x, int x_dtype,
+                   const int8_t* weight, const float* weight_scale, const void* bias, int bias_dtype, void* out) {
+  if (qmax < 1 || qmax > 2047 || !known(x_dtype) || !known(bias_dtype)) return 2;
+  for (int i = 0; i < 16; ++i) {
+    if (shape[i] < 0) return 2;
+  }
+  const int64_t images = shape[0], groups = shape[1], rows = shape[2];
+  Patches patches;
+  static_assert(sizeof(patches) == 13 * sizeof(int64_t), "Patches is read from the caller's array");
+  std::memcpy(&patches, shape + 3, sizeof(patches));
+  const DType dtype = static_cast<DType>(x_dtype), bias_type = static_cast<DType>(bias_dtype);
+  Linear layer = {};
+  layer.isa = static_cast<Isa>(isa);
+  layer.qmax = qmax;
+  layer.threads = threads;
+  layer.tokens = images * patches.out_h * patches.out_w;
+  layer.rows = rows;
+  layer.depth = patches.kernel_h * patches.kernel_w * patches.channels;
+  layer.patches = &patches;
+  layer.weight_stride = layer.depth;
+  layer.bias_dtype = bias_type;
+  layer.out_stride = groups * rows;
+  if (layer.tokens == 0 || rows == 0) return 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    layer.x = {static_cast<const char*>(x) + g * patches.channels * size_of(dtype), dtype, groups * patches.channels};
+    layer.weight = weight + g * rows * layer.depth;
+    layer.weight_scale = weight_scale + g * rows;
+    layer.bias = bias == nullptr ? nullptr : static_cast<const char*>(bias) + g * rows * size_of(bias_type);
+    layer.out = static_cast<char*>(out) + g * rows * size_of(dtype);
+    if (!linear(layer)) return 1;
+  }
+  return 0;
+}
+
+// x [rows, depth] to int8 codes [rows, depth], fp32 scale [rows] and energy double [rows, 2]; see convert.h.
+MQ_API int mq_quantize_rows(int threads, int64_t rows, int64_t depth, const void* x, int x_dtype, int64_t x_stride,
+                            int scale_dtype, int8_t* codes, float* scale, double* energy) {
+  if (rows < 0 || depth < 0 || !known(x_dtype) || !known(scale_dtype)) return 2;
+#ifdef MQ_X86
+  if (!runs(Isa::avx2)) return 1;
+  const Matrix matrix = {x, static_cast<DType>(x_dtype), x_stride};
+  quantize_rows({matrix, rows, depth, static_cast<DType>(scale_dtype), codes, scale, energy, threads});
+  return 0;
+#else
+  return 1;
+#endif
+}
+
+// n floats, fp32 or bf16, to float16; counts[4] gets overflowed, clamped, flushed and non-finite values.
+MQ_API int mq_to_half(int threads, int64_t n, const void* source, int dtype, void* target, int64_t* counts) {
+  if (n < 0 || !known(dtype) || static_cast<DType>(dtype) == DType::f16) return 2;
+#ifdef MQ_X86
+  if (!runs(Isa::avx2)) return 1;
+  const HalfCounts found = to_half(source, static_cast<DType>(dtype), n, target, threads);
+  counts[0] = found.overflowed, counts[1] = found.clamped, counts[2] = found.flushed, counts[3] = found.nonfinite;
+  return 0;
+#else
+  return 1;
+#endif
+}
+
+// Rows of an int8 table [rows, depth] times their scales, out [count, depth]. Returns 2 for an index out of range.
+MQ_API int mq_embedding(int threads, int64_t count, int64_t rows, int64_t depth, const int64_t* index,
+                        const int8_t* table, const float* scale, void* out, int dtype) {
+  if (count < 0 || rows < 0 || depth < 0 || !known(dtype)) return 2;
+#ifdef MQ_X86
+  if (!runs(Isa::avx2)) return 1;
+  return gather_rows(index, count, table, scale, rows, depth, out, static_cast<DType>(dtype), threads) ? 0 : 2;
+#else
+  return 1;
+#endif
+}

@@ -1,0 +1,260 @@
+// The integer product on 512-bit vectors, for an operation `Op` that multiplies and adds.
+//
+// An Op names the size of a code (4: floats with float16 weights, 2: int16, 1: int8 with unsigned weights), loads
+// one vector of weights and adds products of weights and codes.
+//
+// Included once per instruction set with MQ_TARGET set to it: a target attribute cannot depend on a template
+// argument, and code compiled for VNNI must not run without it.
+#include <immintrin.h>
+
+#include "common.h"
+
+// GCC 12 reports the undefined merge operands inside its own intrinsics.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+namespace mq {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kVectors = 3;
+constexpr int kTileTokens = 8;
+constexpr int kDotTokens = 4;
+
+MQ_TARGET MQ_INLINE void transpose_words(__m512i r[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+MQ_TARGET MQ_INLINE __mmask64 first_bytes(int64_t count) {
+  return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1;
+}
+
+// Bytes of a weight row that become one block of sixteen vectors in the panel, one word of each row after another.
+constexpr int64_t kBlockBytes = 64;
+
+// Sixteen rows of int8; `step` words from one word of the panel to the next.
+template <int CodeSize>
+MQ_TARGET void interleave_bytes(const int8_t* weight, int64_t stride, int rows, int64_t bytes, int64_t step,
+                                int32_t* panel) {
+  const __m512i order = _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0));
+  const __m512i offset = _mm512_set1_epi8(-128);
+  for (int64_t k = 0; k < bytes; k += kBlockBytes) {
+    __m512i r[16];
+    const __mmask64 mask = first_bytes(bytes - k);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      r[i] = i < rows ? _mm512_maskz_loadu_epi8(mask, weight + i * stride + k) : _mm512_setzero_si512();
+      // Bytes 0 2 1 3 of each word: its even bytes then hold the first pair and its odd bytes the second.
+      r[i] = CodeSize == 1 ? _mm512_xor_si512(r[i], offset) : _mm512_shuffle_epi8(r[i], order);
+    }
+    transpose_words(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      if (CodeSize == 1) {
+        _mm512_store_si512(panel, r[i]);
+        panel += step;
+      } else {
+        _mm512_store_si512(panel, _mm512_srai_epi16(_mm512_slli_epi16(r[i], 8), 8));
+        _mm512_store_si512(panel + step, _mm512_srai_epi16(r[i], 8));
+        panel += 2 * step;
+      }
+    }
+  }
+}
+
+// Sixteen rows of float16.
+MQ_TARGET inline void interleave_halves(const int8_t* weight, int64_t stride, int rows, int64_t bytes, int64_t step,
+                                        int32_t* panel) {
+  for (int64_t k = 0; k < bytes; k += kBlockBytes / 2) {
+    __m512i r[16];
+    const __mmask32 mask = static_cast<__mmask32>(first_bytes(bytes - k));
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const __m256i half = i < rows ? _mm256_maskz_loadu_epi8(mask, weight + i * stride + k) : _mm256_setzero_si256();
+      r[i] = _mm512_castps_si512(_mm512_cvtph_ps(half));
+    }
+    transpose_words(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i, panel += step) _mm512_store_si512(panel, r[i]);
+  }
+}
+
+template <int CodeSize>
+void interleave(const int8_t* weight, int64_t stride, int rows, int64_t depth, int32_t* panel) {
+  const int64_t step = (rows + kLanes - 1) / kLanes * kLanes;
+  for (int n = 0; n < rows; n += kLanes, weight += kLanes * stride, panel += kLanes) {
+    if constexpr (CodeSize == 4) {
+      interleave_halves(weight, stride, rows - n, 2 * depth, step, panel);
+    } else {
+      interleave_bytes<CodeSize>(weight, stride, rows - n, depth, step, panel);
+    }
+  }
+}
+
+template <class Op, int T, int V>
+MQ_TARGET void tile_of(const int32_t* codes, int64_t stride, const int32_t* panel, int64_t words, int32_t* sums,
+                     bool accumulate) {
+  constexpr int kColumns = kVectors * kLanes;
+  __m512i acc[T][V];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      acc[t][v] = accumulate ? _mm512_loadu_si512(sums + t * kColumns + v * kLanes) : _mm512_setzero_si512();
+    }
+  }
+  for (int64_t i = 0; i < words; ++i, panel += V * kLanes) {
+    __m512i b[V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) b[v] = _mm512_load_si512(panel + v * kLanes);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const __m512i a = _mm512_set1_epi32(codes[t * stride + i]);
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) acc[t][v] = Op::add(acc[t][v], b[v], a);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) _mm512_storeu_si512(sums + t * kColumns + v * kLanes, acc[t][v]);
+  }
+}
+
+template <class Op, int T>
+void tile_rows(const int32_t* codes, int64_t stride, const int32_t* panel, int rows, int64_t words, int32_t* sums,
+               bool accumulate) {
+  if (rows > 2 * kLanes) return tile_of<Op, T, 3>(codes, stride, panel, words, sums, accumulate);
+  if (rows > kLanes) return tile_of<Op, T, 2>(codes, stride, panel, words, sums, accumulate);
+  tile_of<Op, T, 1>(codes, stride, panel, words, sums, accumulate);
+}
+
+template <class Op>
+void tile(const int32_t* codes, int64_t stride, int tokens, const int32_t* panel, int rows, int64_t words,
+          int32_t* sums, bool accumulate) {
+  switch (tokens) {
+    case 1: return tile_rows<Op, 1>(codes, stride, panel, rows, words, sums, accumulate);
+    case 2: return tile_rows<Op, 2>(codes, stride, panel, rows, words, sums, accumulate);
+    case 3: return tile_rows<Op, 3>(codes, stride, panel, rows, words, sums, accumulate);
+    case 4: return tile_rows<Op, 4>(codes, stride, panel, rows, words, sums, accumulate);
+    case 5: return tile_rows<Op, 5>(codes, stride, panel, rows, words, sums, accumulate);
+    case 6: return tile_rows<Op, 6>(codes, stride, panel, rows, words, sums, accumulate);
+    case 7: return tile_rows<Op, 7>(codes, stride, panel, rows, words, sums, accumulate);
+    default: return tile_rows<Op, 8>(codes, stride, panel, rows, words, sums, accumulate);
+  }
+}
+
+MQ_TARGET MQ_INLINE __m256i halves(__m512i v) {
+  return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+}
+
+MQ_TARGET MQ_INLINE __m256 halves_of_floats(__m512i v) {
+  return _mm256_add_ps(_mm256_castsi256_ps(_mm512_castsi512_si256(v)),
+                       _mm256_castsi256_ps(_mm512_extracti64x4_epi64(v, 1)));
+}
+
+// The sums over all lanes of four vectors.
+template <bool Floats>
+MQ_TARGET MQ_INLINE __m128i four_totals(const __m512i v[4]) {
+  if constexpr (Floats) {
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(halves_of_floats(v[0]), halves_of_floats(v[1])),
+                                    _mm256_hadd_ps(halves_of_floats(v[2]), halves_of_floats(v[3])));
+    return _mm_castps_si128(_mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  }
+  const __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(halves(v[0]), halves(v[1])),
+                                      _mm256_hadd_epi32(halves(v[2]), halves(v[3])));
+  return _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+}
+
+template <class Op>
+constexpr int64_t kWeightSize = Op::kCodeSize == 4 ? 2 : 1;
+
+template <class Op, int T, bool Ahead>
+MQ_TARGET MQ_INLINE void dot_step(__m512i acc[T][4], const int8_t* const weight[4], int64_t k, __mmask64 mask,
+                                  int64_t ahead, const char* codes, int64_t stride) {
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    const int8_t* place = weight[r] + k * kWeightSize<Op>;
+    if constexpr (Ahead) _mm_prefetch(place + ahead, _MM_HINT_T1);
+    const __m512i w = Op::load(place, mask);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      acc[t][r] = Op::add(acc[t][r], w, _mm512_loadu_si512(codes + (t * stride + k) * Op::kCodeSize));
+    }
+  }
+}
+
+template <class Op, int T, bool Ahead>
+MQ_TARGET void dot_of(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
+                      int32_t* sums, int64_t sums_stride) {
+  constexpr int64_t kStep = 64 / Op::kCodeSize;
+  __m512i acc[T][4];
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) acc[t][r] = _mm512_setzero_si512();
+  }
+  const char* bytes = static_cast<const char*>(codes);
+  int64_t k = 0;
+  for (; k + kStep <= depth; k += kStep) dot_step<Op, T, Ahead>(acc, weight, k, ~0ull, ahead, bytes, stride);
+  if (k < depth) dot_step<Op, T, false>(acc, weight, k, first_bytes((depth - k) * kWeightSize<Op>), 0, bytes, stride);
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + t * sums_stride), four_totals<Op::kCodeSize == 4>(acc[t]));
+  }
+}
+
+template <class Op, bool Ahead>
+void dot_ahead(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
+               int tokens, int32_t* sums, int64_t sums_stride) {
+  switch (tokens) {
+    case 1: return dot_of<Op, 1, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+    case 2: return dot_of<Op, 2, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+    case 3: return dot_of<Op, 3, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+    default: return dot_of<Op, 4, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+  }
+}
+
+template <class Op>
+void dot(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride, int tokens,
+         int32_t* sums, int64_t sums_stride) {
+  const auto run = ahead != 0 ? dot_ahead<Op, true> : dot_ahead<Op, false>;
+  run(weight, depth, ahead, codes, stride, tokens, sums, sums_stride);
+}
+
+template <class Op>
+constexpr ProductKernels make() {
+  constexpr bool kBytes = Op::kCodeSize == 1;
+  return {Op::kCodeSize, kWeightSize<Op>,  kVectors * kLanes, kTileTokens,
+          kDotTokens,    kBytes ? 12 : 48, kBytes ? 40 : 48,  kBytes,
+          interleave<Op::kCodeSize>, tile<Op>, dot<Op>};
+}
+
+}  // namespace
+}  // namespace mq

@@ -1,0 +1,103 @@
+// What the parts of the library share: element types, one path per instruction set, scratch memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#define MQ_X86 1
+#define MQ_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define MQ_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
+#define MQ_VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define MQ_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace mq {
+
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Codes of a token are padded with zeros to a multiple of this, so that no inner loop over codes has a tail.
+constexpr int64_t kDepthAlign = 64;
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Elements of a row as `at(row)`; rows need not be adjacent.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t stride;
+
+  const void* at(int64_t row) const { return static_cast<const char*>(data) + row * stride * size_of(dtype); }
+};
+
+// What quantizing one token leaves beside its codes.
+struct Token {
+  float scale;
+  // Added to every integer sum of the token; undoes the offset of unsigned weights.
+  int32_t correction;
+};
+
+// How float rows become codes and integer sums become floats.
+struct RowKernels {
+  // Writes `padded` codes of `code_size` bytes, zeros from `depth` on.
+  Token (*quantize)(const void* row, DType dtype, int64_t depth, int64_t padded, int qmax, int code_size, void* codes);
+  // out[n] = float(sum[n] + correction) * (scale * weight_scale[n]) + bias[n]; bias may be null.
+  void (*finish)(const int32_t* sums, int64_t columns, Token token, const float* weight_scale, const float* bias,
+                 void* out, DType dtype);
+};
+
+// A product of codes and weights on one instruction set. "Words" are 32 bits: one float, two int16 codes or four
+// int8 codes; sums are int32, or float where the codes are floats. Weights are addressed in bytes.
+struct ProductKernels {
+  int code_size;
+  int weight_size;
+  // Weight rows side by side in a panel; 0 where only `dot` exists.
+  int panel_rows;
+  int tile_tokens;
+  int dot_tokens;
+  // Up to this many tokens `dot` is faster than interleaving panels (measured): short rows pay more for adding up
+  // the lanes at their end.
+  int dot_limit_short, dot_limit_long;
+  // With unsigned weights, w + 128, each token needs the correction -128 * sum(codes).
+  bool unsigned_weights;
+  // Interleaves `rows` <= panel_rows weight rows word by word, zeros beyond them up to a multiple of 16.
+  void (*interleave)(const int8_t* weight, int64_t stride, int rows, int64_t depth, int32_t* panel);
+  // sums[t][n] (+)= codes[t] . panel[n] for `tokens` <= tile_tokens and round_up(rows, lanes) columns.
+  void (*tile)(const int32_t* codes, int64_t stride, int tokens, const int32_t* panel, int rows, int64_t words,
+               int32_t* sums, bool accumulate);
+  // sums[t * sums_stride + n] = codes[t] . weight[n] for four weight rows and `tokens` <= dot_tokens. Memory at
+  // `ahead` bytes behind the weights is fetched into the cache, unless `ahead` is 0.
+  void (*dot)(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
+              int tokens, int32_t* sums, int64_t sums_stride);
+};
+
+extern const RowKernels kRowsPortable, kRowsAvx2, kRowsFloat;
+extern const ProductKernels kProductPortable, kProductAvx2, kProductAvx512, kProductVnniWide, kProductVnniBytes;
+extern const ProductKernels kProductHalfAvx2, kProductHalfAvx512;
+
+// Order of preference; the numbers are part of the C interface.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
+
+bool runs(Isa isa);
+
+// Memory that a thread keeps between calls: page faults on fresh memory cost more than small products.
+class Scratch {
+ public:
+  ~Scratch();
+  // Returns 64-byte aligned memory or null; the contents of earlier calls are lost.
+  void* reserve(size_t bytes);
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Converts `n` floats of any type to fp32.
+void to_floats(const void* source, DType dtype, int64_t n, float* target);
+float to_float(const void* source, DType dtype);
+void from_float(float value, void* target, DType dtype);
+
+}  // namespace mq

@@ -1,0 +1,74 @@
+// Plain C++ for processors without a path of their own.
+#include <cmath>
+#include <limits>
+
+#include "common.h"
+
+namespace mq {
+namespace {
+
+template <typename Code>
+int32_t write_codes(const void* row, DType dtype, int64_t depth, float inverse, Code* codes) {
+  const char* in = static_cast<const char*>(row);
+  const int64_t size = size_of(dtype);
+  int32_t sum = 0;
+  for (int64_t k = 0; k < depth; ++k) {
+    codes[k] = static_cast<Code>(std::nearbyint(to_float(in + k * size, dtype) * inverse));
+    sum += codes[k];
+  }
+  return sum;
+}
+
+Token quantize(const void* row, DType dtype, int64_t depth, int64_t padded, int qmax, int code_size, void* codes) {
+  const char* in = static_cast<const char*>(row);
+  const int64_t size = size_of(dtype);
+  float absmax = 0;
+  bool finite = true;
+  for (int64_t k = 0; k < depth; ++k) {
+    const float magnitude = std::fabs(to_float(in + k * size, dtype));
+    finite = finite && magnitude <= std::numeric_limits<float>::max();
+    absmax = magnitude > absmax ? magnitude : absmax;
+  }
+  std::memset(codes, 0, padded * code_size);
+  if (!finite) return {std::numeric_limits<float>::quiet_NaN(), 0};
+  const float limit = static_cast<float>(qmax);
+  // Below this the scale would be subnormal: the row counts as zero.
+  if (absmax < limit * 0x1p-126f) return {0, 0};
+  const float inverse = limit / absmax;
+  const int32_t sum = code_size == 1 ? write_codes(row, dtype, depth, inverse, static_cast<int8_t*>(codes))
+                                     : write_codes(row, dtype, depth, inverse, static_cast<int16_t*>(codes));
+  return {absmax / limit, static_cast<int32_t>(-128 * static_cast<int64_t>(sum))};
+}
+
+void finish(const int32_t* sums, int64_t columns, Token token, const float* weight_scale, const float* bias, void* out,
+            DType dtype) {
+  char* target = static_cast<char*>(out);
+  const int64_t size = size_of(dtype);
+  for (int64_t n = 0; n < columns; ++n) {
+    const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(sums[n]) + static_cast<uint32_t>(token.correction));
+    float value = static_cast<float>(sum) * (token.scale * weight_scale[n]);
+    if (bias != nullptr) value += bias[n];
+    from_float(value, target + n * size, dtype);
+  }
+}
+
+void dot(const int8_t* const weight[4], int64_t depth, int64_t, const void* codes, int64_t stride, int tokens,
+         int32_t* sums, int64_t sums_stride) {
+  for (int t = 0; t < tokens; ++t) {
+    const int16_t* token = static_cast<const int16_t*>(codes) + t * stride;
+    for (int r = 0; r < 4; ++r) {
+      int32_t sum = 0;
+      for (int64_t k = 0; k < depth; ++k) {
+        sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(token[k] * weight[r][k]));
+      }
+      sums[t * sums_stride + r] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+const RowKernels kRowsPortable = {quantize, finish};
+const ProductKernels kProductPortable = {2, 1, 0, 0, 4, 0, 0, false, nullptr, nullptr, dot};
+
+}  // namespace mq

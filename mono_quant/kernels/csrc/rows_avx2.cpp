@@ -1,0 +1,186 @@
+// Tokens to codes and integer sums to floats, on AVX2.
+#include "common.h"
+
+#ifdef MQ_X86
+#include <limits>
+
+#include "avx2_rows.h"
+
+namespace mq {
+namespace {
+
+MQ_AVX2 MQ_INLINE int32_t total(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+  return _mm_cvtsi128_si32(s);
+}
+
+template <DType D>
+MQ_AVX2 MQ_INLINE __m256i code8(const void* row, int64_t k, __m256 inverse) {
+  return _mm256_cvtps_epi32(_mm256_mul_ps(load8<D>(row, k), inverse));
+}
+
+// Writes 32 codes and returns their sum, eight lanes of it.
+template <DType D, typename Code>
+MQ_AVX2 MQ_INLINE __m256i write32(const void* row, int64_t k, __m256 inverse, Code* codes) {
+  const __m256i a = code8<D>(row, k, inverse), b = code8<D>(row, k + 8, inverse);
+  const __m256i c = code8<D>(row, k + 16, inverse), d = code8<D>(row, k + 24, inverse);
+  // The packs work on 128-bit halves; the permutations put the codes back in order.
+  const __m256i ab = _mm256_packs_epi32(a, b), cd = _mm256_packs_epi32(c, d);
+  __m256i* out = reinterpret_cast<__m256i*>(codes);
+  if constexpr (sizeof(Code) == 2) {
+    _mm256_storeu_si256(out, _mm256_permute4x64_epi64(ab, 0xd8));
+    _mm256_storeu_si256(out + 1, _mm256_permute4x64_epi64(cd, 0xd8));
+    return _mm256_setzero_si256();
+  } else {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(out, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order));
+    return _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+  }
+}
+
+template <DType D, typename Code>
+MQ_AVX2 int32_t write_codes(const void* row, int64_t depth, int64_t padded, float scale, Code* codes) {
+  const __m256 inverse = _mm256_set1_ps(scale);
+  __m256i sum = _mm256_setzero_si256();
+  int64_t k = 0;
+  for (; k + kBlock <= depth; k += kBlock) sum = _mm256_add_epi32(sum, write32<D>(row, k, inverse, codes + k));
+  if (k < depth) {
+    const Tail<D> tail(row, k, depth);
+    sum = _mm256_add_epi32(sum, write32<D>(tail.data, 0, inverse, codes + k));
+    k += kBlock;
+  }
+  std::memset(codes + k, 0, (padded - k) * sizeof(Code));
+  return total(sum);
+}
+
+template <DType D>
+MQ_AVX2 Token quantize_row(const void* row, int64_t depth, int64_t padded, int qmax, int code_size, void* codes) {
+  const uint32_t bits = absmax_bits<D>(row, depth);
+  const float limit = static_cast<float>(qmax);
+  float absmax;
+  std::memcpy(&absmax, &bits, 4);
+  const bool finite = bits < 0x7f800000u;
+  // Below this the scale would be subnormal: the row counts as zero.
+  if (!finite || absmax < limit * 0x1p-126f) {
+    std::memset(codes, 0, padded * code_size);
+    return {finite ? 0.0f : std::numeric_limits<float>::quiet_NaN(), 0};
+  }
+  const float inverse = limit / absmax;
+  int32_t sum = 0;
+  if (code_size == 1) {
+    sum = write_codes<D>(row, depth, padded, inverse, static_cast<int8_t*>(codes));
+  } else {
+    write_codes<D>(row, depth, padded, inverse, static_cast<int16_t*>(codes));
+  }
+  return {absmax / limit, static_cast<int32_t>(-128 * static_cast<int64_t>(sum))};
+}
+
+Token quantize(const void* row, DType dtype, int64_t depth, int64_t padded, int qmax, int code_size, void* codes) {
+  switch (dtype) {
+    case DType::f16:
+      return quantize_row<DType::f16>(row, depth, padded, qmax, code_size, codes);
+    case DType::bf16:
+      return quantize_row<DType::bf16>(row, depth, padded, qmax, code_size, codes);
+    default:
+      return quantize_row<DType::f32>(row, depth, padded, qmax, code_size, codes);
+  }
+}
+
+struct Columns {
+  const int32_t* sums;
+  const float* weight_scale;
+  const float* bias;
+};
+
+MQ_AVX2 MQ_INLINE __m256 finish8(const Columns& in, int64_t n, __m256i correction, __m256 scale) {
+  const __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.sums + n));
+  const __m256 value = _mm256_cvtepi32_ps(_mm256_add_epi32(sum, correction));
+  const __m256 scaled = _mm256_mul_ps(value, _mm256_mul_ps(scale, _mm256_loadu_ps(in.weight_scale + n)));
+  return in.bias == nullptr ? scaled : _mm256_add_ps(scaled, _mm256_loadu_ps(in.bias + n));
+}
+
+template <DType D>
+MQ_AVX2 void finish_row(const Columns& in, int64_t columns, Token token, void* out) {
+  const __m256i correction = _mm256_set1_epi32(token.correction);
+  const __m256 scale = _mm256_set1_ps(token.scale);
+  int64_t n = 0;
+  for (; n + 8 <= columns; n += 8) store8<D>(finish8(in, n, correction, scale), out, n);
+  if (n == columns) return;
+  int32_t sums[8] = {};
+  float weight_scale[8] = {}, bias[8] = {}, result[8];
+  const int64_t rest = columns - n;
+  std::memcpy(sums, in.sums + n, rest * 4);
+  std::memcpy(weight_scale, in.weight_scale + n, rest * 4);
+  if (in.bias != nullptr) std::memcpy(bias, in.bias + n, rest * 4);
+  const Columns last = {sums, weight_scale, in.bias == nullptr ? nullptr : bias};
+  store8<D>(finish8(last, 0, correction, scale), result, 0);
+  std::memcpy(static_cast<char*>(out) + n * size_of(D), result, rest * size_of(D));
+}
+
+void finish(const int32_t* sums, int64_t columns, Token token, const float* weight_scale, const float* bias, void* out,
+            DType dtype) {
+  const Columns in = {sums, weight_scale, bias};
+  switch (dtype) {
+    case DType::f16:
+      return finish_row<DType::f16>(in, columns, token, out);
+    case DType::bf16:
+      return finish_row<DType::bf16>(in, columns, token, out);
+    default:
+      return finish_row<DType::f32>(in, columns, token, out);
+  }
+}
+
+template <DType D>
+MQ_AVX2 void widen_row(const void* row, int64_t depth, float* out) {
+  int64_t k = 0;
+  for (; k + 8 <= depth; k += 8) _mm256_storeu_ps(out + k, load8<D>(row, k));
+  to_floats(static_cast<const char*>(row) + k * size_of(D), D, depth - k, out + k);
+}
+
+// Float activations are their own codes.
+Token widen(const void* row, DType dtype, int64_t depth, int64_t padded, int, int, void* codes) {
+  float* out = static_cast<float*>(codes);
+  if (dtype == DType::f16) {
+    widen_row<DType::f16>(row, depth, out);
+  } else if (dtype == DType::bf16) {
+    widen_row<DType::bf16>(row, depth, out);
+  } else {
+    std::memcpy(out, row, depth * sizeof(float));
+  }
+  std::memset(out + depth, 0, (padded - depth) * sizeof(float));
+  return {1, 0};
+}
+
+template <DType D>
+MQ_AVX2 void add_bias(const float* sums, int64_t columns, const float* bias, void* out) {
+  int64_t n = 0;
+  for (; n + 8 <= columns; n += 8) {
+    const __m256 sum = _mm256_loadu_ps(sums + n);
+    store8<D>(bias == nullptr ? sum : _mm256_add_ps(sum, _mm256_loadu_ps(bias + n)), out, n);
+  }
+  for (; n < columns; ++n) {
+    from_float(bias == nullptr ? sums[n] : sums[n] + bias[n], static_cast<char*>(out) + n * size_of(D), D);
+  }
+}
+
+void finish_float(const int32_t* sums, int64_t columns, Token, const float*, const float* bias, void* out, DType dtype) {
+  const float* floats = reinterpret_cast<const float*>(sums);
+  switch (dtype) {
+    case DType::f16:
+      return add_bias<DType::f16>(floats, columns, bias, out);
+    case DType::bf16:
+      return add_bias<DType::bf16>(floats, columns, bias, out);
+    default:
+      return add_bias<DType::f32>(floats, columns, bias, out);
+  }
+}
+
+}  // namespace
+
+const RowKernels kRowsAvx2 = {quantize, finish};
+const RowKernels kRowsFloat = {widen, finish_float};
+
+}  // namespace mq
+#endif

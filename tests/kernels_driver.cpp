@@ -1,0 +1,118 @@
+// Calls every entry of the kernel library on buffers of exactly the right size, for AddressSanitizer and valgrind:
+// see scripts/sanitize. Prints a checksum; the checking is theirs.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+extern "C" {
+int mq_isas();
+int mq_linear(int, int, int, int64_t, int64_t, int64_t, const void*, int, int64_t, const int8_t*, const float*,
+              const void*, int, void*, int64_t);
+int mq_half_linear(int, int, int64_t, int64_t, int64_t, const void*, int, int64_t, const void*, const void*, int, void*,
+                   int64_t);
+int mq_conv(int, int, int, const int64_t*, const void*, int, const int8_t*, const float*, const void*, int, void*);
+int mq_quantize_rows(int, int64_t, int64_t, const void*, int, int64_t, int, int8_t*, float*, double*);
+int mq_to_half(int, int64_t, const void*, int, void*, int64_t*);
+int mq_embedding(int, int64_t, int64_t, int64_t, const int64_t*, const int8_t*, const float*, void*, int);
+}
+
+namespace {
+
+uint32_t state = 1;
+uint64_t checksum = 0;
+
+uint32_t random_bits() { return state = state * 1664525u + 1013904223u; }
+
+// Small finite values in any of the three float types.
+std::vector<char> floats(int64_t n, int dtype) {
+  std::vector<char> data(n * (dtype == 0 ? 4 : 2));
+  for (int64_t i = 0; i < n; ++i) {
+    if (dtype == 0) {
+      reinterpret_cast<float*>(data.data())[i] = static_cast<float>(random_bits() >> 8) / (1 << 23) - 1;
+    } else {
+      const uint16_t sign = random_bits() >> 16 & 0x8000;
+      reinterpret_cast<uint16_t*>(data.data())[i] = sign | ((dtype == 1 ? 0x3800 : 0x3f00) + (random_bits() >> 26));
+    }
+  }
+  return data;
+}
+
+std::vector<int8_t> bytes(int64_t n) {
+  std::vector<int8_t> data(n);
+  for (int8_t& b : data) b = static_cast<int8_t>(random_bits() >> 24);
+  return data;
+}
+
+void add(int status, const void* data, size_t size) {
+  if (status != 0) std::abort();
+  for (size_t i = 0; i < size; ++i) checksum = checksum * 31 + static_cast<const uint8_t*>(data)[i];
+}
+
+void linears(int isa, int64_t tokens, int64_t rows, int64_t depth, int dtype, int threads) {
+  const auto x = floats(tokens * depth, dtype), scale = floats(rows, 0), bias = floats(rows, dtype);
+  std::vector<char> out(tokens * rows * (dtype == 0 ? 4 : 2));
+  const auto weight = bytes(rows * depth);
+  for (int qmax : {127, depth <= 8192 ? 2047 : 511}) {
+    add(mq_linear(isa, qmax, threads, tokens, rows, depth, x.data(), dtype, depth, weight.data(),
+                  reinterpret_cast<const float*>(scale.data()), bias.data(), dtype, out.data(), rows),
+        out.data(), out.size());
+  }
+  if (isa == 0) return;
+  const auto half = floats(rows * depth, 1);
+  add(mq_half_linear(isa, threads, tokens, rows, depth, x.data(), dtype, depth, half.data(), nullptr, 0, out.data(),
+                     rows),
+      out.data(), out.size());
+}
+
+void convs(int isa, int64_t groups, int dtype, int threads) {
+  const int64_t images = 2, rows = 5, height = 9, width = 7, channels = 3;
+  // images, groups, rows, height, width, channels, kernel, stride, padding, dilation, out
+  const int64_t shape[16] = {images, groups, rows, height, width, channels, 3, 2, 2, 1, 2, 1, 2, 1, 5, 8};
+  const auto x = floats(images * height * width * groups * channels, dtype), scale = floats(groups * rows, 0);
+  const auto weight = bytes(groups * rows * 3 * 2 * channels);
+  std::vector<char> out(images * 5 * 8 * groups * rows * (dtype == 0 ? 4 : 2));
+  add(mq_conv(isa, 127, threads, shape, x.data(), dtype, weight.data(), reinterpret_cast<const float*>(scale.data()),
+              nullptr, 0, out.data()),
+      out.data(), out.size());
+}
+
+void conversions(int64_t rows, int64_t depth, int dtype, int threads) {
+  const auto x = floats(rows * depth, dtype);
+  std::vector<int8_t> codes(rows * depth);
+  std::vector<float> scale(rows);
+  std::vector<double> energy(2 * rows);
+  add(mq_quantize_rows(threads, rows, depth, x.data(), dtype, depth, dtype, codes.data(), scale.data(), energy.data()),
+      codes.data(), codes.size());
+  std::vector<uint16_t> half(rows * depth);
+  int64_t counts[4];
+  if (dtype != 1) add(mq_to_half(threads, rows * depth, x.data(), dtype, half.data(), counts), half.data(), half.size() * 2);
+  const int64_t index[3] = {rows - 1, 0, rows / 2};
+  std::vector<char> out(3 * depth * (dtype == 0 ? 4 : 2));
+  add(mq_embedding(threads, 3, rows, depth, index, codes.data(), scale.data(), out.data(), dtype), out.data(),
+      out.size());
+}
+
+}  // namespace
+
+int main() {
+  const int isas = mq_isas();
+  for (int isa = 0; isa < 4; ++isa) {
+    if (!(isas >> isa & 1)) continue;
+    for (int64_t depth : {1, 2, 15, 16, 17, 31, 64, 65, 100, 2049}) {
+      for (int64_t rows : {1, 3, 16, 17, 47, 49}) {
+        for (int64_t tokens : {1, 2, 5, 7, 13, 61}) linears(isa, tokens, rows, depth, (rows + tokens) % 3, tokens % 3);
+      }
+    }
+    linears(isa, 3, 5, 133144, 0, 1);
+    linears(isa, 700, 50, 4100, 0, 2);
+    for (int dtype = 0; dtype < 3; ++dtype) convs(isa, 1 + dtype, dtype, 1 + dtype);
+  }
+  if (isas >> 1 & 1) {
+    for (int64_t depth : {1, 7, 8, 31, 32, 33, 1000}) {
+      for (int dtype = 0; dtype < 3; ++dtype) conversions(67, depth, dtype, 1 + dtype);
+    }
+  }
+  std::printf("paths %d, checksum %016llx\n", isas, static_cast<unsigned long long>(checksum));
+  return 0;
+}
