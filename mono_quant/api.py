@@ -290,8 +290,7 @@ def _convert(source: Source, request: QuantizationConfig, *, inplace: bool, prob
     reference, note = _reference(work, request, probe)
     with convert.rollback(work.model), _bar(type(source.core).__name__) as progress:
         done, reasons = _apply(work, request, decisions, rows, progress)
-    if not inplace:
-        convert.own_memory(work.model, source.model)
+        convert.own_memory_(work.model, None if inplace else source.model)
     bits = kernels.activation_bits() if request.dtype == "int8" else None
     report = QuantReport(request.dtype, convert.account(rows, done, reasons), bits, notes=tuple(source.notes))
     report.check(names)

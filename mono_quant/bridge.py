@@ -264,7 +264,8 @@ def quiet() -> Iterator[None]:
 
 def _load(cls: type[Any], config: Any, tensors: dict[str, Tensor], subject: str, **options: Any) -> nn.Module:
     try:
-        with quiet():
+        # transformers draws random numbers for weights that it then overwrites
+        with quiet(), torch.random.fork_rng(devices=[]):
             model, info = cls.from_pretrained(
                 None, config=config, state_dict=tensors, output_loading_info=True, **options
             )

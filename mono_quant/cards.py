@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from mono_quant.errors import CorruptCheckpointError
-from mono_quant.report import QuantReport, TensorReport, gap_text, human_bytes
+from mono_quant.report import QuantReport, TensorReport, gap_text, human_bytes, number
 
 _FACTS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 _MAX_KEPT_LINES = 60
@@ -164,7 +164,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
 def library_of(facts: CardFacts) -> str:
     """Return the library whose own loader really loads the model."""
     if facts.kind == "sentence_transformer":
-        return "sentence-transformers"
+        return "sentence-transformers" if facts.layout == "plain" else "mono_quant"
     fused = any(row.kind == "experts" and row.action == "quantized" for row in facts.report.rows)
     return (
         "transformers"
@@ -270,7 +270,7 @@ def _fidelity_lines(report: QuantReport) -> list[str]:
             "| measure | value |",
             "|---|---:|",
             *(
-                f"| {name} | {report.fidelity[k]:.6g} |"
+                f"| {name} | {number(report.fidelity[k])} |"
                 for k, name in _MEASURES.items()
                 if report.fidelity.get(k) is not None
             ),
@@ -340,6 +340,11 @@ def _reader_lines(facts: CardFacts) -> Iterator[str]:
         yield (
             "The int8 codes are stored in mono_quant's own layout, because the standard one cannot hold all of these layers. "
             "Other loaders refuse the file rather than read codes as weights."
+        )
+    elif facts.kind == "sentence_transformer":
+        yield (
+            "The transformer in it is a standard compressed-tensors checkpoint. sentence-transformers by itself stops with an error "
+            "at the first call (it does not let compressed-tensors unpack the weights); mono_quant keeps them in int8."
         )
     elif library_of(facts) == "mono_quant":
         yield (

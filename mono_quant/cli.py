@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mono_quant import api, cards, hub, inspection, publishing, serialization
+from mono_quant import api, cards, hub, inspection, kernels, publishing, serialization
 from mono_quant.errors import MonoQuantError
 from mono_quant.files import check_target
 from mono_quant.hub_push import PushResult, check_push
@@ -215,6 +215,16 @@ def verify(folder: FolderArg, as_json: JsonOption = False) -> None:
         print("\n".join(f"ok      {line}" for line in passed))
 
 
+@app.command()
+def env(as_json: JsonOption = False) -> None:
+    """Show which int8 kernels run on this machine, and why others do not."""
+    facts = {"mono_quant": __version__, **kernels.environment()}
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print("\n".join(f"{key:<16} {_plain(value)}" for key, value in facts.items()))
+
+
 def main() -> None:
     """Run the command line; a known error is one line on stderr and exit code 2."""
     try:
@@ -225,6 +235,14 @@ def main() -> None:
     except KeyboardInterrupt:
         print("mono-quant: interrupted; nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value)
+    return "-" if value is None else str(value)
 
 
 def _show(report: QuantReport, as_json: bool) -> None:

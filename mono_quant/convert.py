@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.errors import Fp16RangeError, NonFiniteWeightError, UnsupportedModelError
-from mono_quant.layers import WEIGHTS, fp32_patterns, kind_of, tensor_names
+from mono_quant.layers import WEIGHTS, fp32_patterns, kind_of, module_aliases, tensor_names
 from mono_quant.modules import (
     Int8Conv1d,
     Int8Conv2d,
@@ -82,12 +82,18 @@ def structural_copy(model: nn.Module) -> nn.Module:
         ) from e
 
 
-def own_memory(model: nn.Module, original: nn.Module) -> None:
-    """Give `model` its own memory wherever it still shares it with `original`."""
-    shared = {p.data_ptr() for p in original.parameters() if p.numel()}
+def own_memory_(model: nn.Module, original: nn.Module | None) -> None:
+    """Give every float parameter of `model` contiguous memory, and its own where it shares it with `original`.
+
+    A saved tensor comes back contiguous, and products may differ in their last bit with the strides.
+    """
+    shared = {p.data_ptr() for p in original.parameters() if p.numel()} if original is not None else set()
     for parameter in model.parameters():
-        if parameter.numel() and parameter.data_ptr() in shared:
-            parameter.data = parameter.data.clone()
+        if parameter.is_floating_point():
+            if parameter.numel() and parameter.data_ptr() in shared:
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            else:
+                parameter.data = parameter.data.contiguous()
 
 
 @contextmanager
@@ -192,9 +198,10 @@ def build(module: nn.Module, kind: str, encoded: dict[str, RowCodes] | None) -> 
 
 def install_(model: nn.Module, names: Sequence[str]) -> None:
     """Put empty int8 layers (codes on meta) in place of the named float layers, for loading."""
+    aliases = module_aliases(model)
     for name in names:
         module = model.get_submodule(name)
-        layer = Layer(name, kind_of(module), type(module).__name__, 0, 0)
+        layer = Layer(name, kind_of(module), type(module).__name__, 0, 0, aliases=aliases[id(module)])
         _swap(model, layer, build(module, layer.kind, None))
     disable_float_fast_paths_(model)
 
@@ -227,7 +234,7 @@ def planned_half(
 ) -> tuple[dict[str, str], dict[str, Converted]]:
     """Return what `to_half_` would do, as far as it can be told without the values."""
     modules = {n: m for n, m in model.named_modules() if _own_floats(m) and _below(n, within)}
-    keep = _kept_in_float(model.get_submodule(within), modules, rules)
+    keep = _kept_in_float(model, within, modules, rules)
     _keep_partners(modules, keep)
     reasons, done = {}, {}
     for name, module in modules.items():
@@ -286,7 +293,7 @@ def to_half_(
         NonFiniteWeightError: a tensor holds NaN or infinity and `on_nonfinite` is `error`.
     """
     modules = {n: m for n, m in model.named_modules() if _own_floats(m) and _below(n, within)}
-    keep = _kept_in_float(model.get_submodule(within), modules, rules)
+    keep = _kept_in_float(model, within, modules, rules)
     halves: dict[int, HalfCast] = {}
     for count, (name, module) in enumerate(modules.items()):
         if progress:
@@ -316,12 +323,16 @@ def _below(name: str, within: str) -> bool:
     return not within or name == within or name.startswith(f"{within}.")
 
 
-def _kept_in_float(model: nn.Module, modules: Mapping[str, nn.Module], rules: Rules) -> dict[str, str]:
-    patterns = fp32_patterns(model) if "keep_in_fp32" not in rules.disable_defaults else []
+def _kept_in_float(
+    model: nn.Module, within: str, modules: Mapping[str, nn.Module], rules: Rules
+) -> dict[str, str]:
+    core = model.get_submodule(within)
+    patterns = fp32_patterns(core) if "keep_in_fp32" not in rules.disable_defaults else []
+    aliases = module_aliases(model)
     keep = {}
     for name, module in modules.items():
         weights = sum(p.numel() for p in module.parameters(recurse=False)) if kind_of(module) else None
-        reason = user_reason((name,), type(module).__name__, weights, rules)
+        reason = user_reason((name, *aliases[id(module)]), type(module).__name__, weights, rules)
         if not reason and any(p.search(name) for p in patterns):
             reason = DEFAULTS["keep_in_fp32"]
         if reason:

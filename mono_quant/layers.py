@@ -48,7 +48,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     Args:
         model: any module, on any device, meta included.
     """
-    aliases = _aliases(model)
+    aliases = module_aliases(model)
     owners = _owners(model)
     covered: set[str] = set()
     layers = []
@@ -60,7 +60,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
             covered.add(f"{name}.out_proj" if name else "out_proj")
         layer = _layer(name, module, kind)
         if layer is not None:
-            tied = any(len(owners[id(p)]) > 1 for p in _matrices(module))
+            own = dict(module.named_parameters())
+            weights = [own[w] for w in WEIGHTS.get(kind, ()) if w in own] or list(_matrices(module))
+            tied = any(len(owners[id(p)]) > 1 for p in weights)
             rules = _router_rule(name, module) | _fp32_rule(model, name) | ({"tied"} if tied else set())
             rules |= {"embedding"} if kind == "embedding" else set()
             layers.append(replace(layer, defaults=frozenset(rules), aliases=aliases[id(module)]))
@@ -94,7 +96,8 @@ def _layer(name: str, module: nn.Module, kind: str) -> Layer | None:
     if not matrices:
         return None
     if not kind:
-        total = sum(p.numel() for p in matrices)
+        lazy = any(isinstance(p, nn.parameter.UninitializedParameter) for p in matrices)
+        total = 0 if lazy else sum(p.numel() for p in matrices)
         return Layer(name, cls, cls, 1, total, unsupported=_foreign_reason(module))
     rows, depth = _matrix_shape(module, kind)
     return Layer(name, kind, cls, rows, depth, unsupported=_problem(module, kind, depth))
@@ -152,7 +155,7 @@ def _foreign_reason(module: nn.Module) -> str:
     cls = type(module).__name__
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{cls} has no weights yet: run the model once first"
-    if parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
         return "parametrized: its weight is computed at every forward"
     for base in _KINDS:
         if isinstance(module, base):
@@ -162,7 +165,8 @@ def _foreign_reason(module: nn.Module) -> str:
     return f"no int8 form of {cls}"
 
 
-def _aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:
+def module_aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Return by id of a module the other names it has."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[id(module)].append(name)

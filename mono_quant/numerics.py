@@ -22,8 +22,6 @@ QMAX = 127
 # 10 * log10(12 * 127^2): the error of rounding to a step s is s^2 / 12, and s = absmax / 127.
 ONE_OPERAND_DB = 10 * math.log10(12 * QMAX**2)
 FP16_MAX = 65504.0
-# The first magnitude that rounds to infinity: half a step above the largest float16.
-FP16_OVERFLOW = 65520.0
 # Elements held in fp32 at once while a weight is quantized: bounds the scratch memory.
 _CHUNK = 1 << 22
 
@@ -71,6 +69,9 @@ def quantize_rows(weight: Tensor, scale_dtype: torch.dtype | None = None) -> Row
         s = round_scale(absmax / QMAX, scale_dtype or weight.dtype)
         zero = s < torch.finfo(torch.float32).tiny
         s = torch.where(zero, 1.0, s)
+        # next to the largest float, 127 times a scale that was rounded up is infinite
+        lower = round_scale(s * (1 - torch.finfo(scale_dtype or weight.dtype).eps), scale_dtype or weight.dtype)
+        s = torch.where(torch.isinf(s * QMAX), lower, s)
         q = (block / s).round_().clamp_(-QMAX, QMAX).masked_fill_(zero, 0.0)
         codes[start : start + step] = q.to(torch.int8)
         scale[start : start + step] = s
@@ -82,14 +83,14 @@ def quantize_rows(weight: Tensor, scale_dtype: torch.dtype | None = None) -> Row
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Round fp32 scales to values `dtype` can hold, as fp32.
 
-    Scales that would be subnormal in float16 are left as they are: rounding them there loses most of their bits.
+    Scales that would be subnormal or infinite in float16 are left as they are: it holds few of their bits, or none.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return scale
     rounded = scale.to(dtype).float()
     if dtype == torch.float16:
         rounded = torch.where(scale < torch.finfo(torch.float16).tiny, scale, rounded)
-    return rounded
+    return torch.where(torch.isinf(rounded), scale, rounded)
 
 
 def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -162,7 +163,8 @@ def cast_half(tensor: Tensor) -> HalfCast:
         magnitude = block.abs()
         if not torch.isfinite(magnitude).all():
             raise _non_finite(source)
-        overflow = magnitude >= FP16_OVERFLOW
+        # by the result: a float64 just below 65520 is rounded twice and overflows too
+        overflow = torch.isinf(half[start : start + _CHUNK])
         overflowed += int(overflow.sum())
         clamped += int(((magnitude > FP16_MAX) & ~overflow).sum())
         flushed += int(((half[start : start + _CHUNK] == 0) & (block != 0)).sum())

@@ -204,6 +204,11 @@ def _drop_defaults(row: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "shape": list(row["shape"])}
 
 
+def number(value: float) -> str:
+    """Return four digits, and six where the distance to 1 is what matters."""
+    return f"{value:.4g}" if abs(value) < 0.9 else f"{value:.6g}"
+
+
 def gap_text(row: TensorReport) -> str:
     """Say how far a quantized tensor is from what 8 bits reach on Gaussian rows of its length."""
     gap = row.gap_db or 0.0
@@ -214,7 +219,7 @@ def human_bytes(count: int) -> str:
     """Return a byte count in the unit people read, e.g. `86.7 MB` (decimal units)."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
+        if size < (1000 if unit == "B" else 999.95) or unit == "GB":
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
@@ -276,9 +281,7 @@ def _layer_lines(report: QuantReport) -> Iterable[str]:
     if report.worst and report.worst.sqnr_db is not None:
         worst = report.worst
         yield ""
-        yield (
-            f"weights lowest SQNR {worst.sqnr_db:.1f} dB ({worst.name}), {gap_text(worst)}"
-        )
+        yield (f"weights lowest SQNR {worst.sqnr_db:.1f} dB ({worst.name}), {gap_text(worst)}")
     flushed = sum(r.flushed for r in report.rows)
     if flushed:
         yield f"weights {flushed:,} non-zero values ({flushed / report.parameters:.2%}) became zero in float16"
@@ -297,7 +300,9 @@ def _fidelity_lines(report: QuantReport) -> Iterable[str]:
         "kl_p99": "KL divergence, 99 %",
         "top1_agreement": "top-1 agreement",
     }
-    facts = [f"{names[k]} {report.fidelity[k]:.6g}" for k in names if k in report.fidelity]
+    facts = [f"{names[k]} {number(report.fidelity[k])}" for k in names if report.fidelity.get(k) is not None]
+    if report.fidelity.get("non_finite_positions"):
+        facts.append(f"non-finite values at {report.fidelity['non_finite_positions']} positions")
     yield f"output  {report.fidelity['output']} against the original: {', '.join(facts)}"
     yield f"        on {report.fidelity['probe']}; kernel: {report.kernel}"
 

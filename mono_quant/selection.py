@@ -184,7 +184,7 @@ def _units(layers: Sequence[Layer]) -> Iterable[list[Layer]]:
     for layer in layers:
         parent, _, last = layer.name.rpartition(".")
         for unit in _UNITS:
-            if last in unit and not layer.unsupported:
+            if last in unit:
                 families[parent, unit].append(layer)
     return (unit for unit in families.values() if len(unit) > 1)
 
