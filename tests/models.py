@@ -207,7 +207,8 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def relative_error(reference: Tensor, value: Tensor) -> float:
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
+    reference, value = reference.detach().double(), value.detach().double()
+    return float((value - reference).norm() / reference.norm())
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
