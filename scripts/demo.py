@@ -104,6 +104,7 @@ def main() -> None:
     source = sys.argv[1] if len(sys.argv) > 1 else embedded_default()
     name = "all-MiniLM-L6-v2" if len(sys.argv) < 2 else Path(source).name
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
     title(f"quantize {name} to int8")
     result = mono_quant.quantize(source, dtype="int8", config={"fidelity": True})
@@ -125,6 +126,9 @@ def main() -> None:
 
     title("in a transformers pipeline")
     use(original, loaded, result.processor)
+
+    title("the card that is published with it")
+    print((folder / "README.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
