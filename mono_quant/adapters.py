@@ -1,6 +1,7 @@
 """The doors: whatever a user holds becomes one `Source`, or one clear error that says what to do instead."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,7 +137,7 @@ def locate(text: str, origin: str | None = None) -> str:
         raise ConfigError(f"origin is {origin!r}; use 'hub' or 'local'")
     if origin is not None:
         return origin
-    here = Path(text).exists() or Path(text).is_symlink()
+    here = bool(text) and (Path(text).exists() or Path(text).is_symlink())
     if here and text.count("/") == 1 and not text.startswith((".", "/", "~")) and hub.is_repo_id(text):
         raise AmbiguousSourceError(
             f"{text!r} is a folder here and has the form of a Hub id; write './{text}' or a pathlib.Path for the folder, "
@@ -238,10 +239,11 @@ def _from_folder(folder: Path, access: Access, weights: bool) -> Source:
         check_float(folder, shapes)
         if not weights:
             return _skeleton(folder, access, shapes)
-        check_proportion(folder, raw, shapes)
+        bare = _skeleton(folder, access, shapes)
         cls, config = bridge.model_class(raw, folder, access.trust_remote_code)
         model = bridge.load_float(cls, config, _read_all(checkpoint), str(folder))
     source = _of_folder(model, folder)
+    source.notes += bare.notes
     if pickled:
         source.notes.append("read from pickle weights (allow_pickle=True)")
     _note_generation(model, folder)
@@ -258,8 +260,22 @@ def _skeleton(folder: Path, access: Access, shapes: Shapes) -> Source:
         if dtype.is_floating_point:
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
     dtype = max(sizes, key=lambda d: sizes[d], default=torch.float32)
-    model = bridge.skeleton(cls, config, dtype)
-    return _of_folder(model, folder)
+    model = bridge.skeleton(cls, config, dtype, str(folder))
+    left = bridge.check_fit(model, {name: shape for name, (_, shape) in shapes.items()}, str(folder))
+    source = _of_folder(model, folder)
+    if left:
+        source.notes.append(
+            f"{len(left)} tensors of the checkpoint belong to no layer of {cls.__name__} and are left out: {_grouped(left)}"
+        )
+    return source
+
+
+def _grouped(names: list[str]) -> str:
+    """List names; of many, those below one numbered layer as one."""
+    if len(names) <= 8:
+        return ", ".join(names)
+    groups = dict.fromkeys(re.sub(r"^(.*\.\d+)\..*$", r"\1.*", name) for name in names)
+    return ", ".join(list(groups)[:8]) + (" ..." if len(groups) > 8 else "")
 
 
 def _of_folder(model: nn.Module, folder: Path) -> Source:

@@ -235,7 +235,9 @@ def plan(
         done, reasons = convert.planned(opened.model, decisions), convert.layer_reasons(rows, decisions)
     else:
         reasons, done = convert.planned_half(opened.model, request.rules(), opened.core_name)
-    return QuantReport(request.dtype, convert.account(rows, done, reasons), planned=True)
+    return QuantReport(
+        request.dtype, convert.account(rows, done, reasons), notes=tuple(opened.notes), planned=True
+    )
 
 
 def load(

@@ -7,12 +7,13 @@ a file of the checkpoint itself. transformers is imported when a function here i
 import copy
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from mono_quant.convert import install_
@@ -22,9 +23,21 @@ from mono_quant.errors import (
     RemoteCodeError,
     UnsupportedModelError,
 )
-from mono_quant.layers import WEIGHTS, kind_of
+from mono_quant.layers import weight_owners
 
 METHOD = "mono_quant"
+
+# What transformers raises for a config or a state that it cannot use.
+_BUILD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 
 # Fields of a config that choose code, kernels or files at load time, or tell about the machine it was made on.
 _DENIED = re.compile(
@@ -95,7 +108,7 @@ def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -
     clean, _ = clean_config(raw)
     try:
         config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(clean)
-    except (TypeError, ValueError, KeyError, AttributeError) as e:
+    except _BUILD_ERRORS as e:
         raise CorruptCheckpointError(
             f"{folder / 'config.json'}: transformers cannot use it ({_line(e)})"
         ) from e
@@ -170,11 +183,51 @@ def register() -> None:
     _classes()
 
 
-def skeleton(cls: type[Any], config: Any, dtype: torch.dtype) -> nn.Module:
-    """Build a model without data, on the meta device, as a checkpoint in `dtype` would fill it."""
-    with torch.device("meta"), quiet():
-        model: nn.Module = cls._from_config(config, dtype=dtype)
+def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> nn.Module:
+    """Build a model without data, on the meta device, as a checkpoint in `dtype` would fill it.
+
+    Raises:
+        CorruptCheckpointError: the config describes no model.
+    """
+    try:
+        with torch.device("meta"), quiet():
+            model: nn.Module = cls._from_config(config, dtype=dtype)
+    except _BUILD_ERRORS as e:
+        raise CorruptCheckpointError(
+            f"{subject}: its config.json describes no {cls.__name__} ({_line(e)})"
+        ) from e
     return model
+
+
+def check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], subject: str) -> list[str]:
+    """Compare a skeleton with the headers of a checkpoint, before a weight is read.
+
+    Args:
+        model: on meta.
+        shapes: of the checkpoint's tensors, by name.
+        subject: what to call the checkpoint in errors.
+
+    Returns:
+        Names of tensors that belong to no layer of the model.
+
+    Raises:
+        CorruptCheckpointError: a tensor has another shape than the model's.
+    """
+    rename = _renamer(model)
+    state = model.state_dict()
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    left, wrong = [], []
+    for key, shape in shapes.items():
+        name, merged = rename(key)
+        if name not in state:
+            left += [] if any(re.search(pattern, name) for pattern in ignored) else [key]
+        elif not merged and tuple(state[name].shape) != tuple(shape):
+            wrong.append(f"{key} is {tuple(shape)} and should be {tuple(state[name].shape)}")
+    if wrong:
+        raise CorruptCheckpointError(
+            f"{subject}: {len(wrong)} tensors have another shape than config.json says: {'; '.join(wrong[:3])}"
+        )
+    return left
 
 
 def mark_int8_(model: nn.Module) -> None:
@@ -353,8 +406,8 @@ def _classes() -> tuple[type[Any], type[Any]]:
     return Int8Config, Int8Quantizer
 
 
-def _modules_of(model: nn.Module, codes: list[str]) -> list[str]:
-    """Return the layers of a float skeleton that int8 checkpoint tensors belong to."""
+def _renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
+    """Return what turns a checkpoint name into the model's name, and says whether several tensors become one there."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -362,20 +415,28 @@ def _modules_of(model: nn.Module, codes: list[str]) -> list[str]:
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     state = model.state_dict()
-    owners = {
-        f"{name}.{weight}".lstrip("."): name
-        for name, module in model.named_modules()
-        for weight in WEIGHTS.get(kind_of(module), ())
-    }
+    prefix = model.base_model_prefix
+
+    def rename(key: str) -> tuple[str, bool]:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        return name, pattern is not None
+
+    return rename
+
+
+def _modules_of(model: nn.Module, codes: list[str]) -> list[str]:
+    """Return the layers of a float skeleton that int8 checkpoint tensors belong to."""
+    rename = _renamer(model)
+    owners = weight_owners(model)
     found: dict[str, None] = {}
     for key in codes:
-        renamed, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if renamed not in state and key in state:
-            renamed = key
-        if renamed not in owners:
+        name, _ = rename(key)
+        if name not in owners:
             raise CorruptCheckpointError(
                 f"{key} holds int8 codes, but {type(model).__name__} has no layer there that can use them; "
                 f"the checkpoint does not fit its config.json"
             )
-        found[owners[renamed]] = None
+        found[owners[name]] = None
     return list(found)

@@ -161,6 +161,8 @@ def _canonical(given: Mapping[str, Any]) -> dict[str, Any]:
         target = _ALIASES.get(name, name)
         if target not in known:
             raise ConfigError(f"unknown option {name!r}; the options are {', '.join(sorted(known))}")
+        if target in result and target not in ("skip", "skip_types"):
+            raise ConfigError(f"{target} is given twice, the second time as {name}={value!r}; give it once")
         if target in result:
             value = (*_names(result[target], target), *_names(value, name))
         result[target] = value

@@ -24,7 +24,7 @@ from mono_quant.modules import (
 )
 from mono_quant.numerics import HalfCast, RowCodes, cast_half, quantize_rows, weight_limit_db
 from mono_quant.report import TensorReport
-from mono_quant.selection import DEFAULTS, Decision, Layer, Rules, select, user_reason
+from mono_quant.selection import DEFAULTS, Decision, Layer, Rules, keep_also, select, user_reason
 
 _BUILDERS: Mapping[str, Callable[..., Int8Module]] = {
     "linear": Int8Linear,
@@ -144,22 +144,16 @@ def to_int8_(
     Raises:
         NonFiniteWeightError: a chosen weight holds NaN or infinity.
     """
-    final = dict(decisions)
-    done: dict[str, Converted] = {}
     modules = dict(model.named_modules())
-    chosen = [d.layer for d in decisions.values() if d.quantize]
+    final = dict(decisions)
+    if on_nonfinite == "keep":
+        final = keep_also(decisions, _non_finite(modules, decisions))
+    done: dict[str, Converted] = {}
+    chosen = [d.layer for d in final.values() if d.quantize]
     for count, layer in enumerate(chosen):
         if progress:
             progress(layer.name, count, len(chosen))
-        try:
-            encoded = encode(modules[layer.name], layer)
-        except NonFiniteWeightError as e:
-            if on_nonfinite == "error":
-                raise NonFiniteWeightError(
-                    f"{e}. Repair the checkpoint, or keep the layer in float with on_nonfinite='keep'"
-                ) from e
-            final[layer.name] = Decision(layer, "its weight holds NaN or infinity")
-            continue
+        encoded = encode(modules[layer.name], layer)
         _record(layer, encoded, done)
         _swap(model, layer, build(modules[layer.name], layer.kind, encoded))
     disable_float_fast_paths_(model)
@@ -181,8 +175,21 @@ def encode(module: nn.Module, layer: Layer) -> dict[str, RowCodes]:
                 matrix.flatten(0, 1) if layer.kind == "experts" else matrix.flatten(1)
             )
         except NonFiniteWeightError as e:
-            raise NonFiniteWeightError(f"{layer.name}.{name}: {e}") from e
+            raise NonFiniteWeightError(
+                f"{layer.name}.{name}: {e}. Repair the checkpoint, or keep the layer in float with on_nonfinite='keep'"
+            ) from e
     return encoded
+
+
+def _non_finite(modules: Mapping[str, nn.Module], decisions: Mapping[str, Decision]) -> dict[str, str]:
+    """Return a reason for every chosen layer whose weight holds NaN or infinity."""
+    return {
+        name: "its weight holds NaN or infinity"
+        for name, decision in decisions.items()
+        if decision.quantize
+        for weight in WEIGHTS[decision.layer.kind]
+        if not bool(torch.isfinite(modules[name].get_parameter(weight).detach().float()).all())
+    }
 
 
 def build(module: nn.Module, kind: str, encoded: dict[str, RowCodes] | None) -> Int8Module:

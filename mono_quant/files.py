@@ -22,7 +22,7 @@ import torch
 from mono_quant import disk, staging
 from mono_quant.allowed import ALLOWED, is_allowed
 from mono_quant.errors import OutputError
-from mono_quant.manifest import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest
+from mono_quant.manifest import FORMAT, FORMAT_VERSION, MANIFEST
 from mono_quant.reading import open_regular, printable, read_chunks, tree
 from mono_quant.targets import holds_old_result, refuse_cache, refuse_sources, resolve_place
 from mono_quant.tensor_file import TensorEntry, file_image
@@ -34,7 +34,6 @@ __all__ = [
     "OutputFolder",
     "check_target",
     "new_folder",
-    "read_manifest",  # for `inspection`
     "record",
     "temporary_folder",
     "write_file",

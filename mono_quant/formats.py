@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 from mono_quant.errors import CorruptCheckpointError, UnsupportedModelError
 from mono_quant.layers import PORTABLE_KINDS
-from mono_quant.manifest import MANIFEST
+from mono_quant.manifest import FORMAT, MANIFEST
 from mono_quant.modules import Int8Module
 from mono_quant.report import QuantReport
 
-FORMAT = "mono_quant"
-FORMAT_VERSION = 1
 STANDARD = "compressed-tensors"
 PLAIN = "plain"
 LAYOUTS = (STANDARD, FORMAT, PLAIN)

@@ -11,6 +11,7 @@ from torch import nn
 from mono_quant.errors import (
     AdapterAttachedError,
     AlreadyQuantizedError,
+    CorruptCheckpointError,
     LimitExceededError,
     MetaTensorError,
     MissingFileError,
@@ -30,10 +31,11 @@ Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 PICKLES = re.compile(r"(pytorch_model|model|adapter_model)[^/]*\.(bin|pt|pth|ckpt)|.*\.(pt|pth|ckpt|pkl)")
 _SIZES = re.compile(
-    r"hidden_size|intermediate_size|vocab_size|d_model|d_ff|n_embd|n_inner|ffn_dim|.*_ffn_dim|dim|embed_dim"
+    r"hidden_size|intermediate_size|vocab_size|d_model|d_ff|d_kv|n_embd|n_inner|.*ffn_dim|dim|embed_dim|head_dim|"
+    r"n_head|num_(.*_)?heads|num_labels|.*_head_dim"
 )
 _DEPTHS = re.compile(
-    r"num_hidden_layers|num_layers|n_layer|n_layers|.*_layers|num_experts|num_local_experts|n_routed_experts"
+    r"num_hidden_layers|num_layers|n_layers?|.*_layers|num_experts|num_local_experts|n_routed_experts"
 )
 
 
@@ -88,7 +90,9 @@ def _check_part(path: str, module: nn.Module) -> None:
         )
     for name, tensor in module.named_parameters(recurse=False):
         if isinstance(tensor, nn.parameter.UninitializedParameter):
-            raise MetaTensorError(f"{path}.{name} has no weights yet; run the model once before converting it")
+            raise MetaTensorError(
+                f"{path}.{name} has no weights yet; run the model once before converting it"
+            )
         if type(tensor.data) is not torch.Tensor or tensor.is_quantized or tensor.layout != torch.strided:
             raise AlreadyQuantizedError(
                 f"{path}.{name} is a {type(tensor.data).__name__} ({tensor.layout}), not a plain float tensor; pass the float model"
@@ -182,6 +186,10 @@ def check_proportion(folder: Path, raw: Mapping[str, Any], shapes: Shapes) -> No
     """Refuse a config that asks for a model out of all proportion to the checkpoint, before building it."""
     widest = max((d for _, shape in shapes.values() for d in shape), default=0)
     for key, value in _integers(raw):
+        if value < 0 and (_SIZES.fullmatch(key) or _DEPTHS.fullmatch(key)):
+            raise CorruptCheckpointError(
+                f"{folder / 'config.json'}: {key} is {value}; a size cannot be negative"
+            )
         too_wide = _SIZES.fullmatch(key) and value > 16 * max(widest, 4096)
         too_deep = _DEPTHS.fullmatch(key) and value > 16 * max(len(shapes), 64)
         if too_wide or too_deep:

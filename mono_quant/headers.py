@@ -13,7 +13,6 @@ import torch
 
 from mono_quant.errors import CorruptCheckpointError, LimitExceededError, UnsupportedModelError
 from mono_quant.json_reader import parse_json
-from mono_quant.json_reader import read_json_object as read_json_object  # noqa: PLC0414  for `inspection`
 from mono_quant.reading import printable, read_all
 
 MAX_HEADER_BYTES = 32 << 20

@@ -11,9 +11,9 @@ from mono_quant import hub, serialization
 from mono_quant.adapters import locate, remote_headers
 from mono_quant.checkpoint import open_checkpoint
 from mono_quant.errors import CorruptCheckpointError, MissingFileError, SourceNotFoundError
-from mono_quant.files import MANIFEST, read_manifest
 from mono_quant.guards import Shapes
-from mono_quant.headers import read_json_object
+from mono_quant.json_reader import read_json_object
+from mono_quant.manifest import MANIFEST, read_manifest
 from mono_quant.report import human_bytes
 
 

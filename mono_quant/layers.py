@@ -79,6 +79,15 @@ def kind_of(module: nn.Module) -> str:
     return "experts" if _is_fused_experts(module) else ""
 
 
+def weight_owners(model: nn.Module) -> dict[str, str]:
+    """Return for every float parameter that could be int8 the name of its layer."""
+    return {
+        f"{name}.{weight}".lstrip("."): name
+        for name, module in model.named_modules()
+        for weight in WEIGHTS.get(kind_of(module), ())
+    }
+
+
 def is_transformers_model(model: nn.Module) -> bool:
     """True for a transformers `PreTrainedModel`, without importing transformers."""
     return any(

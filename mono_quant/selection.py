@@ -133,7 +133,8 @@ def select(
     _check_matches(layers, rules, modules or {})
     reasons = {layer.name: _own_reason(layer, rules) for layer in layers}
     for unit in _units(layers):
-        _decide_unit(unit, reasons, rules)
+        _size_unit(unit, reasons, rules)
+        _keep_unit_together(unit, reasons)
     return {layer.name: Decision(layer, reasons[layer.name]) for layer in layers}
 
 
@@ -189,18 +190,33 @@ def _units(layers: Sequence[Layer]) -> Iterable[list[Layer]]:
     return (unit for unit in families.values() if len(unit) > 1)
 
 
-def _decide_unit(unit: list[Layer], reasons: dict[str, str], rules: Rules) -> None:
+def keep_also(decisions: Mapping[str, Decision], reasons: Mapping[str, str]) -> dict[str, Decision]:
+    """Keep more layers, and what has to be decided together with them.
+
+    Args:
+        decisions: by layer name.
+        reasons: why, by name of a layer that is to be kept.
+    """
+    merged = {name: reasons.get(name, decision.reason) for name, decision in decisions.items()}
+    layers = [decision.layer for decision in decisions.values()]
+    for unit in _units(layers):
+        _keep_unit_together(unit, merged)
+    return {layer.name: Decision(layer, merged[layer.name]) for layer in layers}
+
+
+def _size_unit(unit: list[Layer], reasons: dict[str, str], rules: Rules) -> None:
     total = sum(layer.weights for layer in unit)
     for layer in unit:
         # the unit is fused by engines, so its size is what counts: a small k_proj does not hold back q_proj
         if reasons[layer.name] and reasons[layer.name] == _size_reason(layer.weights, rules):
             reasons[layer.name] = _size_reason(total, rules)
-    kept = [layer for layer in unit if reasons[layer.name]]
-    if kept and len(kept) < len(unit):
-        first = kept[0]
-        for layer in unit:
-            if not reasons[layer.name]:
-                reasons[layer.name] = f"decided together with {first.name.rpartition('.')[2]}, which is kept"
+
+
+def _keep_unit_together(unit: list[Layer], reasons: dict[str, str]) -> None:
+    kept = next((layer for layer in unit if reasons[layer.name]), None)
+    for layer in unit if kept else ():
+        if kept and not reasons[layer.name]:
+            reasons[layer.name] = f"decided together with {kept.name.rpartition('.')[2]}, which is kept"
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

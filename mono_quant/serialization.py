@@ -24,8 +24,6 @@ from mono_quant.errors import (
 )
 from mono_quant.files import OutputFolder, new_folder
 from mono_quant.formats import (
-    FORMAT,
-    FORMAT_VERSION,
     LAYOUTS,
     PLAIN,
     STANDARD,
@@ -38,8 +36,8 @@ from mono_quant.formats import (
     unflatten,
 )
 from mono_quant.json_reader import read_json_object
-from mono_quant.layers import WEIGHTS, kind_of
-from mono_quant.manifest import MANIFEST, read_manifest, verify_manifest
+from mono_quant.layers import weight_owners
+from mono_quant.manifest import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest, verify_manifest
 from mono_quant.modules import Int8TransposedLinear
 from mono_quant.report import QuantReport
 from mono_quant.selection import DEFAULTS
@@ -305,11 +303,7 @@ def _load_plain(
     codes = {
         name for name, tensor in tensors.items() if tensor.dtype == torch.int8 and f"{name}_scale" in tensors
     }
-    owners = {
-        f"{name}.{weight}".lstrip("."): name
-        for name, module in built.named_modules()
-        for weight in WEIGHTS.get(kind_of(module), ())
-    }
+    owners = weight_owners(built)
     stray = sorted(codes - owners.keys())
     if stray:
         raise CorruptCheckpointError(

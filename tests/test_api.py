@@ -838,3 +838,17 @@ def test_original_defect_plus_embeddings_are_in_the_file(tmp_path, name):
     loaded = mq.load(folder, model=FAMILIES[name].build if is_plain(model) else None)
     inputs = FAMILIES[name].inputs()
     assert torch.equal(run(loaded, inputs), run(result.model, inputs))
+
+
+def test_W1_a_unit_stays_together_when_one_member_is_kept_for_its_values():
+    model = nn.ModuleDict({name: nn.Linear(128, 128) for name in ("q_proj", "k_proj", "v_proj")})
+    with torch.no_grad():
+        model["k_proj"].weight[0, 0] = float("nan")
+    converted, skipped = mq.dynamic_quantize(model, on_nonfinite="keep")
+    assert sorted(skipped) == ["k_proj", "q_proj", "v_proj"]
+    assert all(type(m) is nn.Linear for m in converted.values())
+
+
+def test_an_option_given_twice_under_two_names_is_refused():
+    with pytest.raises(mq.MonoQuantError, match="min_params is given twice, the second time as skip_param_threshold=6"):
+        mq.dynamic_quantize(nn.Linear(64, 64), min_params=5, skip_param_threshold=6)
