@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
 
-from mono_quant import convert, fidelity, hub, kernels, serialization
+from mono_quant import account, convert, fidelity, half, hub, kernels, loading, saved
 from mono_quant.adapters import Access, Source, locate, open_source
 from mono_quant.bridge import mark_int8_
 from mono_quant.config import QuantizationConfig, merge
@@ -230,13 +230,13 @@ def plan(
     opened = open_source(source, access, weights=False)
     layers = _layers(opened)
     decisions = convert.decide(layers, request.rules(), opened.model)
-    rows = convert.survey(opened.model, layers)
+    rows = account.survey(opened.model, layers)
     if request.dtype == "int8":
-        done, reasons = convert.planned(opened.model, decisions), convert.layer_reasons(rows, decisions)
+        done, reasons = convert.planned(opened.model, decisions), account.layer_reasons(rows, decisions)
     else:
-        reasons, done = convert.planned_half(opened.model, request.rules(), opened.core_name)
+        reasons, done = half.planned_half(opened.model, request.rules(), opened.core_name)
     return QuantReport(
-        request.dtype, convert.account(rows, done, reasons), notes=tuple(opened.notes), planned=True
+        request.dtype, account.account(rows, done, reasons), notes=tuple(opened.notes), planned=True
     )
 
 
@@ -269,8 +269,8 @@ def load(
     if isinstance(folder, str) and locate(folder, origin) == "hub":
         client = hub.Hub(token=token)
         facts = hub.resolve(folder, revision=revision, hub=client)
-        path = hub.download(facts, wanted=serialization.is_result_file, hub=client)
-    loaded, _ = serialization.load(path, model, verify=verify)
+        path = hub.download(facts, wanted=saved.is_result_file, hub=client)
+    loaded, _ = loading.load(path, model, verify=verify)
     return loaded
 
 
@@ -287,14 +287,14 @@ def _convert(source: Source, request: QuantizationConfig, *, inplace: bool, prob
     layers = _layers(source)
     names = [name for name, _, _ in tensor_names(source.model)]
     decisions = convert.decide(layers, request.rules(), source.model)
-    rows = convert.survey(source.model, layers)
+    rows = account.survey(source.model, layers)
     work = source if inplace else _copy(source)
     reference, note = _reference(work, request, probe)
     with convert.rollback(work.model), _bar(type(source.core).__name__) as progress:
         done, reasons = _apply(work, request, decisions, rows, progress)
         convert.own_memory_(work.model, None if inplace else source.model)
     bits = kernels.activation_bits() if request.dtype == "int8" else None
-    report = QuantReport(request.dtype, convert.account(rows, done, reasons), bits, notes=tuple(source.notes))
+    report = QuantReport(request.dtype, account.account(rows, done, reasons), bits, notes=tuple(source.notes))
     report.check(names)
     report = _measured(report, work, reference, note)
     return QuantizedModel(work.model, report, request, work)
@@ -325,9 +325,9 @@ def _apply(
     decisions: Mapping[str, Decision],
     rows: Mapping[str, Any],
     progress: convert.Progress,
-) -> tuple[Mapping[str, convert.Converted], Mapping[str, str]]:
+) -> tuple[Mapping[str, account.Converted], Mapping[str, str]]:
     if request.dtype == "fp16":
-        reasons, done = convert.to_half_(
+        reasons, done = half.to_half_(
             work.model,
             request.rules(),
             within=work.core_name,
@@ -341,7 +341,7 @@ def _apply(
     )
     if is_transformers_model(work.core):
         mark_int8_(work.core)
-    return done, convert.layer_reasons(rows, final)
+    return done, account.layer_reasons(rows, final)
 
 
 def _reference(
@@ -384,11 +384,11 @@ def _measured(
         return report.with_fidelity(None, note)
     probe, expected = reference
     device = next((p.device for p in work.model.parameters()), torch.device("cpu"))
-    half = report.dtype == "fp16"
-    kernel = "torch float16" if half else kernels.describe(device)
+    is_half = report.dtype == "fp16"
+    kernel = "torch float16" if is_half else kernels.describe(device)
     model = work.model if probe.args or probe.name == "the given inputs" else work.core
     try:
-        output = fidelity.run(model, fidelity.in_dtype(probe, torch.float16) if half else probe)
+        output = fidelity.run(model, fidelity.in_dtype(probe, torch.float16) if is_half else probe)
         return report.with_fidelity(fidelity.compare(expected, output, probe.name), kernel=kernel)
     except fidelity.ProbeError as e:
         return report.with_fidelity(None, f"the converted model: {e}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mono_quant import api, cards, hub, inspection, kernels, publishing, serialization
+from mono_quant import api, cards, hub, inspection, kernels, publishing, saved
 from mono_quant.errors import MonoQuantError
 from mono_quant.files import check_target
 from mono_quant.hub_push import PushResult, check_push
@@ -199,7 +199,7 @@ def card(
 ) -> None:
     """Print the card of a saved folder, or check the one it has."""
     if not lint:
-        print(cards.render(serialization.read_card_facts(folder, repo)), end="")
+        print(cards.render(saved.read_card_facts(folder, repo)), end="")
         return
     publishing.checked_card(folder, repo)
     print(f"ok      {folder / publishing.README} says what the report says")

@@ -1,17 +1,17 @@
-"""Walking over a model: copy its structure, then put int8 layers or float16 tensors in place of float ones."""
+"""Walking over a model: copy its structure, then put int8 layers in place of float ones."""
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mono_quant.errors import Fp16RangeError, NonFiniteWeightError, UnsupportedModelError
-from mono_quant.layers import WEIGHTS, fp32_patterns, kind_of, module_aliases, tensor_names
+from mono_quant.account import Converted
+from mono_quant.encoding import encode_rows
+from mono_quant.errors import NonFiniteWeightError, UnsupportedModelError
+from mono_quant.layers import WEIGHTS, kind_of, module_aliases
 from mono_quant.modules import (
     Int8Conv1d,
     Int8Conv2d,
@@ -22,9 +22,8 @@ from mono_quant.modules import (
     Int8MultiheadAttention,
     Int8TransposedLinear,
 )
-from mono_quant.numerics import HalfCast, RowCodes, cast_half, quantize_rows, weight_limit_db
-from mono_quant.report import TensorReport
-from mono_quant.selection import DEFAULTS, Decision, Layer, Rules, keep_also, select, user_reason
+from mono_quant.numerics import RowCodes, weight_limit_db
+from mono_quant.selection import Decision, Layer, Rules, keep_also, select
 
 _BUILDERS: Mapping[str, Callable[..., Int8Module]] = {
     "linear": Int8Linear,
@@ -48,17 +47,6 @@ _REGISTRIES = (
     "_forward_hooks",
 )
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What became of one float tensor."""
-
-    bytes_after: int
-    dtype_after: torch.dtype
-    sqnr_db: float | None = None
-    gap_db: float | None = None
-    flushed: int = 0
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
@@ -171,7 +159,7 @@ def encode(module: nn.Module, layer: Layer) -> dict[str, RowCodes]:
         weight = module.get_parameter(name).detach()
         matrix = weight.t() if layer.kind == "transposed_linear" else weight
         try:
-            encoded[name] = quantize_rows(
+            encoded[name] = encode_rows(
                 matrix.flatten(0, 1) if layer.kind == "experts" else matrix.flatten(1)
             )
         except NonFiniteWeightError as e:
@@ -236,24 +224,6 @@ def planned(model: nn.Module, decisions: Mapping[str, Decision]) -> dict[str, Co
     return done
 
 
-def planned_half(
-    model: nn.Module, rules: Rules, within: str = ""
-) -> tuple[dict[str, str], dict[str, Converted]]:
-    """Return what `to_half_` would do, as far as it can be told without the values."""
-    modules = {n: m for n, m in model.named_modules() if _own_floats(m) and _below(n, within)}
-    keep = _kept_in_float(model, within, modules, rules)
-    _keep_partners(modules, keep)
-    reasons, done = {}, {}
-    for name, module in modules.items():
-        for own, tensor in _own_floats(module).items():
-            full = f"{name}.{own}".lstrip(".")
-            if name in keep:
-                reasons[full] = keep[name]
-            else:
-                done[full] = Converted(tensor.numel() * 2, torch.float16)
-    return reasons, done
-
-
 def _swap(model: nn.Module, layer: Layer, new: Int8Module) -> None:
     for name in (layer.name, *layer.aliases):
         parent, _, last = name.rpartition(".")
@@ -269,232 +239,3 @@ def _record(layer: Layer, encoded: Mapping[str, RowCodes], done: dict[str, Conve
             None if gap is None else round(rows.sqnr_db, 3),
             None if gap is None else round(gap, 3),
         )
-
-
-def to_half_(
-    model: nn.Module,
-    rules: Rules,
-    *,
-    within: str = "",
-    on_nonfinite: str = "error",
-    on_overflow: str = "keep",
-    progress: Progress | None = None,
-) -> tuple[dict[str, str], dict[str, Converted]]:
-    """Cast the floating tensors of `model` to float16, in place.
-
-    A module is cast or kept as a whole, so that its arithmetic stays in one dtype; a kept one gets its inputs in its own
-    dtype by a hook. Buffers that are not saved (rotary tables and such) stay as they are.
-
-    Args:
-        model: is changed.
-        rules: only what the user skips counts here.
-        within: name of the part to cast; everything when empty.
-        on_nonfinite, on_overflow: `error` or `keep`.
-        progress: called as (module name, done, total).
-
-    Returns:
-        Reasons for the kept tensors, and what became of the others, both by tensor name.
-
-    Raises:
-        Fp16RangeError: a value does not fit and `on_overflow` is `error`.
-        NonFiniteWeightError: a tensor holds NaN or infinity and `on_nonfinite` is `error`.
-    """
-    modules = {n: m for n, m in model.named_modules() if _own_floats(m) and _below(n, within)}
-    keep = _kept_in_float(model, within, modules, rules)
-    halves: dict[int, HalfCast] = {}
-    for count, (name, module) in enumerate(modules.items()):
-        if progress:
-            progress(name, count, len(modules))
-        if name not in keep:
-            reason = _cast_all(name, module, halves, on_nonfinite, on_overflow)
-            if reason:
-                keep[name] = reason
-    _keep_partners(modules, keep)
-    reasons: dict[str, str] = {}
-    done: dict[str, Converted] = {}
-    for name, module in modules.items():
-        if name in keep and keep[name] != DEFAULTS["keep_in_fp32"]:
-            cast_inputs_(module)
-        for own, tensor in _own_floats(module).items():
-            full = f"{name}.{own}".lstrip(".")
-            if name in keep:
-                reasons[full] = keep[name]
-            else:
-                half = halves[id(tensor)]
-                tensor.data = half.value
-                done[full] = Converted(half.value.numel() * 2, torch.float16, flushed=half.flushed)
-    return reasons, done
-
-
-def _below(name: str, within: str) -> bool:
-    return not within or name == within or name.startswith(f"{within}.")
-
-
-def _kept_in_float(
-    model: nn.Module, within: str, modules: Mapping[str, nn.Module], rules: Rules
-) -> dict[str, str]:
-    core = model.get_submodule(within)
-    patterns = fp32_patterns(core) if "keep_in_fp32" not in rules.disable_defaults else []
-    aliases = module_aliases(model)
-    keep = {}
-    for name, module in modules.items():
-        weights = sum(p.numel() for p in module.parameters(recurse=False)) if kind_of(module) else None
-        reason = user_reason((name, *aliases[id(module)]), type(module).__name__, weights, rules)
-        if not reason and any(p.search(name) for p in patterns):
-            reason = DEFAULTS["keep_in_fp32"]
-        if reason:
-            keep[name] = reason
-    return keep
-
-
-def _cast_all(
-    prefix: str, module: nn.Module, halves: dict[int, HalfCast], on_nonfinite: str, on_overflow: str
-) -> str:
-    """Cast all own tensors of a module into `halves` by id, or say why the module is kept."""
-    for name, tensor in _own_floats(module).items():
-        if id(tensor) not in halves:
-            half, reason = _cast(f"{prefix}.{name}".lstrip("."), tensor, on_nonfinite, on_overflow)
-            if half is None:
-                return reason
-            halves[id(tensor)] = half
-    return ""
-
-
-def _keep_partners(modules: Mapping[str, nn.Module], keep: dict[str, str]) -> None:
-    """Keep every module that shares a tensor with a kept one."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in modules.items():
-        for tensor in _own_floats(module).values():
-            owners[id(tensor)].append(name)
-    groups = [names for names in owners.values() if len(names) > 1]
-    for _ in groups:
-        for names in groups:
-            kept = next((n for n in names if n in keep), None)
-            for name in names if kept else ():
-                keep.setdefault(name, f"tied to {kept}, which is kept")
-
-
-def cast_inputs_(module: nn.Module) -> None:
-    """Make a module kept in float32 accept the float16 activations of the model around it, and answer in kind."""
-    module.register_forward_pre_hook(_inputs_to_own_dtype, with_kwargs=True)
-    module.register_forward_hook(_output_to_half)
-
-
-def _inputs_to_own_dtype(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    own = next((t.dtype for t in module.parameters(recurse=False) if t.is_floating_point()), None)
-    if own is None:
-        return args, kwargs
-    return _cast_tree(args, torch.float16, own), _cast_tree(kwargs, torch.float16, own)
-
-
-def _output_to_half(module: nn.Module, args: Any, output: Any) -> Any:
-    own = next((t.dtype for t in module.parameters(recurse=False) if t.is_floating_point()), None)
-    return output if own is None else _cast_tree(output, own, torch.float16)
-
-
-def _cast_tree(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(new) if value.dtype == old else value
-    if isinstance(value, dict):
-        return {k: _cast_tree(v, old, new) for k, v in value.items()}
-    return type(value)(_cast_tree(v, old, new) for v in value) if type(value) in (tuple, list) else value
-
-
-def _own_floats(module: nn.Module) -> dict[str, Tensor]:
-    own = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
-    skip = module._non_persistent_buffers_set
-    return own | {
-        n: b for n, b in module.named_buffers(recurse=False) if b.is_floating_point() and n not in skip
-    }
-
-
-def _cast(name: str, tensor: Tensor, on_nonfinite: str, on_overflow: str) -> tuple[HalfCast | None, str]:
-    try:
-        half = cast_half(tensor)
-    except NonFiniteWeightError as e:
-        if on_nonfinite == "error":
-            raise NonFiniteWeightError(
-                f"{name}: {e}. Repair the checkpoint, or use on_nonfinite='keep'"
-            ) from e
-        return None, f"{name} holds NaN or infinity"
-    if half.overflowed:
-        largest = float(tensor.detach().abs().max())
-        if on_overflow == "error":
-            raise Fp16RangeError(
-                f"{name}: {half.overflowed} values do not fit float16 (largest {largest:.6g}, limit 65504); "
-                f"use int8, or keep the layer with on_overflow='keep'"
-            )
-        return None, f"{name} has values up to {largest:.4g}, which float16 cannot hold"
-    return half, ""
-
-
-def account(
-    original: Mapping[str, TensorReport], done: Mapping[str, Converted], reasons: Mapping[str, str]
-) -> tuple[TensorReport, ...]:
-    """Complete the rows of `survey` with what was done."""
-    rows = []
-    for name, row in original.items():
-        if row.action == "shared":
-            rows.append(row)
-        elif name in done:
-            c = done[name]
-            rows.append(
-                replace(
-                    row,
-                    action="quantized",
-                    reason="",
-                    bytes_after=c.bytes_after,
-                    dtype_after=str(c.dtype_after).removeprefix("torch."),
-                    sqnr_db=c.sqnr_db,
-                    gap_db=c.gap_db,
-                    flushed=c.flushed,
-                )
-            )
-        else:
-            rows.append(replace(row, reason=reasons.get(name, row.reason)))
-    return tuple(rows)
-
-
-def survey(model: nn.Module, layers: Sequence[Layer]) -> dict[str, TensorReport]:
-    """Return one row per tensor of a float model, all of them kept or shared so far."""
-    by_tensor = {f"{x.name}.{w}".lstrip("."): x for x in layers for w in WEIGHTS.get(x.kind, ())}
-    by_module = {x.name: x for x in layers}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    first: dict[int, str] = {}
-    rows = {}
-    for name, tensor, is_buffer in tensor_names(model):
-        owner, _, _ = name.rpartition(".")
-        layer = by_tensor.get(name) or (by_module.get(owner) if tensor.dim() > 1 else None)
-        shared_with = first.setdefault(id(tensor), name)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        size = 0 if shared_with != name else tensor.numel() * tensor.element_size()
-        rows[name] = TensorReport(
-            name=name,
-            module=layer.name if layer else owner,
-            kind=layer.kind if layer else type(modules[owner]).__name__,
-            shape=tuple(tensor.shape),
-            dtype_before=dtype,
-            dtype_after=dtype,
-            bytes_before=size,
-            bytes_after=size,
-            action="kept" if shared_with == name else "shared",
-            reason=_plain_reason(name, tensor, is_buffer) if shared_with == name else shared_with,
-            is_buffer=is_buffer,
-            is_layer=layer is not None,
-        )
-    return rows
-
-
-def _plain_reason(name: str, tensor: Tensor, is_buffer: bool) -> str:
-    if not tensor.is_floating_point():
-        return f"{str(tensor.dtype).removeprefix('torch.')} values, not floating point"
-    if is_buffer:
-        return "buffer"
-    last = name.rpartition(".")[2]
-    return "bias" if last == "bias" or last.endswith("_bias") else "vector (norm, gain or offset)"
-
-
-def layer_reasons(rows: Mapping[str, TensorReport], decisions: Mapping[str, Decision]) -> dict[str, str]:
-    """Return the reasons of kept layers by tensor name."""
-    kept = {name: d.reason for name, d in decisions.items() if d.reason}
-    return {name: kept[row.module] for name, row in rows.items() if row.is_layer and row.module in kept}

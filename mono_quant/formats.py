@@ -95,7 +95,11 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def check_ct(folder: Path, block: Mapping[str, Any]) -> None:
-    """Refuse compressed-tensors checkpoints that are not int8 W8A8 with dynamic activations."""
+    """Refuse compressed-tensors checkpoints that are not int8 W8A8 with dynamic activations.
+
+    Raises:
+        UnsupportedModelError: naming everything that is different.
+    """
     problems = []
     if block.get("quant_method") != STANDARD:
         problems.append(f"quant_method is {block.get('quant_method')!r}")
@@ -103,56 +107,89 @@ def check_ct(folder: Path, block: Mapping[str, Any]) -> None:
         problems.append(f"quantization_status is {block.get('quantization_status')!r}")
     if block.get("transform_config"):
         problems.append("it uses transforms")
+    sparse = block.get("sparsity_config")
+    if isinstance(sparse, Mapping) and sparse.get("format") not in (None, "dense"):
+        problems.append(f"sparsity_config is {sparse.get('format')!r}")
     groups = block.get("config_groups")
-    for name, group in groups.items() if isinstance(groups, Mapping) else [("config_groups", {})]:
-        weights = group.get("weights") or {}
-        inputs = group.get("input_activations")
-        form = group.get("format") or block.get("format")
-        expected = {"num_bits": 8, "type": "int", "symmetric": True}
-        if any(weights.get(k) != v for k, v in expected.items()) or weights.get("strategy") != "channel":
-            problems.append(f"{name}: weights are not symmetric int8 per channel")
-        if form not in ("int-quantized", "naive-quantized"):
-            problems.append(f"{name}: format is {form!r}")
-        if inputs and (
-            any(inputs.get(k) != v for k, v in expected.items())
-            or not inputs.get("dynamic")
-            or inputs.get("strategy") != "token"
-        ):
-            problems.append(f"{name}: activations are not symmetric int8 per token")
+    if not isinstance(groups, Mapping) or not groups:
+        problems.append(f"config_groups is {groups!r}")
+    else:
+        for name, group in groups.items():
+            problems += [f"{name}: {problem}" for problem in _group_problems(group, block.get("format"))]
     if problems:
         raise UnsupportedModelError(
             f"{folder} cannot be kept in int8 here: {'; '.join(problems)}. Load it with transformers instead"
         )
 
 
-def unflatten(folder: Path, name: str, flat: Tensor | None, facts: Any) -> Tensor:
+def _group_problems(group: Any, default_format: Any) -> list[str]:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    inputs = group.get("input_activations") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping) or not isinstance(inputs, (Mapping, type(None))):
+        return [f"its description is {group!r}"]
+    problems = []
+    if any(weights.get(k) != v for k, v in _CT_ARGS.items()) or weights.get("strategy") != "channel":
+        problems.append("weights are not symmetric int8 per channel")
+    form = group.get("format") or default_format
+    if form not in ("int-quantized", "naive-quantized"):
+        problems.append(f"format is {form!r}")
+    dynamic = inputs is None or (inputs.get("dynamic") is True and inputs.get("strategy") == "token")
+    if not dynamic or (inputs and any(inputs.get(k) != v for k, v in _CT_ARGS.items())):
+        problems.append("activations are not symmetric int8 per token")
+    return problems
+
+
+def shaped_codes(folder: Path, name: str, stored: Tensor | None, facts: Any, flat: bool) -> Tensor:
+    """Return int8 codes in the shape of the float weight.
+
+    Args:
+        folder: for errors.
+        name: of the tensor.
+        stored: as in the file.
+        facts: what the manifest says: `shape`, whether the rows are the columns (`transposed`), and the shape of the
+            scales (`scale`).
+        flat: the codes lie flat in the file.
+
+    Raises:
+        CorruptCheckpointError: the file does not hold what the manifest promises.
+    """
     try:
         shape, transposed = tuple(int(d) for d in facts["shape"]), facts["transposed"] is True
+        tuple(int(d) for d in facts["scale"])
     except (TypeError, KeyError, ValueError) as e:
         raise CorruptCheckpointError(
             f"{folder}: {MANIFEST} describes {name} in an unknown way ({facts!r})"
         ) from e
-    if flat is None:
+    if stored is None:
         raise CorruptCheckpointError(
             f"{folder}: {name} is missing from the weights, though {MANIFEST} lists it"
         )
-    if flat.dtype != torch.int8 or flat.dim() != 1 or flat.numel() != math.prod(shape):
+    expected = (math.prod(shape),) if flat else shape
+    if stored.dtype != torch.int8 or tuple(stored.shape) != expected:
+        promised = f"{expected[0]} flat int8 codes" if flat else f"int8 codes of shape {expected}"
         raise CorruptCheckpointError(
-            f"{folder}: {name} is {flat.dtype} {tuple(flat.shape)}, but {MANIFEST} promises {math.prod(shape)} flat int8 codes"
+            f"{folder}: {name} is {stored.dtype} {tuple(stored.shape)}, but {MANIFEST} promises {promised}"
         )
-    return flat.view(shape[1], shape[0]).t() if transposed else flat.view(shape)
+    if not flat:
+        return stored
+    return stored.view(shape[1], shape[0]).t() if transposed else stored.view(shape)
 
 
-def checked_scale(folder: Path, name: str, scale: Tensor, codes: Tensor, table: Mapping[str, Any]) -> Tensor:
-    if codes.dtype != torch.int8:
-        return scale
-    entry = table.get(name.removesuffix("_scale"))
-    rows = codes.shape[1] if entry and entry.get("transposed") else codes.shape[0]
-    if not scale.is_floating_point() or tuple(scale.shape) not in ((rows, 1), (rows,)):
+def checked_scale(folder: Path, name: str, scale: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Return the scales of int8 rows as fp32 of `shape` [..., 1].
+
+    Raises:
+        CorruptCheckpointError: they are missing, of another shape, or not finite and positive.
+    """
+    if scale is None:
         raise CorruptCheckpointError(
-            f"{folder}: {name} is {scale.dtype} {tuple(scale.shape)}, expected float ({rows}, 1)"
+            f"{folder}: {name} is missing, so its int8 codes mean nothing; the checkpoint is incomplete"
         )
-    value = scale.float().view(rows, 1)
+    if not scale.is_floating_point() or tuple(scale.shape) not in (shape, shape[:-1]):
+        raise CorruptCheckpointError(
+            f"{folder}: {name} is {scale.dtype} {tuple(scale.shape)}, expected float {shape}"
+        )
+    value = scale.float().view(shape)
     if not bool(torch.isfinite(value).all()) or not bool((value > 0).all()):
         raise CorruptCheckpointError(
             f"{folder}: {name} holds a scale that is not finite and positive; the file is damaged"

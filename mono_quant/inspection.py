@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mono_quant import hub, serialization
+from mono_quant import hub, loading, saved
 from mono_quant.adapters import locate, remote_headers
 from mono_quant.checkpoint import open_checkpoint
 from mono_quant.errors import CorruptCheckpointError, MissingFileError, SourceNotFoundError
@@ -108,7 +108,7 @@ def inspect_any(place: str | Path, *, revision: str | None = None, client: hub.H
     if isinstance(place, Path) or locate(place) == "local":
         return inspect(place)
     facts = hub.resolve(place, revision=revision, hub=client)
-    small = ("config.json", MANIFEST, serialization.REPORT)
+    small = ("config.json", MANIFEST, saved.REPORT)
     folder = hub.download(facts, wanted=lambda name: name in small, hub=client)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
     headers, size = remote_headers(facts, client)
@@ -136,9 +136,9 @@ def verify(folder: str | Path) -> list[str]:
         raise MissingFileError(
             f"{path} has no {MANIFEST}; only folders that mono_quant saved can be verified"
         )
-    manifest = serialization.verified_manifest(path)
+    manifest = saved.verified_manifest(path)
     passed = [f"{len(manifest['files'])} files have the size and sha256 of the manifest"]
-    report, seen = serialization.read_report(path), inspect(path)
+    report, seen = saved.read_report(path), inspect(path)
     codes = sum(len(shape) > 0 for shape in seen.quantized.values())
     expected = sum(row.action == "quantized" for row in report.rows) if report.dtype == "int8" else 0
     # fused experts are one parameter in memory and one matrix per expert in the file
@@ -152,12 +152,12 @@ def verify(folder: str | Path) -> list[str]:
         else "no int8 tensors, as the report says"
     )
     if manifest.get("kind") == "module":
-        serialization.read_tensors(path, manifest)
+        saved.read_tensors(path, manifest)
         passed.append(
             f"codes and scales are sound; {manifest.get('class')} itself can only be built by your code"
         )
     else:
-        model = serialization.load(path, verify=False)[0]
+        model = loading.load(path, verify=False)[0]
         passed.append(f"loads as {type(model).__name__}")
     return passed
 
@@ -180,9 +180,9 @@ def _facts(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reasons(path: Path) -> dict[str, str]:
-    if not (path / serialization.REPORT).exists():
+    if not (path / saved.REPORT).exists():
         return {}
-    return {row.name: row.reason for row in serialization.read_report(path).rows if row.action == "kept"}
+    return {row.name: row.reason for row in saved.read_report(path).rows if row.action == "kept"}
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -70,7 +70,9 @@ def quantize_rows(weight: Tensor, scale_dtype: torch.dtype | None = None) -> Row
         zero = s < torch.finfo(torch.float32).tiny
         s = torch.where(zero, 1.0, s)
         # next to the largest float, 127 times a scale that was rounded up is infinite
-        lower = round_scale(s * (1 - torch.finfo(scale_dtype or weight.dtype).eps), scale_dtype or weight.dtype)
+        lower = round_scale(
+            s * (1 - torch.finfo(scale_dtype or weight.dtype).eps), scale_dtype or weight.dtype
+        )
         s = torch.where(torch.isinf(s * QMAX), lower, s)
         q = (block / s).round_().clamp_(-QMAX, QMAX).masked_fill_(zero, 0.0)
         codes[start : start + step] = q.to(torch.int8)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mono_quant import cards, serialization
+from mono_quant import cards, loading, saved
 from mono_quant.errors import ConfigError, CorruptCheckpointError
 from mono_quant.files import MANIFEST, record, temporary_folder, write_file
 from mono_quant.hub import HUB, Hub, RepoFacts
@@ -49,11 +49,11 @@ def publish(
         CorruptCheckpointError: the folder does not load as what it should be.
         HubError: the Hub refused; see `mono_quant.errors`.
     """
-    manifest = serialization.verified_manifest(folder)
+    manifest = saved.verified_manifest(folder)
     target = full_id(repo_id, client)
     card = checked_card(folder, target)
     check_loads(folder, manifest, model)
-    origin = serialization.read_card_facts(folder).origin
+    origin = saved.read_card_facts(folder).origin
     source = None
     if origin.repo_id is not None:
         source = RepoFacts(origin.repo_id, None, str(origin.sha), origin.private, origin.gated)
@@ -89,7 +89,7 @@ def checked_card(folder: Path, repo_id: str | None = None) -> str:
     Raises:
         ConfigError: the card contradicts the report.
     """
-    here, there = serialization.read_card_facts(folder), serialization.read_card_facts(folder, repo_id)
+    here, there = saved.read_card_facts(folder), saved.read_card_facts(folder, repo_id)
     path = folder / README
     text = path.read_text(encoding="utf-8") if path.is_file() else cards.render(here)
     if text == cards.render(here):
@@ -116,9 +116,9 @@ def check_loads(folder: Path, manifest: dict[str, Any], model: nn.Module | None)
     """
     if manifest["kind"] == "module":
         # only the user's code can build it: compare what is in the files
-        found = serialization.read_tensors(folder, manifest)
+        found = saved.read_tensors(folder, manifest)
     else:
-        found = serialization.load(folder, verify=False)[0].state_dict()
+        found = loading.load(folder, verify=False)[0].state_dict()
     if model is None:
         return
     expected = model.state_dict()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mono_quant import bridge, serialization
+from mono_quant import bridge, loading, saved, saving
 from mono_quant.adapters import Source
 from mono_quant.cards import render
 from mono_quant.config import QuantizationConfig
@@ -44,7 +44,7 @@ class QuantizedModel:
         folder: str | Path,
         *,
         overwrite: bool = False,
-        max_shard_size: int | str = serialization.MAX_SHARD_SIZE,
+        max_shard_size: int | str = saving.MAX_SHARD_SIZE,
     ) -> Path:
         """Write the model as a folder that appears whole or not at all.
 
@@ -59,7 +59,7 @@ class QuantizedModel:
         Raises:
             OutputError: it could not be written; what was there before is untouched.
         """
-        return serialization.save(
+        return saving.save(
             folder,
             self._source,
             self.report,
@@ -114,7 +114,7 @@ class QuantizedModel:
         has_tokenizer = (
             "tokenizer_config.json" in self._source.side_files or self._source.processor is not None
         )
-        return render(serialization.card_facts(self._source, self.report, self.config, has_tokenizer))
+        return render(saving.card_facts(self._source, self.report, self.config, has_tokenizer))
 
     def pipeline(self, task: str) -> Any:
         """Return a transformers pipeline around the model and its processor.
@@ -150,8 +150,8 @@ class QuantizedModel:
             MonoQuantError: a typed error for a missing, tampered, foreign or newer folder.
         """
         path = Path(folder)
-        loaded, manifest = serialization.load(path, model, verify=verify)
-        report = serialization.read_report(path)
+        loaded, manifest = loading.load(path, model, verify=verify)
+        report = saved.read_report(path)
         settings: Mapping[str, Any] = manifest.get("settings", {})
-        source = serialization.loaded_source(path, loaded, manifest)
+        source = loading.loaded_source(path, loaded, manifest)
         return cls(loaded, report, QuantizationConfig.from_dict(settings), source)

@@ -16,7 +16,7 @@ def write_modules(folder: OutputFolder, model: Any, core: nn.Module) -> None:
     Args:
         folder: the output.
         model: the SentenceTransformer.
-        core: the transformer inside, which is written by `serialization`.
+        core: the transformer inside, which is written by `saving`.
     """
     # sentence-transformers saves its transformer by this method; that part is ours
     core.__dict__["save_pretrained"] = lambda *args, **kwargs: None

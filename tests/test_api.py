@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mono_quant as mq
-from mono_quant import convert
+from mono_quant import convert, half
 from mono_quant.errors import ConfigError, Fp16RangeError, NonFiniteWeightError, PatternError
 from mono_quant.modules import Int8Conv1d, Int8Conv2d, Int8Linear, Int8Module
 
@@ -335,8 +335,8 @@ def test_M8_a_failure_at_any_layer_puts_everything_back(monkeypatch, name, error
 @pytest.mark.parametrize("name", ["net", "cnn", "llama"])
 def test_M8_fp16_a_failure_at_any_tensor_puts_everything_back(monkeypatch, name):
     model = ROLLED_BACK[name]()
-    before, real, calls = photograph(model), convert.cast_half, []
-    monkeypatch.setattr(convert, "cast_half", lambda t: calls.append(1) or real(t))
+    before, real, calls = photograph(model), half.cast_half, []
+    monkeypatch.setattr(half, "cast_half", lambda t: calls.append(1) or real(t))
     mq.quantize(model, "fp16", **QUIET)
     for k in range(len(calls)):
         done = []
@@ -347,7 +347,7 @@ def test_M8_fp16_a_failure_at_any_tensor_puts_everything_back(monkeypatch, name)
                 raise RuntimeError("injected")
             return real(tensor)
 
-        monkeypatch.setattr(convert, "cast_half", fail)
+        monkeypatch.setattr(half, "cast_half", fail)
         with pytest.raises(RuntimeError, match="injected"):
             mq.quantize(model, "fp16", inplace=True, **QUIET)
         assert_same(before, photograph(model))
@@ -850,5 +850,7 @@ def test_W1_a_unit_stays_together_when_one_member_is_kept_for_its_values():
 
 
 def test_an_option_given_twice_under_two_names_is_refused():
-    with pytest.raises(mq.MonoQuantError, match="min_params is given twice, the second time as skip_param_threshold=6"):
+    with pytest.raises(
+        mq.MonoQuantError, match="min_params is given twice, the second time as skip_param_threshold=6"
+    ):
         mq.dynamic_quantize(nn.Linear(64, 64), min_params=5, skip_param_threshold=6)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from mono_quant import cards, serialization
+from mono_quant import cards, saved
 from mono_quant.cards import CardFacts, Origin
 from mono_quant.report import QuantReport, TensorReport
 
@@ -63,7 +63,7 @@ def facts(**changes: object) -> CardFacts:
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda p: p.name)
 def test_golden_cards_render_again_byte_for_byte(folder: Path) -> None:
-    text = cards.render(serialization.read_card_facts(folder, f"example/{folder.name}"))
+    text = cards.render(saved.read_card_facts(folder, f"example/{folder.name}"))
     assert (folder / "README.md").read_bytes() == text.encode(), (
         "the template changed: run scripts/render_model_cards.py and look at the difference"
     )
@@ -86,7 +86,7 @@ def test_golden_metadata_says_what_report_and_manifest_say(folder: Path) -> None
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda p: p.name)
 def test_every_kept_layer_is_on_the_card_with_its_reason(folder: Path) -> None:
     text = (folder / "README.md").read_text(encoding="utf-8")
-    report = serialization.read_report(folder)
+    report = saved.read_report(folder)
     for kept in report.skipped:
         name = kept.module or kept.name
         starred = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

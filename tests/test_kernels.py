@@ -697,6 +697,7 @@ def test_the_self_test_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_without_a_compiler_the_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    (tmp_path / build.LIBRARY).write_bytes(b"of an earlier build")
     reason = build.build(tmp_path)
     assert "no C++ compiler was found" in str(reason)
     assert json.loads((tmp_path / build.RECORD).read_text())["reason"] == reason

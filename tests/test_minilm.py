@@ -200,11 +200,11 @@ def test_a_sentence_transformer_keeps_its_answers(sentence_transformer, sentence
 
 
 @pytest.mark.parametrize("which", ["folder", "sentence_folder"])
-def test_vanilla_sentence_transformers_loads_the_folder(request, sentence_transformer, which):
+def test_R1_vanilla_sentence_transformers_stops_at_the_codes(request, which):
+    """It calls `model.forward` itself, so the hook of compressed-tensors that unpacks the weights never runs."""
     theirs = SentenceTransformer(str(request.getfixturevalue(which)), device="cpu")
-    expected = sentence_transformer.encode(SENTENCES, convert_to_tensor=True)
-    assert relative_error(expected, theirs.encode(SENTENCES, convert_to_tensor=True)) <= 0.09
-    assert theirs.max_seq_length == sentence_transformer.max_seq_length
+    with pytest.raises(RuntimeError, match="must have the same dtype"):
+        theirs.encode(SENTENCES)
 
 
 def test_vanilla_sentence_transformers_runs_the_folder_dequantized(sentence_transformer, sentence_folder):

@@ -47,6 +47,9 @@ def build(target: Path, extra_flags: tuple[str, ...] = ()) -> str | None:
     compiler, reason = _find_compiler()
     if compiler is not None:
         reason = _compile(compiler, target / LIBRARY, extra_flags)
+    if reason is not None:
+        # one from an earlier build would be taken for this one's
+        (target / LIBRARY).unlink(missing_ok=True)
     record = {"built": reason is None, "reason": reason, "compiler": compiler}
     (target / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return reason
@@ -109,7 +112,10 @@ class BdistWheel(bdist_wheel):  # type: ignore[misc]
 
     def run(self) -> None:
         self.run_command("build")
-        self.root_is_pure = not self._has_library()
+        has_library = self._has_library()
+        self.root_is_pure = not has_library
+        # puts the files in the platform's folder, where auditwheel wants libraries to be
+        self.distribution.has_ext_modules = lambda: has_library
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

@@ -1,0 +1,42 @@
+"""The one way from a float tensor to codes: a native kernel where there is one, the definition in `numerics` otherwise.
+
+Both give the same codes and scales, bit for bit; the error sums may differ in their last digits.
+"""
+
+import torch
+from torch import Tensor
+
+from mono_quant import kernels, numerics
+from mono_quant.numerics import QMAX, HalfCast, RowCodes, sqnr_db
+
+
+def encode_rows(matrix: Tensor) -> RowCodes:
+    """Quantize each row of a matrix symmetrically to int8; see `numerics.quantize_rows`.
+
+    Args:
+        matrix: floating [N, K].
+
+    Raises:
+        NonFiniteWeightError: a value is NaN or infinite.
+    """
+    native = kernels.encode_rows(matrix, matrix.dtype)
+    # What is not finite, or next to the largest float, is left to the definition, which says what is wrong; so are
+    # magnitudes whose squares leave the range of the kernel's fp32 partial sums. Zeros have no magnitude.
+    if native is None or not bool(torch.isfinite(native.scale * QMAX).all()):
+        return numerics.quantize_rows(matrix)
+    if not 1e-24 < native.signal / max(1, matrix.numel()) < 1e24:
+        return numerics.quantize_rows(matrix)
+    return RowCodes(native.codes, native.scale, sqnr_db(native.signal, native.noise))
+
+
+def cast_half(tensor: Tensor) -> HalfCast:
+    """Cast a floating tensor to float16 and count what does not fit; see `numerics.cast_half`.
+
+    Raises:
+        NonFiniteWeightError: a value is NaN or infinite already.
+    """
+    source = tensor.detach()
+    native = kernels.cast_half(source)
+    if native is None or native.nonfinite:
+        return numerics.cast_half(source)
+    return HalfCast(native.value, native.overflowed, native.clamped, native.flushed)
