@@ -210,15 +210,8 @@ def _section(name: str, lines: Iterable[str]) -> str:
 
 
 def _account_lines(report: QuantReport) -> list[str]:
-    groups: dict[tuple[str, str], list[TensorReport]] = defaultdict(list)
-    for row in report.rows:
-        label = {"quantized": row.kind, "kept": row.reason, "shared": "shares memory with another tensor"}[
-            row.action
-        ]
-        groups[row.action, label].append(row)
-    order = {"quantized": 0, "kept": 1, "shared": 2}
     lines = ["| | kind or reason | tensors | parameters | before | after |", "|---|---|---:|---:|---:|---:|"]
-    for (action, label), rows in sorted(groups.items(), key=lambda g: (order[g[0][0]], g[0][1])):
+    for action, label, rows in report.groups():
         what = report.dtype if action == "quantized" else action
         lines.append(
             f"| {what} | {_cell(label)} | {len(rows)} | {sum(r.numel for r in rows):,} | "

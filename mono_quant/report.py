@@ -125,6 +125,16 @@ class QuantReport:
             (r for r in self.quantized if r.sqnr_db is not None), key=lambda r: r.sqnr_db or 0, default=None
         )
 
+    def groups(self) -> list[tuple[Action, str, list[TensorReport]]]:
+        """Return the rows by action and kind or reason, quantized ones first, then the largest."""
+        groups: dict[tuple[Action, str], list[TensorReport]] = defaultdict(list)
+        for row in self.rows:
+            labels = {"quantized": row.kind, "kept": row.reason, "shared": "shared with another tensor"}
+            groups[row.action, labels[row.action]].append(row)
+        order = {"quantized": 0, "kept": 1, "shared": 2}
+        ordered = sorted(groups.items(), key=lambda g: (order[g[0][0]], -_params(g[1]), g[0][1]))
+        return [(action, label, rows) for (action, label), rows in ordered]
+
     def check(self, names: Iterable[str]) -> None:
         """Prove that the rows account for exactly these tensors, each once.
 
@@ -246,16 +256,7 @@ def _lines(report: QuantReport) -> Iterable[str]:
 
 
 def _group_rows(report: QuantReport) -> Iterable[list[str]]:
-    groups: dict[tuple[str, str], list[TensorReport]] = defaultdict(list)
-    for row in report.rows:
-        label = {"quantized": row.kind, "kept": row.reason, "shared": "shared with another tensor"}[
-            row.action
-        ]
-        groups[row.action, label].append(row)
-    order = {"quantized": 0, "kept": 1, "shared": 2}
-    for (action, label), rows in sorted(
-        groups.items(), key=lambda g: (order[g[0][0]], -_params(g[1]), g[0][1])
-    ):
+    for action, label, rows in report.groups():
         yield [
             action,
             str(len(rows)),
