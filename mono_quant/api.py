@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
 
-from mono_quant import account, convert, fidelity, half, hub, kernels, loading, saved
+from mono_quant import account, convert, fidelity, half, hub, kernels, loading, saved, widen
 from mono_quant.adapters import Access, Source, locate, open_source
 from mono_quant.bridge import mark_int8_
 from mono_quant.config import QuantizationConfig, merge
@@ -293,8 +293,11 @@ def _convert(source: Source, request: QuantizationConfig, *, inplace: bool, prob
     with convert.rollback(work.model), _bar(type(source.core).__name__) as progress:
         done, reasons = _apply(work, request, decisions, rows, progress)
         convert.own_memory_(work.model, None if inplace else source.model)
+        if request.dtype == "fp16":
+            widen.compute_in_float_(work.model, work.core_name)
     bits = kernels.activation_bits() if request.dtype == "int8" else None
-    report = QuantReport(request.dtype, account.account(rows, done, reasons), bits, notes=tuple(source.notes))
+    notes = (*source.notes, *_memory_notes(work.model, done, request))
+    report = QuantReport(request.dtype, account.account(rows, done, reasons), bits, notes=notes)
     report.check(names)
     report = _measured(report, work, reference, note)
     return QuantizedModel(work.model, report, request, work)
@@ -384,14 +387,32 @@ def _measured(
         return report.with_fidelity(None, note)
     probe, expected = reference
     device = next((p.device for p in work.model.parameters()), torch.device("cpu"))
-    is_half = report.dtype == "fp16"
-    kernel = "torch float16" if is_half else kernels.describe(device)
     model = work.model if probe.args or probe.name == "the given inputs" else work.core
     try:
-        output = fidelity.run(model, fidelity.in_dtype(probe, torch.float16) if is_half else probe)
-        return report.with_fidelity(fidelity.compare(expected, output, probe.name), kernel=kernel)
+        if report.dtype == "int8":
+            output = fidelity.run(model, probe)
+            return report.with_fidelity(
+                fidelity.compare(expected, output, probe.name), kernel=kernels.describe(device)
+            )
+        with fidelity.peak_activation(model) as peak:
+            output = fidelity.run(model, probe)
+        facts = fidelity.compare(expected, output, probe.name) | {"peak_activation": fidelity.digits(peak[0])}
+        return report.with_fidelity(facts, kernel=kernels.describe_half(device))
     except fidelity.ProbeError as e:
         return report.with_fidelity(None, f"the converted model: {e}")
+
+
+def _memory_notes(
+    model: nn.Module, done: Mapping[str, account.Converted], request: QuantizationConfig
+) -> Iterator[str]:
+    """Say where a float16 model needs more memory than its file."""
+    if request.dtype != "fp16":
+        return
+    count, classes = widen.widened(model, done)
+    if classes:
+        yield (
+            f"in memory {count:,} of the float16 values are float32, because {', '.join(classes)} runs in float32"
+        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ a file of the checkpoint itself. transformers is imported when a function here i
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -244,10 +244,14 @@ def mark_int8_(model: nn.Module) -> None:
         model.__dict__.pop(name, None)
 
 
-def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the model's tensors under their checkpoint names: ties once, fused experts one by one.
 
     int8 codes have the shape of the float weight they stand for; scales are fp32 [N, 1].
+
+    Args:
+        model: a transformers model.
+        halves: names in the model of tensors to return as float16.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -257,6 +261,7 @@ def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
     for target, origin in getattr(model, "all_tied_weights_keys", {}).items():
         if target in state and origin in state and _same_memory(state[target], state[origin]):
             del state[target]
+    state = {name: tensor.half() if name in halves else tensor for name, tensor in state.items()}
     with quiet():
         return dict(revert_weight_conversion(_with_scale_conversions(model), state))
 

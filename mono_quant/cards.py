@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from mono_quant.errors import CorruptCheckpointError
-from mono_quant.report import QuantReport, TensorReport, gap_text, human_bytes, number
+from mono_quant.report import QuantReport, TensorReport, gap_text, human_bytes
 
 _FACTS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 _MAX_KEPT_LINES = 60
@@ -241,16 +241,6 @@ def _kept_lines(skipped: Iterable[TensorReport]) -> Iterator[str]:
         yield f"| {_cell(_code(name))} | {len(rows)} | {dtype} | {sum(r.numel for r in rows):,} | {_cell(reason)} |"
 
 
-_MEASURES = {
-    "relative_error": "relative error",
-    "cosine_mean": "cosine similarity, mean",
-    "cosine_min": "cosine similarity, lowest",
-    "kl_mean": "KL divergence, mean (nats)",
-    "kl_p99": "KL divergence, 99 % (nats)",
-    "top1_agreement": "top-1 agreement",
-}
-
-
 def _fidelity_lines(report: QuantReport) -> list[str]:
     lines = []
     if report.fidelity is None:
@@ -262,18 +252,14 @@ def _fidelity_lines(report: QuantReport) -> list[str]:
             "",
             "| measure | value |",
             "|---|---:|",
-            *(
-                f"| {name} | {number(report.fidelity[k])} |"
-                for k, name in _MEASURES.items()
-                if report.fidelity.get(k) is not None
-            ),
+            *(f"| {name} | {value} |" for name, value in report.measured()),
         ]
-        if report.fidelity.get("non_finite_positions"):
-            lines.append(f"| positions with NaN or infinity | {report.fidelity['non_finite_positions']} |")
         lines += [
             "",
             "A synthetic probe says how close the arithmetic is; it is no benchmark of the model's abilities.",
         ]
+    if report.overflow_warning:
+        lines += ["", f"Warning: {_escape(report.overflow_warning)}."]
     worst = report.worst
     if worst is not None and worst.sqnr_db is not None:
         lines += [

@@ -1,7 +1,7 @@
 """Walking over a model: copy its structure, then put int8 layers in place of float ones."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from mono_quant.account import Converted
 from mono_quant.encoding import encode_rows
 from mono_quant.errors import NonFiniteWeightError, UnsupportedModelError
+from mono_quant.forwards import StoredModule
 from mono_quant.layers import WEIGHTS, kind_of, module_aliases
 from mono_quant.modules import (
     Int8Conv1d,
@@ -143,7 +144,8 @@ def to_int8_(
             progress(layer.name, count, len(chosen))
         encoded = encode(modules[layer.name], layer)
         _record(layer, encoded, done)
-        _swap(model, layer, build(modules[layer.name], layer.kind, encoded))
+        old = modules[layer.name]
+        put_(model, (layer.name, *layer.aliases), old, build(old, layer.kind, encoded))
     disable_float_fast_paths_(model)
     return final, done
 
@@ -183,12 +185,18 @@ def _non_finite(modules: Mapping[str, nn.Module], decisions: Mapping[str, Decisi
 def build(module: nn.Module, kind: str, encoded: dict[str, RowCodes] | None) -> Int8Module:
     """Return the int8 layer for a float one; its codes are on meta when there are none yet."""
     plain = encoded if kind in ("experts", "attention") or encoded is None else encoded["weight"]
-    new = _BUILDERS[kind](module, plain)
-    new.train(module.training)
+    return _BUILDERS[kind](module, plain)
+
+
+def put_(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, under all its names, with its training flag and its hooks."""
+    new.train(old.training)
     for name in _HOOKS:
         # kept, not dropped: users and libraries rely on them
-        vars(new)[name] = vars(module)[name]
-    return new
+        vars(new)[name] = vars(old)[name]
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        model.get_submodule(parent)._modules[last] = new
 
 
 def install_(model: nn.Module, names: Sequence[str]) -> None:
@@ -196,19 +204,20 @@ def install_(model: nn.Module, names: Sequence[str]) -> None:
     aliases = module_aliases(model)
     for name in names:
         module = model.get_submodule(name)
-        layer = Layer(name, kind_of(module), type(module).__name__, 0, 0, aliases=aliases[id(module)])
-        _swap(model, layer, build(module, layer.kind, None))
+        put_(model, (name, *aliases[id(module)]), module, build(module, kind_of(module), None))
     disable_float_fast_paths_(model)
 
 
 def disable_float_fast_paths_(model: nn.Module) -> None:
-    """Keep `nn.TransformerEncoder` from reading int8 layers' weights and computing in float by itself."""
+    """Keep `nn.TransformerEncoder` from reading the weights of our layers and computing by itself."""
     for module in model.modules():
-        has_int8 = any(isinstance(m, Int8Module) for m in module.modules())
-        if isinstance(module, nn.TransformerEncoderLayer) and has_int8:
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and has_int8:
-            module.use_nested_tensor = False
+        if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            continue
+        if any(isinstance(m, StoredModule) for m in module.modules()):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0
 
 
 def planned(model: nn.Module, decisions: Mapping[str, Decision]) -> dict[str, Converted]:
@@ -222,12 +231,6 @@ def planned(model: nn.Module, decisions: Mapping[str, Decision]) -> dict[str, Co
             rows = weight.shape[:2].numel() if layer.kind == "experts" else rows
             done[f"{layer.name}.{name}".lstrip(".")] = Converted(weight.numel() + 4 * rows, torch.int8)
     return done
-
-
-def _swap(model: nn.Module, layer: Layer, new: Int8Module) -> None:
-    for name in (layer.name, *layer.aliases):
-        parent, _, last = name.rpartition(".")
-        model.get_submodule(parent)._modules[last] = new
 
 
 def _record(layer: Layer, encoded: Mapping[str, RowCodes], done: dict[str, Converted]) -> None:

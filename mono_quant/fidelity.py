@@ -103,6 +103,27 @@ def make_probe(model: nn.Module, processor: Any) -> Probe:
     return Probe(probe.args, _on_device_of(model, kwargs), probe.name, probe.mask)
 
 
+@contextmanager
+def peak_activation(model: nn.Module) -> Iterator[list[float]]:
+    """Watch the forward passes of the block; the list holds the largest magnitude that left any module.
+
+    Arithmetic in float16 overflows where it is beyond 65504, though every weight fits.
+    """
+    peak = [0.0]
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        for tensor in _flatten(output):
+            if tensor.is_floating_point() and tensor.numel():
+                peak[0] = max(peak[0], float(tensor.detach().abs().max()))
+
+    handles = [module.register_forward_hook(watch) for module in model.modules()]
+    try:
+        yield peak
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def run(model: nn.Module, probe: Probe) -> Output:
     """Run the model once in inference mode and pick the output to compare.
 
@@ -153,11 +174,11 @@ def compare(reference: Output, output: Output, probe: str) -> dict[str, Any]:
         kl = (logp.exp() * (logp - logq)).sum(1).clamp_min(0.0)
         facts["kl_mean"], facts["kl_p99"] = float(kl.mean()), float(kl.quantile(0.99))
         facts["top1_agreement"] = float((r.argmax(1) == y.argmax(1)).double().mean())
-    return {k: _digits(v) if isinstance(v, float) else v for k, v in facts.items()}
+    return {k: digits(v) if isinstance(v, float) else v for k, v in facts.items()}
 
 
-def _digits(value: float) -> float | None:
-    # close to 1 the interesting digits are those of the distance to 1
+def digits(value: float) -> float | None:
+    """Round for a report: four digits, six where the distance to 1 is what matters, None for NaN and infinity."""
     if not math.isfinite(value):
         return None
     return float(f"{value:.4g}") if abs(value) < 0.9 else round(value, 6)
@@ -232,16 +253,6 @@ def _decoder_inputs(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
 def _on_device_of(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     parameter = next(model.parameters())
     return {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-
-
-def in_dtype(probe: Probe, dtype: torch.dtype) -> Probe:
-    """Return the probe with its floating inputs in `dtype`, for a model that was cast."""
-
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    args = tuple(cast(a) for a in probe.args)
-    return Probe(args, {k: cast(v) for k, v in probe.kwargs.items()}, probe.name, probe.mask)
 
 
 def _copied(value: Any) -> Any:

@@ -22,10 +22,10 @@ from mono_quant.errors import (
     UnsupportedModelError,
     WrappedModelError,
 )
+from mono_quant.forwards import StoredModule
 from mono_quant.json_reader import read_json_object
 from mono_quant.layers import is_transformers_model
 from mono_quant.manifest import MANIFEST
-from mono_quant.modules import Int8Module
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -73,7 +73,7 @@ def _check_part(path: str, module: nn.Module) -> None:
         raise AdapterAttachedError(
             f"{path}: PEFT adapters are attached; call merge_and_unload() first and pass the result"
         )
-    if isinstance(module, Int8Module) or getattr(module, "hf_quantizer", None) is not None:
+    if isinstance(module, StoredModule) or getattr(module, "hf_quantizer", None) is not None:
         raise AlreadyQuantizedError(
             f"{path} ({type(module).__name__}) is quantized already; pass the float model"
         )

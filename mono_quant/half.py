@@ -1,8 +1,7 @@
-"""Casting a model to float16, module by module, with everything that does not fit kept and named."""
+"""Casting a model to float16, module by module, with everything that does not fit kept and named; `widen` makes it run."""
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from mono_quant.account import Converted
 from mono_quant.convert import Progress
 from mono_quant.encoding import cast_half
 from mono_quant.errors import Fp16RangeError, NonFiniteWeightError
-from mono_quant.layers import fp32_patterns, kind_of, module_aliases
+from mono_quant.layers import below, fp32_patterns, kind_of, module_aliases, own_floats
 from mono_quant.numerics import HalfCast
 from mono_quant.selection import DEFAULTS, Rules, user_reason
 
@@ -27,8 +26,8 @@ def to_half_(
 ) -> tuple[dict[str, str], dict[str, Converted]]:
     """Cast the floating tensors of `model` to float16, in place.
 
-    A module is cast or kept as a whole, so that its arithmetic stays in one dtype; a kept one gets its inputs in its own
-    dtype by a hook. Buffers that are not saved (rotary tables and such) stay as they are.
+    A module is cast or kept as a whole, so that its arithmetic stays in one dtype. Buffers that are not saved (rotary
+    tables and such) stay as they are. `widen.compute_in_float_` then makes the model run.
 
     Args:
         model: is changed.
@@ -44,7 +43,7 @@ def to_half_(
         Fp16RangeError: a value does not fit and `on_overflow` is `error`.
         NonFiniteWeightError: a tensor holds NaN or infinity and `on_nonfinite` is `error`.
     """
-    modules = {n: m for n, m in model.named_modules() if _own_floats(m) and _below(n, within)}
+    modules = {n: m for n, m in model.named_modules() if own_floats(m) and below(n, within)}
     keep = _kept_in_float(model, within, modules, rules)
     halves: dict[int, HalfCast] = {}
     for count, (name, module) in enumerate(modules.items()):
@@ -58,9 +57,7 @@ def to_half_(
     reasons: dict[str, str] = {}
     done: dict[str, Converted] = {}
     for name, module in modules.items():
-        if name in keep and keep[name] != DEFAULTS["keep_in_fp32"]:
-            cast_inputs_(module)
-        for own, tensor in _own_floats(module).items():
+        for own, tensor in own_floats(module).items():
             full = f"{name}.{own}".lstrip(".")
             if name in keep:
                 reasons[full] = keep[name]
@@ -75,22 +72,18 @@ def planned_half(
     model: nn.Module, rules: Rules, within: str = ""
 ) -> tuple[dict[str, str], dict[str, Converted]]:
     """Return what `to_half_` would do, as far as it can be told without the values."""
-    modules = {n: m for n, m in model.named_modules() if _own_floats(m) and _below(n, within)}
+    modules = {n: m for n, m in model.named_modules() if own_floats(m) and below(n, within)}
     keep = _kept_in_float(model, within, modules, rules)
     _keep_partners(modules, keep)
     reasons, done = {}, {}
     for name, module in modules.items():
-        for own, tensor in _own_floats(module).items():
+        for own, tensor in own_floats(module).items():
             full = f"{name}.{own}".lstrip(".")
             if name in keep:
                 reasons[full] = keep[name]
             else:
                 done[full] = Converted(tensor.numel() * 2, torch.float16)
     return reasons, done
-
-
-def _below(name: str, within: str) -> bool:
-    return not within or name == within or name.startswith(f"{within}.")
 
 
 def _kept_in_float(
@@ -114,7 +107,7 @@ def _cast_all(
     prefix: str, module: nn.Module, halves: dict[int, HalfCast], on_nonfinite: str, on_overflow: str
 ) -> str:
     """Cast all own tensors of a module into `halves` by id, or say why the module is kept."""
-    for name, tensor in _own_floats(module).items():
+    for name, tensor in own_floats(module).items():
         if id(tensor) not in halves:
             half, reason = _cast(f"{prefix}.{name}".lstrip("."), tensor, on_nonfinite, on_overflow)
             if half is None:
@@ -127,7 +120,7 @@ def _keep_partners(modules: Mapping[str, nn.Module], keep: dict[str, str]) -> No
     """Keep every module that shares a tensor with a kept one."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in modules.items():
-        for tensor in _own_floats(module).values():
+        for tensor in own_floats(module).values():
             owners[id(tensor)].append(name)
     groups = [names for names in owners.values() if len(names) > 1]
     for _ in groups:
@@ -135,40 +128,6 @@ def _keep_partners(modules: Mapping[str, nn.Module], keep: dict[str, str]) -> No
             kept = next((n for n in names if n in keep), None)
             for name in names if kept else ():
                 keep.setdefault(name, f"tied to {kept}, which is kept")
-
-
-def cast_inputs_(module: nn.Module) -> None:
-    """Make a module kept in float32 accept the float16 activations of the model around it, and answer in kind."""
-    module.register_forward_pre_hook(_inputs_to_own_dtype, with_kwargs=True)
-    module.register_forward_hook(_output_to_half)
-
-
-def _inputs_to_own_dtype(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    own = next((t.dtype for t in module.parameters(recurse=False) if t.is_floating_point()), None)
-    if own is None:
-        return args, kwargs
-    return _cast_tree(args, torch.float16, own), _cast_tree(kwargs, torch.float16, own)
-
-
-def _output_to_half(module: nn.Module, args: Any, output: Any) -> Any:
-    own = next((t.dtype for t in module.parameters(recurse=False) if t.is_floating_point()), None)
-    return output if own is None else _cast_tree(output, own, torch.float16)
-
-
-def _cast_tree(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(new) if value.dtype == old else value
-    if isinstance(value, dict):
-        return {k: _cast_tree(v, old, new) for k, v in value.items()}
-    return type(value)(_cast_tree(v, old, new) for v in value) if type(value) in (tuple, list) else value
-
-
-def _own_floats(module: nn.Module) -> dict[str, Tensor]:
-    own = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
-    skip = module._non_persistent_buffers_set
-    return own | {
-        n: b for n, b in module.named_buffers(recurse=False) if b.is_floating_point() and n not in skip
-    }
 
 
 def _cast(name: str, tensor: Tensor, on_nonfinite: str, on_overflow: str) -> tuple[HalfCast | None, str]:

@@ -101,7 +101,7 @@ def _layer(name: str, module: nn.Module, kind: str) -> Layer | None:
     cls = type(module).__name__
     if isinstance(module, nn.MultiheadAttention) and kind:
         size = module.embed_dim
-        return Layer(name, kind, cls, 4 * size, size, unsupported=_attention_problem(module))
+        return Layer(name, kind, cls, 4 * size, size, unsupported=obstacle(module, kind))
     if not matrices:
         return None
     if not kind:
@@ -109,7 +109,10 @@ def _layer(name: str, module: nn.Module, kind: str) -> Layer | None:
         total = 0 if lazy else sum(p.numel() for p in matrices)
         return Layer(name, cls, cls, 1, total, unsupported=_foreign_reason(module))
     rows, depth = _matrix_shape(module, kind)
-    return Layer(name, kind, cls, rows, depth, unsupported=_problem(module, kind, depth))
+    problem = obstacle(module, kind)
+    if not problem and depth > MAX_IN_FEATURES:
+        problem = f"{depth} inputs: an int32 sum could overflow above {MAX_IN_FEATURES}"
+    return Layer(name, kind, cls, rows, depth, unsupported=problem)
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -136,15 +139,16 @@ def _matrix_shape(module: nn.Module, kind: str) -> tuple[int, int]:
     return weight.shape[0], weight[0].numel()
 
 
-def _problem(module: nn.Module, kind: str, depth: int) -> str:
+def obstacle(module: nn.Module, kind: str) -> str:
+    """Return why a layer of a known kind cannot be replaced; empty when it can."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_problem(module)
     if any(name not in module._parameters for name in WEIGHTS[kind]):
         return "its weight is computed at every forward (weight norm or similar)"
     weights = [module._parameters[name] for name in WEIGHTS[kind]]
     dtypes = {w.dtype for w in weights if w is not None}
     if not dtypes <= _FLOATS:
         return f"its weight is {', '.join(sorted(str(d) for d in dtypes - _FLOATS))}, not a float matrix"
-    if depth > MAX_IN_FEATURES:
-        return f"{depth} inputs: an int32 sum could overflow above {MAX_IN_FEATURES}"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "its forward renormalises the table (max_norm)"
     return ""
@@ -172,6 +176,20 @@ def _foreign_reason(module: nn.Module) -> str:
     if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
         return f"{cls}: experts of a layout that is not known here"
     return f"no int8 form of {cls}"
+
+
+def own_floats(module: nn.Module) -> dict[str, Tensor]:
+    """Return the float parameters and saved float buffers that a module itself owns."""
+    own = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
+    skip = module._non_persistent_buffers_set
+    return own | {
+        n: b for n, b in module.named_buffers(recurse=False) if b.is_floating_point() and n not in skip
+    }
+
+
+def below(name: str, within: str) -> bool:
+    """Tell whether a module lies in the part of a model that is called `within`; everything does when that is empty."""
+    return not within or name == within or name.startswith(f"{within}.")
 
 
 def module_aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:

@@ -25,13 +25,14 @@ from mono_quant.formats import (
     check_ct,
     dtype_of,
 )
-from mono_quant.half import cast_inputs_
 from mono_quant.json_reader import read_json_object
 from mono_quant.layers import weight_owners
 from mono_quant.manifest import FORMAT, MANIFEST, read_manifest, verify_manifest
+from mono_quant.modules import Int8Module
 from mono_quant.saved import check_manifest, read_tensors
 from mono_quant.sentence import load_modules
 from mono_quant.version import __version__
+from mono_quant.widen import compute_in_float_
 
 
 def load(
@@ -98,7 +99,17 @@ def _load_own(
         loaded = bridge.load_int8(cls, config, tensors, str(folder), dtype_of(raw))
     _recast_buffers(loaded, manifest)
     _set_generation(loaded, folder)
-    return loaded
+    return _settled(loaded, layout == PLAIN)
+
+
+def _settled(model: nn.Module, is_half: bool, within: str = "") -> nn.Module:
+    """Bring a model that was filled from files into the form that runs."""
+    if is_half:
+        compute_in_float_(model, within)
+    for module in model.modules():
+        if isinstance(module, Int8Module):
+            module.settle_()
+    return model
 
 
 def _load_sentence(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
@@ -112,8 +123,9 @@ def _load_sentence(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
         tensors = read_tensors(folder, {})
         core = model[0].auto_model
         _restore_kept(core, kept, lambda: bridge.load_float(cls, config, tensors, str(folder), torch.float32))
-    _recast_buffers(model[0].auto_model, manifest)
-    return model  # type: ignore[no-any-return]
+    core = model[0].auto_model
+    _recast_buffers(core, manifest)
+    return _settled(model, half, next(path for path, module in model.named_modules() if module is core))
 
 
 def _load_plain(
@@ -141,8 +153,7 @@ def _load_plain(
     install_(built, sorted({owners[name] for name in codes}))
     _fill_plain(built, tensors, folder)
     _recast_buffers(built, manifest)
-    _cast_inputs_of(built, manifest.get("kept", {}))
-    return built.eval()
+    return _settled(built, manifest.get("layout") == PLAIN).eval()
 
 
 def _fill_plain(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -192,7 +203,7 @@ def _load_foreign(folder: Path) -> nn.Module:
     cls, config = bridge.model_class(raw, folder, trust_remote_code=False)
     loaded = bridge.load_int8(cls, config, read_tensors(folder, {}), str(folder), dtype_of(raw))
     _set_generation(loaded, folder)
-    return loaded
+    return _settled(loaded, is_half=False)
 
 
 def _codes(folder: Path) -> list[str]:
@@ -208,12 +219,6 @@ def _restore_kept(model: nn.Module, kept: Mapping[str, str], full: Callable[[], 
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, dtype in kept.items():
         _known(own, name, model).data = _known(wide, name, model).data.to(getattr(torch, dtype))
-    _cast_inputs_of(model, kept)
-
-
-def _cast_inputs_of(model: nn.Module, kept: Mapping[str, str]) -> None:
-    for name in sorted({tensor.rpartition(".")[0] for tensor in kept}):
-        cast_inputs_(model.get_submodule(name))
 
 
 def _recast_buffers(core: nn.Module, manifest: Mapping[str, Any]) -> None:

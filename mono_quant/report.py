@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from mono_quant.errors import CorruptCheckpointError
+from mono_quant.numerics import FP16_MAX
 
 Action = Literal["quantized", "kept", "shared"]
 
@@ -125,6 +126,24 @@ class QuantReport:
             (r for r in self.quantized if r.sqnr_db is not None), key=lambda r: r.sqnr_db or 0, default=None
         )
 
+    def measured(self) -> list[tuple[str, str]]:
+        """Return the measured fidelity as pairs of a name and a number, both as text."""
+        facts = self.fidelity or {}
+        found = [(name, number(facts[k])) for k, name in _MEASURES.items() if facts.get(k) is not None]
+        bad = facts.get("non_finite_positions")
+        return found + ([("positions with NaN or infinity", str(bad))] if bad else [])
+
+    @property
+    def overflow_warning(self) -> str:
+        """What happens to the measured activations in float16 arithmetic, where they do not fit; else empty."""
+        peak = (self.fidelity or {}).get("peak_activation") or 0.0
+        if peak <= FP16_MAX:
+            return ""
+        return (
+            f"activations reach {number(peak)}, beyond {FP16_MAX:.0f}: the float32 arithmetic used here holds them, "
+            f"float16 arithmetic (.half(), a loader that computes in float16) overflows"
+        )
+
     def groups(self) -> list[tuple[Action, str, list[TensorReport]]]:
         """Return the rows by action and kind or reason, quantized ones first, then the largest."""
         groups: dict[tuple[Action, str], list[TensorReport]] = defaultdict(list)
@@ -199,6 +218,15 @@ class QuantReport:
         return "\n".join(_lines(self))
 
 
+_MEASURES = {
+    "relative_error": "relative error",
+    "cosine_mean": "cosine similarity, mean",
+    "cosine_min": "cosine similarity, lowest",
+    "kl_mean": "KL divergence, mean (nats)",
+    "kl_p99": "KL divergence, 99 % (nats)",
+    "top1_agreement": "top-1 agreement",
+    "peak_activation": "largest activation",
+}
 _ROW_DEFAULTS = {
     "reason": "",
     "is_buffer": False,
@@ -293,19 +321,11 @@ def _fidelity_lines(report: QuantReport) -> Iterable[str]:
         if report.fidelity_note:
             yield f"output  not measured: {report.fidelity_note}"
         return
-    names = {
-        "relative_error": "relative error",
-        "cosine_mean": "cosine, mean",
-        "cosine_min": "cosine, lowest",
-        "kl_mean": "KL divergence, mean",
-        "kl_p99": "KL divergence, 99 %",
-        "top1_agreement": "top-1 agreement",
-    }
-    facts = [f"{names[k]} {number(report.fidelity[k])}" for k in names if report.fidelity.get(k) is not None]
-    if report.fidelity.get("non_finite_positions"):
-        facts.append(f"non-finite values at {report.fidelity['non_finite_positions']} positions")
+    facts = [f"{name} {value}" for name, value in report.measured()]
     yield f"output  {report.fidelity['output']} against the original: {', '.join(facts)}"
     yield f"        on {report.fidelity['probe']}; kernel: {report.kernel}"
+    if report.overflow_warning:
+        yield f"warning {report.overflow_warning}"
 
 
 def _columns(head: list[str] | None, rows: list[list[str]], right: set[int]) -> Iterable[str]:

@@ -63,7 +63,7 @@ def save(
         OutputError: it could not be written; nothing was changed.
     """
     layout = layout_of(source.kind, report)
-    state = _state(source)
+    state = _state(source, report)
     with new_folder(target, overwrite=overwrite, sources=[source.folder] if source.folder else []) as folder:
         table = _write_tensors(folder, source, state, layout, max_shard_size)
         if source.kind != "module":
@@ -101,7 +101,10 @@ def card_facts(
     )
 
 
-def _state(source: Source) -> dict[str, Tensor]:
+def _state(source: Source, report: QuantReport) -> dict[str, Tensor]:
+    prefix = f"{source.core_name}." if source.core_name else ""
+    # some of a float16 model is float32 in memory, with values that float16 holds
+    halves = {row.name.removeprefix(prefix) for row in report.rows if row.dtype_after == "float16"}
     if source.kind == "module":
         first: dict[tuple[int, torch.Size], str] = {}
         state = source.model.state_dict()
@@ -113,8 +116,8 @@ def _state(source: Source) -> dict[str, Tensor]:
             key = (tensor.data_ptr(), tensor.shape)
             if tensor.numel() and first.setdefault(key, name) != name:
                 del state[name]
-        return dict(state)
-    return bridge.checkpoint_state(source.core)
+        return {name: tensor.half() if name in halves else tensor for name, tensor in state.items()}
+    return bridge.checkpoint_state(source.core, halves)
 
 
 def _write_tensors(

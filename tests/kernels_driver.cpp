@@ -15,6 +15,7 @@ int mq_conv(int, int, int, const int64_t*, const void*, int, const int8_t*, cons
 int mq_quantize_rows(int, int64_t, int64_t, const void*, int, int64_t, int, int8_t*, float*, double*);
 int mq_to_half(int, int64_t, const void*, int, void*, int64_t*);
 int mq_embedding(int, int64_t, int64_t, int64_t, const int64_t*, const int8_t*, const float*, void*, int);
+int mq_transpose(int, int64_t, int64_t, int64_t, int64_t, const void*, void*);
 }
 
 namespace {
@@ -77,6 +78,13 @@ void convs(int isa, int64_t groups, int dtype, int threads) {
       out.data(), out.size());
 }
 
+void transposes(int64_t rows, int64_t columns, int dtype, int threads) {
+  const int64_t images = 3, size = dtype == 0 ? 4 : 2;
+  const auto source = floats(images * rows * columns, dtype);
+  std::vector<char> target(source.size());
+  add(mq_transpose(threads, images, rows, columns, size, source.data(), target.data()), target.data(), target.size());
+}
+
 void conversions(int64_t rows, int64_t depth, int dtype, int threads) {
   const auto x = floats(rows * depth, dtype);
   std::vector<int8_t> codes(rows * depth);
@@ -107,6 +115,9 @@ int main() {
     linears(isa, 3, 5, 133144, 0, 1);
     linears(isa, 700, 50, 4100, 0, 2);
     for (int dtype = 0; dtype < 3; ++dtype) convs(isa, 1 + dtype, dtype, 1 + dtype);
+  }
+  for (int64_t rows : {1, 7, 8, 33, 200}) {
+    for (int64_t columns : {1, 8, 31, 65}) transposes(rows, columns, (rows + columns) % 2, 2);
   }
   if (isas >> 1 & 1) {
     for (int64_t depth : {1, 7, 8, 31, 32, 33, 1000}) {

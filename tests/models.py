@@ -197,9 +197,10 @@ def is_plain(model: nn.Module) -> bool:
 
 
 def run(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits, in the dtype in which they came; floating inputs get the dtype of the model."""
-    half = [p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-    dtype = half[0] if half else torch.float32
+    """Return the logits, in the dtype in which they came; floating inputs get the dtype that the model computes in."""
+    named = {n: p.dtype for n, p in model.named_parameters() if p.is_floating_point()}
+    dtypes = {dtype for name, dtype in named.items() if not name.endswith("_scale")}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.inference_mode():
         out = model(**cast)

@@ -359,7 +359,7 @@ def test_ops_pass_the_checks_of_torch_library(op: str) -> None:
 
 def test_the_conv_op_passes_the_checks_of_torch_library() -> None:
     weight, scale, bias = layer(6, 36)
-    args = (torch.randn(2, 4, 9, 8), weight, scale, bias, [3, 3], [2, 1], [1, 1], [1, 1], 1)
+    args = (torch.randn(2, 4, 9, 8), weight.view(6, 4, 3, 3), scale, bias, [2, 1], [1, 1], [1, 1], 1)
     torch.library.opcheck(torch.ops.mono_quant.int8_conv.default, args)
     last = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
     torch.library.opcheck(torch.ops.mono_quant.int8_conv.default, last)
@@ -455,7 +455,7 @@ def test_conv_has_the_bits_of_the_oracle(
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
     pairs = [(n, n) for n in (stride, padding, dilation)]
-    y = kernels.int8_conv(x, weight, scale, bias, size, *pairs, groups)
+    y = kernels.int8_conv(x, weight.view(rows, channels // groups, *size), scale, bias, *pairs, groups)
     how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     assert same(y.flatten(2), oracle_conv(x, weight, scale, bias, size, **how))
     assert y.is_contiguous() or last
@@ -463,7 +463,9 @@ def test_conv_has_the_bits_of_the_oracle(
 
 def test_conv_of_no_images(path: str) -> None:
     weight, scale, bias = layer(5, 12)
-    y = kernels.int8_conv(torch.empty(0, 3, 8, 8), weight, scale, bias, (2, 2), (1, 1), (0, 0), (1, 1), 1)
+    y = kernels.int8_conv(
+        torch.empty(0, 3, 8, 8), weight.view(5, 3, 2, 2), scale, bias, (1, 1), (0, 0), (1, 1), 1
+    )
     assert y.shape == (0, 5, 7, 7)
 
 

@@ -221,7 +221,11 @@ def test_fp16_of_a_sentence_transformer_comes_back(sentence_transformer, tmp_pat
     result = mq.quantize(sentence_transformer, "fp16", fidelity=False)
     back = mq.load(result.save(tmp_path / "out"))
     ours, theirs = (m.encode(SENTENCES, convert_to_tensor=True) for m in (result.model, back))
-    assert torch.equal(ours, theirs) and {p.dtype for p in back.parameters()} == {torch.float16}
+    assert torch.equal(ours, theirs)
+    expected = sentence_transformer.encode(SENTENCES, convert_to_tensor=True)
+    assert relative_error(expected, ours) < 2e-3
+    matrices = {p.dtype for p in back.parameters() if p.dim() > 1}
+    assert matrices == {torch.float16}
 
 
 def test_plan_of_the_folder_says_the_same_without_reading_a_weight(minilm, result, monkeypatch):

@@ -883,8 +883,8 @@ def test_the_linear_op_keeps_the_contract_of_torch_library(shape, grad):  # M11
 
 def test_the_convolution_op_keeps_the_contract_of_torch_library():  # M11
     module = int8(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), groups=2, padding=(1, 0), dilation=(1, 2)))
-    args = torch.randn(2, 4, 9, 8), module.codes(), module.scale(), module.bias.detach()
-    options = [3, 2], [2, 1], [1, 0], [1, 2], 2
+    args = torch.randn(2, 4, 9, 8), module._parameters["weight"], module.scale(), module.bias.detach()
+    options = [2, 1], [1, 0], [1, 2], 2
     torch.library.opcheck(torch.ops.mono_quant.int8_conv.default, (*args, *options))
 
 

@@ -174,7 +174,10 @@ def test_the_table_of_a_plan_says_would():
 
 def test_the_table_shows_fidelity_or_why_there_is_none():
     lines = REPORT.with_fidelity(FIDELITY).table().splitlines()
-    assert "output  logits against the original: relative error 0.01235, cosine, mean 0.99987" in lines
+    assert (
+        "output  logits against the original: relative error 0.01235, cosine similarity, mean 0.99987"
+        in lines
+    )
     assert "        on 4 x 16 tokens; kernel: reference" in lines
     assert "output  not measured: too large" in REPORT.with_fidelity(None, "too large").table()
     assert "output" not in REPORT.table()

@@ -24,6 +24,7 @@ __all__ = [
     "activation_bits",
     "cast_half",
     "describe",
+    "describe_half",
     "encode_rows",
     "environment",
     "half_linear",
@@ -64,7 +65,6 @@ def int8_conv(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -74,14 +74,14 @@ def int8_conv(
 
     Args:
         x: fp32, fp16 or bf16 [B, I, H, W].
-        weight: int8 [O, I / groups * kh * kw].
+        weight: int8 [O, I / groups, kh, kw]; read without a copy when the channels are last in memory.
         weight_scale: fp32 [O, 1].
         bias: float [O] or None.
 
     Returns:
         [B, O, H', W'] in the dtype of `x`.
     """
-    args = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
+    args = (list(stride), list(padding), list(dilation), groups)
     if _needs_op(x, bias):
         out: Tensor = torch.ops.mono_quant.int8_conv(x, weight, weight_scale, bias, *args)
         return out
@@ -109,19 +109,22 @@ def int8_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype:
 
 
 def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply a linear layer with float16 weights and float arithmetic.
+    """Apply a linear layer with float16 weights: float32 arithmetic on CPU, the weight's own elsewhere.
 
-    On CPU the weights are read as float16 and widened in registers. Sums are fp32; their order, and with it the last
-    bit, may change with the number of tokens.
+    The native kernel widens weights in registers. Sums are fp32; their order, and with it the last bit, may change with
+    the number of tokens.
 
     Args:
         x: fp32, fp16 or bf16 [..., K].
-        weight: float16 [N, K].
+        weight: float16 [N, K]; a weight that was cast to another dtype is used as it is.
         bias: float [N] or None.
 
     Returns:
         [..., N] in the dtype of `x`.
     """
+    if weight.dtype is not torch.float16 or weight.device.type not in ("cpu", "meta"):
+        own = weight.dtype
+        return F.linear(x.to(own), weight, None if bias is None else bias.to(own)).to(x.dtype)
     if _needs_op(x, bias):
         out: Tensor = torch.ops.mono_quant.half_linear(x, weight, bias)
         return out
@@ -163,6 +166,14 @@ def describe(device: torch.device | str = "cpu") -> str:
     if _cpu is not None and torch.device(device).type == "cpu":
         return f"native {_cpu.path} (exact, {_cpu.bits}-bit activations)"
     return "reference (plain torch, exact)"
+
+
+def describe_half(device: torch.device | str = "cpu") -> str:
+    """Name the path that runs float16 products on `device`, for reports."""
+    if torch.device(device).type != "cpu":
+        return "torch float16"
+    native = _cpu is not None and _cpu.path != "portable"
+    return f"native {_cpu.path} (float32 arithmetic)" if native and _cpu else "torch float32 arithmetic"
 
 
 def environment() -> dict[str, str | int | bool | list[str] | None]:
@@ -265,8 +276,15 @@ def _int_mm_is_exact() -> bool:
         return False
 
 
-def _out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def _out_sizes(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    return [
+        (size + 2 * pad - gap * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, pad, gap in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
 
 
 def _conv(
@@ -274,23 +292,19 @@ def _conv(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    kernel_size: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    size = [
-        _out_size(*args) for args in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
-    ]
+    size = _out_sizes(x, weight, stride, padding, dilation)
     if _cpu is not None and _has_memory():
-        native = _cpu.conv(
-            x, weight, weight_scale, bias, kernel_size, stride, padding, dilation, groups, size
-        )
+        native = _cpu.conv(x, weight, weight_scale, bias, stride, padding, dilation, groups, size)
         if native is not None:
             return native
     places = size[0] * size[1]
-    channels = weight.shape[0]
+    kernel_size, channels = weight.shape[2:], weight.shape[0]
+    weight = weight.flatten(1)
     out = x.new_empty(x.shape[0], channels, *size)
     depth, width = weight.shape[1], channels // groups
     step = max(1, _PATCH_ELEMENTS // max(1, places * depth * groups))
@@ -337,13 +351,12 @@ def _conv_op(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    kernel_size: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    out = _conv(x, weight, weight_scale, bias, kernel_size, stride, padding, dilation, groups)
+    out = _conv(x, weight, weight_scale, bias, stride, padding, dilation, groups)
     # one layout for every input, as the fake tensor has it
     return out.contiguous()
 
@@ -354,15 +367,12 @@ def _conv_fake(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    kernel_size: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    size = [
-        _out_size(*args) for args in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
-    ]
+    size = _out_sizes(x, weight, stride, padding, dilation)
     return x.new_empty(x.shape[0], weight.shape[0], *size)
 
 

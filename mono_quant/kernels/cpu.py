@@ -20,7 +20,7 @@ from mono_quant.kernels import reference
 # Instruction sets, best last; the numbers are those of the C interface.
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512vnni": 3}
 WIDE_BITS = 12
-_VERSION = 1
+_VERSION = 2
 _FOLDER = Path(__file__).resolve().parent
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # |sum| <= qmax * 128 * K must stay below 2^31: very long rows get narrower codes, whatever their batch is.
@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "mq_quantize_rows": [_INT, _LONG, _LONG, _POINTER, _INT, _LONG, _INT] + [_POINTER] * 3,
     "mq_to_half": [_INT, _LONG, _POINTER, _INT, _POINTER, _POINTER],
     "mq_embedding": [_INT, _LONG, _LONG, _LONG] + [_POINTER] * 4 + [_INT],
+    "mq_transpose": [_INT] + [_LONG] * 4 + [_POINTER] * 2,
 }
 
 
@@ -181,7 +182,6 @@ class Cpu:
         weight: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None,
-        kernel_size: Sequence[int],
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
@@ -196,13 +196,14 @@ class Cpu:
         if weight.dtype is not torch.int8 or weight_scale.dtype is not torch.float32:
             return None
         images, channels, height, width = x.shape
-        rows, depth = weight.shape
-        inner = channels // groups
-        if depth != inner * kernel_size[0] * kernel_size[1] or channels % groups or rows % groups:
+        rows, inner, *kernel_size = weight.shape
+        depth = inner * kernel_size[0] * kernel_size[1]
+        if channels != inner * groups or rows % groups:
             return None
         # pixels of adjacent channels: a receptive field is then a few long runs of memory
-        pixels = _dense(x.permute(0, 2, 3, 1))
-        weight = weight.view(rows, inner, *kernel_size).permute(0, 2, 3, 1).contiguous()
+        planes = x.is_contiguous() and not x.is_neg()
+        pixels = self._transposed(x.flatten(2)) if planes else _dense(x.permute(0, 2, 3, 1))
+        weight = weight.permute(0, 2, 3, 1).contiguous()
         weight_scale = weight_scale.contiguous()
         bias = None if bias is None else bias.contiguous()
         out = x.new_empty((images, *out_size, rows))
@@ -223,9 +224,17 @@ class Cpu:
         )
         if failed:
             return None
-        out = out.permute(0, 3, 1, 2)
-        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-            return out.contiguous()
+        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            return out.permute(0, 3, 1, 2)
+        return self._transposed(out.flatten(1, 2)).view(images, rows, *out_size)
+
+    def _transposed(self, x: Tensor) -> Tensor:
+        """Return a dense copy of [B, R, C] as [B, C, R]."""
+        images, rows, columns = x.shape
+        out = x.new_empty(images, columns, rows)
+        self._library.mq_transpose(
+            torch.get_num_threads(), images, rows, columns, x.element_size(), x.data_ptr(), out.data_ptr()
+        )
         return out
 
     def embedding(

@@ -1,5 +1,6 @@
 // The C interface. Pointers, sizes and strides only: no dependency on Python or torch, loaded with ctypes.
 #include "convert.h"
+#include "layout.h"
 #include "linear.h"
 
 using namespace mq;
@@ -13,7 +14,7 @@ bool known(int dtype) { return dtype >= 0 && dtype <= 2; }
 }  // namespace
 
 // Changes whenever a signature or a meaning below does.
-MQ_API int mq_version() { return 1; }
+MQ_API int mq_version() { return 2; }
 
 // One bit per Isa that this processor runs.
 MQ_API int mq_isas() {
@@ -136,4 +137,12 @@ MQ_API int mq_embedding(int threads, int64_t count, int64_t rows, int64_t depth,
 #else
   return 1;
 #endif
+}
+
+// source [images, rows, columns] to target [images, columns, rows]; elements of 2 or 4 bytes.
+MQ_API int mq_transpose(int threads, int64_t images, int64_t rows, int64_t columns, int64_t size, const void* source,
+                        void* target) {
+  if (images < 0 || rows < 0 || columns < 0 || (size != 2 && size != 4)) return 2;
+  if (images * rows * columns > 0) transpose(source, images, rows, columns, size, target, threads);
+  return 0;
 }

@@ -1,0 +1,208 @@
+"""What int8 and float16 layers share: the float dtype they stand for, and forward passes of more than one product."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class StoredModule(nn.Module):
+    """A layer whose weight lies in another form than its arithmetic uses; `.weight` reads as a float tensor."""
+
+    # transformers re-initialises modules that do not carry this mark.
+    _is_hf_initialized = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        # Follows `.to(dtype)`, so that a weight that is read has the dtype a float weight would have.
+        self.register_buffer("_float", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The dtype of a weight that is read, and of outputs that follow no input."""
+        return self.get_buffer("_float").dtype
+
+    def _product(self, x: Tensor, name: str, rows: int | slice, bias: Tensor | None) -> Tensor:
+        """Return `x @ W[rows].T + bias` for the matrix, or the stack of matrices, `name`."""
+        raise NotImplementedError
+
+
+class ConvForward(StoredModule):
+    """The forward pass of `nn.Conv1d` and `nn.Conv2d`: batches, padding modes, one dimension as two."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
+    def _take_geometry(self, source: nn.Conv1d | nn.Conv2d) -> None:
+        for name in (
+            "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+        ):  # fmt: skip
+            setattr(self, name, getattr(source, name))
+        # The sizes that F.pad takes, last dimension first; nn.Conv keeps them for `same` and the padding modes.
+        self._pad = list(vars(source)["_reversed_padding_repeated_twice"])
+
+    def _convolve(
+        self,
+        x: Tensor,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+    ) -> Tensor:
+        """Convolve [B, in, H, W] with zero padding."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [B, in, ...] or [in, ...] to the convolution's output in the dtype of `input`."""
+        sizes = len(self.kernel_size)
+        batched = input.dim() == sizes + 2
+        x, padding = self._padded(input if batched else input.unsqueeze(0))
+        if sizes == 1:
+            out = self._convolve(
+                x.unsqueeze(2), (1, *self.stride), (0, *padding), (1, *self.dilation)
+            ).squeeze(2)
+        else:
+            out = self._convolve(x, self.stride, padding, self.dilation)
+        return out if batched else out.squeeze(0)
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        if self.padding_mode != "zeros":
+            return F.pad(input, self._pad, mode=self.padding_mode), (0,) * len(self.kernel_size)
+        if isinstance(self.padding, str):
+            # `same` may pad one side more than the other
+            return F.pad(input, self._pad), (0,) * len(self.kernel_size)
+        return input, self.padding
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
+            f"bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
+        )
+
+
+class ExpertsForward(StoredModule):
+    """The forward pass of transformers' fused experts, with the signature of the module it replaces."""
+
+    def _take_routing(self, source: nn.Module, experts: int) -> None:
+        self.num_experts = experts
+        self.act_fn = source.act_fn
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Mix the experts' outputs.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: integer [T, k], the experts of each token; `num_experts` marks an empty slot.
+            top_k_weights: [T, k].
+
+        Returns:
+            [T, H] in the dtype of `hidden_states`.
+        """
+        out = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            if token.numel() == 0:
+                continue
+            gate, up = self._product(hidden_states[token], "gate_up_proj", expert, None).chunk(2, dim=-1)
+            y = self._product(self.act_fn(gate) * up, "down_proj", expert, None)  # type: ignore[operator]
+            y = y * top_k_weights[token, slot, None]
+            out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}"
+
+
+class AttentionForward(StoredModule):
+    """The forward pass of `nn.MultiheadAttention` in its plain form: equal query, key and value sizes."""
+
+    # The fused float path of nn.TransformerEncoderLayer reads the weights itself unless this is False.
+    _qkv_same_embed_dim = False
+    in_proj_bias: nn.Parameter | None
+    out_proj: nn.Module
+
+    def _take_heads(self, source: nn.MultiheadAttention) -> None:
+        self.embed_dim, self.num_heads, self.head_dim = source.embed_dim, source.num_heads, source.head_dim
+        self.batch_first, self.dropout = source.batch_first, source.dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as `nn.MultiheadAttention.forward` does; see there for shapes and masks."""
+        if is_causal and attn_mask is None:
+            raise ValueError(
+                "is_causal=True needs attn_mask as well, as in nn.MultiheadAttention; pass the causal mask"
+            )
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+        elif not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        q, k, v = self._project_in(query, key, value)
+        if key_padding_mask is not None and not batched:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        mask = self._mask(key_padding_mask, attn_mask, q)
+        out, weights = self._attend(q, k, v, mask, need_weights)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _project_in(self, *inputs: Tensor) -> list[Tensor]:
+        """Project three inputs [B, L, E] to heads [B, heads, L, head_dim]."""
+        size = self.embed_dim
+        heads = []
+        for i, x in enumerate(inputs):
+            rows = slice(i * size, (i + 1) * size)
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+            y = self._product(x, "in_proj_weight", rows, bias)
+            heads.append(y.reshape(*y.shape[:2], self.num_heads, self.head_dim).transpose(1, 2))
+        return heads
+
+    def _mask(self, padding: Tensor | None, attention: Tensor | None, q: Tensor) -> Tensor | None:
+        """Merge both masks into one additive mask that broadcasts to [B, heads, L, S]."""
+        merged = None
+        if attention is not None:
+            merged = _additive(attention, q.dtype)
+            if merged.dim() == 3:
+                merged = merged.reshape(q.shape[0], self.num_heads, *merged.shape[1:])
+        if padding is not None:
+            extra = _additive(padding, q.dtype)[:, None, None, :]
+            merged = extra if merged is None else merged + extra
+        return merged
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        dropout = self.dropout if self.training else 0.0
+        if not need_weights:
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+        if mask is not None:
+            scores = scores + mask
+        weights = F.dropout(scores.softmax(dim=-1), dropout)
+        return weights @ v, weights
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
+    return mask.to(dtype)
