@@ -636,6 +636,13 @@ def test_the_environment_names_what_runs() -> None:
     assert kernels.activation_bits("cuda") == 8
 
 
+@pytest.mark.parametrize("name", PATHS)
+def test_codes_are_as_wide_as_costs_no_speed(name: str) -> None:
+    with kernels.using(name):
+        assert kernels.activation_bits() == {"reference": 8, "avx512vnni": 8}.get(name, 12)
+        assert kernels.activation_bits("cuda") == 8
+
+
 def test_unknown_choices_are_errors() -> None:
     with pytest.raises(ValueError, match=r"unknown kernel path 'sse9'; choose from reference, portable"):
         cpu.choose(kernels._loaded, "sse9")

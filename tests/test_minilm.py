@@ -109,6 +109,12 @@ def test_exactly_the_36_encoder_linears_are_quantized(result, original):
     }
 
 
+@pytest.mark.skipif(kernels.environment()["path"] == "reference", reason="the native library is not built")
+def test_wide_activations_halve_the_error(original, result, tokenizer):
+    with kernels.using(bits=12):
+        assert relative_error(hidden(original, tokenizer), hidden(result.model, tokenizer)) <= 0.038
+
+
 @pytest.mark.parametrize("path", ["reference", None])
 def test_the_output_is_within_nine_percent(original, result, tokenizer, path):
     with kernels.using(path):

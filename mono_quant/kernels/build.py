@@ -27,6 +27,8 @@ FLAGS = [
     "-fopenmp",
     # the reference rounds after every operation
     "-ffp-contract=off",
+    # summing several products before they meet the accumulator needs more registers than there are
+    "-fno-tree-reassoc",
     "-fvisibility=hidden",
     "-fno-exceptions",
     "-fno-rtti",

@@ -129,15 +129,20 @@ void multiply_rows(const Chunk& chunk, int64_t n, int64_t rows) {
   const Linear& layer = chunk.layer;
   alignas(64) int32_t sums[kMaxTile * kDotRows];
   const bool far = layer.rows * layer.weight_stride > kFetchAhead;
-  for (int64_t t = 0; t < chunk.tokens; t += chunk.product.dot_tokens) {
-    const int64_t ahead = far && t == 0 ? 4 * layer.weight_stride : 0;
-    const int tokens = static_cast<int>(std::min<int64_t>(chunk.product.dot_tokens, chunk.tokens - t));
+  const int64_t step = chunk.product.dot_tokens;
+  for (int64_t first = 0; first < chunk.tokens; first += kMaxTile) {
+    const int64_t last = std::min(first + kMaxTile, chunk.tokens);
     for (int64_t r = 0; r < rows; r += 4) {
       const int8_t* weight[4];
       for (int64_t i = 0; i < 4; ++i) weight[i] = layer.weight + (n + std::min(r + i, rows - 1)) * layer.weight_stride;
-      chunk.product.dot(weight, layer.depth, ahead, chunk.code_row(t), chunk.padded, tokens, sums + r, kDotRows);
+      // All tokens pass by four weight rows while these are in the first-level cache and the next four on their way.
+      for (int64_t t = first; t < last; t += step) {
+        const int64_t ahead = far && t == 0 ? 4 * layer.weight_stride : 0;
+        chunk.product.dot(weight, layer.depth, ahead, chunk.code_row(t), chunk.padded,
+                          static_cast<int>(std::min(step, last - t)), sums + (t - first) * kDotRows + r, kDotRows);
+      }
     }
-    for (int i = 0; i < tokens; ++i) finish(chunk, t + i, n, rows, sums + i * kDotRows);
+    for (int64_t t = first; t < last; ++t) finish(chunk, t, n, rows, sums + (t - first) * kDotRows);
   }
 }
 

@@ -11,8 +11,8 @@ namespace {
 constexpr int kLanes = 8;
 constexpr int kPanel = 16;
 constexpr int kTileTokens = 6;
-constexpr int kDotTokens = 2;
-constexpr int kDotLimit = 10;
+constexpr int kDotTokens = 4;
+constexpr int kDotLimitShort = 12, kDotLimitLong = 16;
 
 struct Pairs {
   static constexpr int kCodeSize = 2;
@@ -37,8 +37,9 @@ struct Floats {
   }
 };
 
-// Both take sixteen bytes of weights at a time.
+// Both take sixteen bytes of weights at a time; a cache line of each row is one turn of the loop.
 constexpr int64_t kDotBytes = 16;
+constexpr int64_t kLineBytes = 64;
 
 MQ_AVX2 MQ_INLINE void transpose_words(__m256i r[8]) {
   __m256i t[8];
@@ -163,63 +164,103 @@ MQ_AVX2 MQ_INLINE __m128i four_totals(const __m256i v[4]) {
   return _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
 }
 
-template <class Op, int T>
-MQ_AVX2 MQ_INLINE void dot_step(__m256i acc[T][4], const int8_t* const weight[4], const char* codes, int64_t stride) {
+// R weight rows by T tokens: the accumulators, the tokens' codes and a weight fit the sixteen registers.
+template <class Op, int T, int R>
+MQ_AVX2 MQ_INLINE void dot_step(__m256i acc[T][R], const int8_t* const* weight, const char* codes, int64_t stride) {
   __m256i a[T];
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t) {
     a[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + t * stride * Op::kCodeSize));
   }
-  for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
     const __m256i w = Op::load(weight[r]);
+#pragma GCC unroll 4
     for (int t = 0; t < T; ++t) acc[t][r] = Op::add(acc[t][r], w, a[t]);
   }
 }
 
-template <class Op, int T, bool Ahead>
-MQ_AVX2 void dot_of(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
+template <class Op, int T, int R>
+MQ_AVX2 MQ_INLINE void store_totals(const __m256i acc[T][R], int32_t* sums, int64_t sums_stride) {
+  if constexpr (R == 4) {
+    for (int t = 0; t < T; ++t) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + t * sums_stride), four_totals<Op::kCodeSize == 4>(acc[t]));
+    }
+  } else {
+    for (int t = 0; t < T; t += 2) {
+      const int u = t + 1 < T ? t + 1 : t;
+      const __m256i both[4] = {acc[t][0], acc[t][1], acc[u][0], acc[u][1]};
+      const __m128i totals = four_totals<Op::kCodeSize == 4>(both);
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(sums + t * sums_stride), totals);
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(sums + u * sums_stride), _mm_unpackhi_epi64(totals, totals));
+    }
+  }
+}
+
+template <class Op, int T, int R, bool Ahead>
+MQ_AVX2 void dot_of(const int8_t* const* weight, int64_t depth, int64_t ahead, const void* codes, int64_t stride,
                     int32_t* sums, int64_t sums_stride) {
-  __m256i acc[T][4];
+  __m256i acc[T][R];
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t) {
-    for (int r = 0; r < 4; ++r) acc[t][r] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) acc[t][r] = _mm256_setzero_si256();
   }
   const char* place = static_cast<const char*>(codes);
-  const int8_t* w[4] = {weight[0], weight[1], weight[2], weight[3]};
+  const int8_t* w[R];
+  for (int r = 0; r < R; ++r) w[r] = weight[r];
   int64_t k = 0;
   for (; k + Op::kStep <= depth; k += Op::kStep, place += Op::kStep * Op::kCodeSize) {
-    for (int r = 0; r < 4; ++r) {
-      if (Ahead && k % (4 * Op::kStep) == 0) _mm_prefetch(w[r] + ahead, _MM_HINT_T1);
+    if (Ahead && k % (kLineBytes / kDotBytes * Op::kStep) == 0) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) _mm_prefetch(w[r] + ahead, _MM_HINT_T1);
     }
-    dot_step<Op, T>(acc, w, place, stride);
-    for (int r = 0; r < 4; ++r) w[r] += kDotBytes;
+    dot_step<Op, T, R>(acc, w, place, stride);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) w[r] += kDotBytes;
   }
   if (k < depth) {
-    int8_t rest[4][kDotBytes] = {};
-    const int8_t* last[4];
-    for (int r = 0; r < 4; ++r) {
+    int8_t rest[R][kDotBytes] = {};
+    const int8_t* last[R];
+    for (int r = 0; r < R; ++r) {
       std::memcpy(rest[r], w[r], (depth - k) * kDotBytes / Op::kStep);
       last[r] = rest[r];
     }
-    dot_step<Op, T>(acc, last, place, stride);
+    dot_step<Op, T, R>(acc, last, place, stride);
   }
-  for (int t = 0; t < T; ++t) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + t * sums_stride), four_totals<Op::kCodeSize == 4>(acc[t]));
+  store_totals<Op, T, R>(acc, sums, sums_stride);
+}
+
+template <class Op, bool Ahead>
+void dot_ahead(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
+               int tokens, int32_t* sums, int64_t sums_stride) {
+  switch (tokens) {
+    case 1: return dot_of<Op, 1, 4, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+    case 2: return dot_of<Op, 2, 4, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+    case 3:
+      dot_of<Op, 3, 2, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+      return dot_of<Op, 3, 2, Ahead>(weight + 2, depth, ahead, codes, stride, sums + 2, sums_stride);
+    default:
+      dot_of<Op, 4, 2, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+      return dot_of<Op, 4, 2, Ahead>(weight + 2, depth, ahead, codes, stride, sums + 2, sums_stride);
   }
 }
 
 template <class Op>
 void dot(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride, int tokens,
          int32_t* sums, int64_t sums_stride) {
-  const auto run = tokens == 1 ? (ahead != 0 ? dot_of<Op, 1, true> : dot_of<Op, 1, false>)
-                               : (ahead != 0 ? dot_of<Op, 2, true> : dot_of<Op, 2, false>);
-  run(weight, depth, ahead, codes, stride, sums, sums_stride);
+  const auto run = ahead != 0 ? dot_ahead<Op, true> : dot_ahead<Op, false>;
+  run(weight, depth, ahead, codes, stride, tokens, sums, sums_stride);
 }
 
 }  // namespace
 
-const ProductKernels kProductAvx2 = {2,         1,     kPanel,     kTileTokens, kDotTokens, kDotLimit,
-                                     kDotLimit, false, interleave, tile<Pairs>, dot<Pairs>};
+const ProductKernels kProductAvx2 = {
+    2,     1,          kPanel,      kTileTokens, kDotTokens, kDotLimitShort, kDotLimitLong,
+    false, interleave, tile<Pairs>, dot<Pairs>};
 const ProductKernels kProductHalfAvx2 = {
-    4, 2, kPanel, kTileTokens, kDotTokens, kDotLimit, 16, false, interleave_halves, tile<Floats>, dot<Floats>};
+    4,     2,                 kPanel,       kTileTokens, kDotTokens, kDotLimitShort, kDotLimitLong,
+    false, interleave_halves, tile<Floats>, dot<Floats>};
 
 }  // namespace mq
 #endif
