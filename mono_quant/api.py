@@ -144,7 +144,7 @@ def quantize_from_hub(
     if output is not None:
         check_target(output, overwrite=overwrite)
     if push_to is not None:
-        check_push(push_to, client)
+        check_push(push_to, client, create_pr=create_pr)
     result = quantize(repo_id, dtype, config=config, revision=revision, token=token, origin="hub", **options)
     if output is not None:
         result.save(output, overwrite=overwrite)

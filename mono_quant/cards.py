@@ -126,21 +126,46 @@ def lint(text: str, facts: CardFacts) -> list[str]:
     problems = []
     expected = metadata(facts).to_dict()
     for key in ("base_model", "base_model_relation", "library_name", *_FACTS):
-        if data.get(key) != expected.get(key):
+        # of a local model nothing is known: what its owner adds is no contradiction
+        is_open = facts.origin.repo_id is None and expected.get(key) is None
+        if not is_open and _listed(data.get(key)) != _listed(expected.get(key)):
             problems.append(f"{key} is {data.get(key)!r}, but the model's is {expected.get(key)!r}")
+    lost = [tag for tag in expected["tags"] if tag not in _listed(data.get("tags"))]
+    if lost:
+        problems.append(f"the tags lack {', '.join(lost)}")
     own = {x.casefold() for x in (facts.repo_id,) if x}
     if str(data.get("base_model", "")).casefold() in own:
         problems.append(f"base_model is {data.get('base_model')!r}, the repository itself")
-    lines = set(text.splitlines())
+    shown = re.sub(r"(?<!`)<!--.*?(?:-->|\Z)", "", text, flags=re.DOTALL)
+    lines = [line.rstrip() for line in shown.splitlines()]
     for part in (
+        _summary(facts).split("\n")[1:],
         _account_lines(facts.report),
         _fidelity_lines(facts.report),
         _loading_lines(facts),
         _recipe_lines(facts),
     ):
-        missing = [line for line in part if line.strip() and line not in lines]
+        missing = [line for line in part if line.strip() and line.rstrip() not in lines]
         problems += [f"this line is missing or differs: {line[:160]}" for line in missing[:5]]
+        if not missing:
+            problems += _mixed(part, lines)
     return problems
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _mixed(part: list[str], lines: list[str]) -> Iterator[str]:
+    """Find the tables and code blocks that hold other lines than they should."""
+    for block in re.findall(r"^```.*?^```|(?:^\|[^\n]*\n?)+", "\n".join(part), re.DOTALL | re.MULTILINE):
+        wanted = block.rstrip().split("\n")
+        size = len(wanted)
+        found = [i for i in range(len(lines)) if lines[i : i + size] == wanted]
+        if not found or (
+            wanted[-1].startswith("|") and any("".join(lines[i + size : i + size + 1]) for i in found)
+        ):
+            yield f"there are other lines in the block that starts with: {wanted[0][:80]}"
 
 
 def metadata(facts: CardFacts) -> ModelCardData:
@@ -238,7 +263,7 @@ def _kept_lines(skipped: Iterable[TensorReport]) -> Iterator[str]:
             yield f"| and {len(rest)} more kinds, listed in `mono_quant_report.json` | {sum(map(len, rest))} | | | |"
             return
         name = pattern if len(rows) > 1 else rows[0].module or rows[0].name
-        yield f"| {_cell(_code(name))} | {len(rows)} | {dtype} | {sum(r.numel for r in rows):,} | {_cell(reason)} |"
+        yield f"| {_cell(_code(name))} | {len(rows)} | {_cell(dtype)} | {sum(r.numel for r in rows):,} | {_cell(reason)} |"
 
 
 def _fidelity_lines(report: QuantReport) -> list[str]:
@@ -368,7 +393,10 @@ def _code(text: str) -> str:
 
 def _escape(text: str) -> str:
     """Escape what Markdown and HTML would take for structure."""
-    return re.sub(r"([\\`*_\[\]<>{}|#!])", r"\\\1", one_line(text, 400))
+    escaped = re.sub(r"([\\`*_\[\]<>{}|#!~])", r"\\\1", one_line(text, 400))
+    return re.sub(
+        r"(?i)(www)\.", r"\1\\.", escaped.replace("://", ":\\//")
+    )  # else bare addresses become links
 
 
 def _cell(text: str) -> str:

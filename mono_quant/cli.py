@@ -106,7 +106,7 @@ def quantize(
     if target is not None:
         check_target(target, overwrite=overwrite)
     if push_to is not None:
-        check_push(push_to, hub.Hub(token=token))
+        check_push(push_to, hub.Hub(token=token), create_pr=create_pr)
     result = api.quantize(
         source,
         dtype,

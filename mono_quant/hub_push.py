@@ -22,7 +22,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from mono_quant.errors import (
     ConfigError,
     CorruptCheckpointError,
+    HubAuthError,
     HubConflictError,
+    HubError,
     HubNotFoundError,
     HubOfflineError,
     HubTransientError,
@@ -31,7 +33,18 @@ from mono_quant.errors import (
     UnsafeInputError,
 )
 from mono_quant.hub import RepoFacts, RepoFile, read_small_file, resolve
-from mono_quant.hub_client import HUB, TRIES, Hub, Patience, ask, check_repo_id, patience, quiet_bars, scrub
+from mono_quant.hub_client import (
+    CHECK_TOKEN,
+    HUB,
+    TRIES,
+    Hub,
+    Patience,
+    ask,
+    check_repo_id,
+    patience,
+    quiet_bars,
+    scrub,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +160,7 @@ def push(
         raise ConfigError("The commit message is empty. Say what the commit is.")
     if hub.is_offline:
         raise HubOfflineError(f"Cannot push to {repo_id!r}: the network is off. Unset HF_HUB_OFFLINE.")
-    local = _local_files(folder, files, expect)
+    local = _local_files(folder, [name for name in files if name not in (instead or {})], expect)
     local |= {name: _local_file(path.parent, path.name, None) for name, path in (instead or {}).items()}
     with patience(hub) as patient, quiet_bars():
         target, created = _open_target(hub, repo_id, private, source, create_pr)
@@ -156,9 +169,11 @@ def push(
         subject = f"Cannot push to {target.repo_id!r} on the Hub"
         ask(hub, subject, lambda api: api.auth_check(target.repo_id, write=not create_pr), tries=TRIES)
         tree = _tree(hub, target.repo_id, head.sha)
-        superseded = tuple(path for path in tree if _is_weights(path) and path not in local)
+        ours = _ours(hub, head, tree)
+        # what an earlier push left behind goes too: a stale tokenizer is as wrong as a stale shard
+        superseded = tuple(path for path in tree if (_is_weights(path) or path in ours) and path not in local)
         if not (overwrite or create_pr):
-            _refuse_foreign_weights(hub, head, tree)
+            _refuse_foreign_weights(head, tree, ours)
         changed = tuple(path for path, file in local.items() if not file.equals(tree.get(path)))
         url = f"{hub.url}/{target.repo_id}"
         if not changed and not superseded:
@@ -170,12 +185,13 @@ def push(
     return PushResult(target.repo_id, sha, url, pr_url, created)
 
 
-def check_push(repo_id: str, hub: Hub = HUB) -> None:
+def check_push(repo_id: str, hub: Hub = HUB, *, create_pr: bool = False) -> None:
     """Refuse early what `push` would refuse after long work: a bad id, a missing right.
 
     Args:
-        repo_id: target. That it does not exist yet is fine.
+        repo_id: target. That it does not exist yet is fine, unless `create_pr`.
         hub: where to push, and with which token.
+        create_pr: a pull request is wanted, which needs no right to write.
 
     Raises:
         HubError: the token may not write there.
@@ -185,11 +201,22 @@ def check_push(repo_id: str, hub: Hub = HUB) -> None:
         raise HubOfflineError(f"Cannot push to {repo_id!r}: the network is off. Unset HF_HUB_OFFLINE.")
     target = full_id(repo_id, hub)
     subject = f"Cannot push to {target!r} on the Hub"
-    with suppress(HubNotFoundError):
-        ask(hub, subject, lambda api: api.auth_check(target, write=True), tries=TRIES)
+    try:
+        ask(hub, subject, lambda api: api.auth_check(target, write=not create_pr), tries=TRIES)
         return
-    # it does not exist, or is hidden from this token: at least the token has to be good
-    ask(hub, subject, lambda api: api.whoami(), tries=TRIES)
+    except HubNotFoundError:
+        if create_pr:
+            raise
+    # it does not exist, or is hidden from this token: at least the token has to be good, and of this owner
+    me = ask(hub, subject, lambda api: api.whoami(), tries=TRIES)
+    owner = target.partition("/")[0]
+    names = [me.get("name"), *(org.get("name") for org in me.get("orgs") or [])]
+    role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
+    if owner.casefold() not in {str(name).casefold() for name in names} or role == "read":
+        why = (
+            "may only read" if role == "read" else f"belongs to {me.get('name')}, who cannot create it there"
+        )
+        raise HubAuthError(f"{subject}: it does not exist, and the token {why}. {CHECK_TOKEN}")
 
 
 def full_id(repo_id: str, hub: Hub = HUB) -> str:
@@ -295,23 +322,36 @@ def _is_weights(path: str) -> bool:
     return WEIGHTS.search(path) is not None and NO_WEIGHTS.search(path) is None
 
 
-def _refuse_foreign_weights(hub: Hub, head: RepoFacts, tree: Mapping[str, RepoFile]) -> None:
-    foreign = [path for path in tree if _is_weights(path)]
-    if foreign and not _is_ours(hub, head, tree):
+def _refuse_foreign_weights(head: RepoFacts, tree: Mapping[str, RepoFile], ours: frozenset[str]) -> None:
+    foreign = [path for path in tree if _is_weights(path) and path not in ours]
+    if foreign:
         raise HubConflictError(
             f"{head.repo_id!r} holds weights that mono_quant did not push, such as {foreign[0]!r}. Choose another name, "
             "pass overwrite=True to replace them, or open a pull request."
         )
 
 
-def _is_ours(hub: Hub, head: RepoFacts, tree: Mapping[str, RepoFile]) -> bool:
+def _ours(hub: Hub, head: RepoFacts, tree: Mapping[str, RepoFile]) -> frozenset[str]:
+    """Return the files that an earlier push left as they are: the manifest there lists them, with this size and hash."""
     if MANIFEST not in tree:
-        return False
+        return frozenset()
     try:
         manifest = json.loads(read_small_file(head, MANIFEST, hub=hub))
     except (ValueError, RecursionError, LimitExceededError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == "mono_quant"
+        return frozenset()
+    files = (
+        manifest.get("files")
+        if isinstance(manifest, dict) and manifest.get("format") == "mono_quant"
+        else None
+    )
+    return frozenset(
+        path
+        for path, facts in (files.items() if isinstance(files, dict) else ())
+        if path in tree
+        and isinstance(facts, dict)
+        and facts.get("size") == tree[path].size
+        and tree[path].sha256 in (None, facts.get("sha256"))
+    )
 
 
 def _tree(hub: Hub, repo_id: str, sha: str) -> dict[str, RepoFile]:
@@ -400,12 +440,18 @@ def _landed_commit(plan: _Plan) -> tuple[str, None] | None:
     head = resolve(plan.repo_id, revision=plan.revision, hub=plan.hub).sha
     if head == plan.head:
         return None
-    commits = ask(
-        plan.hub,
-        plan.subject,
-        lambda api: api.list_repo_commits(plan.repo_id, revision=plan.revision),
-        tries=2,
-    )
+    try:
+        commits = ask(
+            plan.hub,
+            plan.subject,
+            lambda api: api.list_repo_commits(plan.repo_id, revision=plan.revision),
+            tries=TRIES,
+        )
+    except HubError:
+        # the history cannot be read: whether our files are there is what counts
+        if _differences(plan, head):
+            raise
+        return head, None
     newer = list(takewhile(lambda sha: sha != plan.head, (commit.commit_id for commit in commits)))
     for sha in newer[-20:][::-1]:
         if not _differences(plan, sha):

@@ -55,7 +55,7 @@ def load(
         raise MissingFileError(f"{folder} is no folder; give the folder that save() wrote")
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        verify_manifest(folder, hashes=verify)
+        verify_manifest(folder, hashes=verify, extras=True)
         return _load_own(folder, manifest, model), manifest
     return _load_foreign(folder), {}
 

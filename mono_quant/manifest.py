@@ -51,7 +51,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def verify_manifest(folder: str | os.PathLike[str], *, hashes: bool) -> None:
+def verify_manifest(folder: str | os.PathLike[str], *, hashes: bool, extras: bool = False) -> None:
     """Prove that a folder holds what its manifest lists, and nothing else.
 
     A changed README.md is no fault: cards are edited on the Hub. Neither is what git and the Hub put beside it.
@@ -59,6 +59,8 @@ def verify_manifest(folder: str | os.PathLike[str], *, hashes: bool) -> None:
     Args:
         folder: the folder.
         hashes: compare sha256 too, which reads every byte.
+        extras: accept further files, unless loading would read them. Repositories gather them: a LICENSE added on the
+            Hub, notes, files of an earlier model.
 
     Raises:
         CorruptCheckpointError: names every missing, extra or differing file and every link.
@@ -74,13 +76,21 @@ def verify_manifest(folder: str | os.PathLike[str], *, hashes: bool) -> None:
             problem = _difference(root / name, files[name], hashes)
             if problem:
                 problems.append(f"{name} {problem}")
-        elif name != MANIFEST and not name.startswith(HUB_EXTRAS):
+        elif name != MANIFEST and not name.startswith(HUB_EXTRAS) and not (extras and not _is_read(name)):
             problems.append(f"{printable(name)} is not listed")
     if problems:
         raise CorruptCheckpointError(
             f"{printable(root, 400)} does not hold what its {MANIFEST} lists: {'; '.join(sorted(problems))}; "
             "fetch it again or quantize the model again"
         )
+
+
+def _is_read(name: str) -> bool:
+    """Tell whether loading reads a file of this name wherever it finds it, or it is code, which never belongs here."""
+    return name.endswith((".safetensors", ".index.json", ".py")) or name in (
+        "config.json",
+        "generation_config.json",
+    )
 
 
 def is_ours(folder: Path) -> bool:

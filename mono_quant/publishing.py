@@ -91,9 +91,16 @@ def checked_card(folder: Path, repo_id: str | None = None) -> str:
     """
     here, there = saved.read_card_facts(folder), saved.read_card_facts(folder, repo_id)
     path = folder / README
-    text = path.read_text(encoding="utf-8") if path.is_file() else cards.render(here)
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else cards.render(here)
+    except UnicodeDecodeError as e:
+        raise ConfigError(
+            f"{path} is not UTF-8 text ({e.reason} at byte {e.start}). Save it as UTF-8"
+        ) from None
     if text == cards.render(here):
         return cards.render(there)
+    if repo_id is not None:
+        text = text.replace('"path/to/this/folder"', f'"{repo_id}"')
     problems = cards.lint(text, there)
     if problems:
         raise ConfigError(

@@ -163,12 +163,39 @@ def test_lint_accepts_what_render_wrote_and_added_text() -> None:
         ("| relative error | 0.0123 |", "| relative error | 0.0001 |", "this line is missing or differs"),
         ("| `lm_head` |", "| `lm_heads` |", "this line is missing or differs"),
         ('mono_quant.load("me/tiny-int8")', 'mono_quant.load("org/tiny")', "this line is missing or differs"),
+        (
+            "**4,096 of 20,480 parameters (20.0%)**",
+            "**20,480 of 20,480 parameters (100.0%)**",
+            "this line is missing",
+        ),
+        ("0" * 40 + "`", "1" * 40 + "`", "this line is missing or differs"),
+        ("- w8a8\n", "", "the tags lack w8a8"),
+        ("| relative error |", "| relative error | 0 |\n| relative error |", "other lines in the block"),
+        ("import mono_quant\n", "import mono_quant\nimport os\n", "other lines in the block"),
+        (
+            "| relative error | 0.0123 |",
+            "<!--\n| relative error | 0.0123 |\n-->",
+            "this line is missing or differs",
+        ),
     ],
 )
 def test_lint_finds_a_false_claim(old: str, new: str, problem: str) -> None:
     text = cards.render(facts())
     assert old in text
     assert any(problem in line for line in cards.lint(text.replace(old, new), facts()))
+
+
+def test_lint_accepts_other_forms_of_the_same_and_what_only_the_owner_knows() -> None:
+    text = cards.render(facts())
+    assert cards.lint(text.replace("language:\n- en", "language: en").replace("|\n", "| \r\n"), facts()) == []
+    local = facts(origin=Origin("TinyModel"))
+    text = cards.render(local).replace("library_name:", "license: mit\nbase_model: org/tiny\nlibrary_name:")
+    assert cards.lint(text, local) == []
+
+
+@pytest.mark.parametrize("address", ["https://evil.example/x", "www.evil.example", "~~struck~~"])
+def test_D2_a_bare_address_is_no_link(address: str) -> None:
+    assert address not in cards.render(facts(report=replace(facts().report, notes=(f"left out: {address}",))))
 
 
 def test_origin_survives_the_manifest() -> None:

@@ -82,7 +82,6 @@ FINISHED = {
     "README.md": b"---\nlicense: mit\n---\n# Quantized\n",
     "config.json": b'{"quantized": true}',
     "model.safetensors": safetensors((13, 17), fill=b"\7"),
-    "mono_quant.json": b'{"format": "mono_quant", "version": 1}',
 }
 EARLIER = {
     "README.md": b"---\nlicense: mit\n---\n# Earlier\n",
@@ -90,9 +89,14 @@ EARLIER = {
     "model-00001-of-00002.safetensors": safetensors((5,)),
     "model-00002-of-00002.safetensors": safetensors((6,)),
     "model.safetensors.index.json": b'{"weight_map": {}}',
-    "mono_quant.json": b'{"format": "mono_quant", "version": 1, "earlier": true}',
-    "notes.txt": b"kept",
+    "tokenizer.json": b"of the earlier model",
 }
+for saved in (FINISHED, EARLIER):
+    saved["mono_quant.json"] = json.dumps({
+        "format": "mono_quant",
+        "files": {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in saved.items()},
+    }).encode()
+EARLIER["notes.txt"] = b"kept"
 
 
 @pytest.fixture
@@ -572,6 +576,27 @@ def test_an_earlier_push_is_replaced_without_stale_weights(
     assert holds_finished(repo)
     assert set(repo.files()) == {*FINISHED, ".gitattributes", "notes.txt"}
     assert len(repo.commits()) == 3
+
+
+def test_foreign_weights_beside_ours_are_refused(server: LoopbackHub, hub: Hub, folder: Path) -> None:
+    server.add_repo("ann/model", EARLIER | {"pytorch_model.bin": b"somebody's"})
+    failure(errors.HubConflictError, "pytorch_model.bin", lambda: pushed(folder, "ann/model", hub))
+    server.commit(
+        "ann/model", {"model-00002-of-00002.safetensors": safetensors((6,), fill=b"!")}, ["pytorch_model.bin"]
+    )
+    failure(errors.HubConflictError, "model-00002", lambda: pushed(folder, "ann/model", hub))
+
+
+def test_files_of_an_earlier_push_do_not_stay(server: LoopbackHub, hub: Hub, folder: Path) -> None:
+    server.add_repo("ann/model", EARLIER)
+    pushed(folder, "ann/model", hub)
+    assert server.repo("ann/model").files().keys() == {*FINISHED, "notes.txt", ".gitattributes"}
+
+
+def test_a_lost_answer_needs_no_history(server: LoopbackHub, hub: Hub, folder: Path) -> None:
+    server.inject("commit", "apply-then-drop")
+    server.inject("commits", "403", 9)
+    assert pushed(folder, "ann/model", hub).commit_sha == server.repo("ann/model").head
 
 
 @pytest.mark.parametrize("manifest", [None, b"{", b"[]", b'{"format": "other"}', b"[" * 100_000])

@@ -169,6 +169,20 @@ def test_a_right_to_write_is_asked_for_before_the_work(server: LoopbackHub) -> N
     assert not [r for r in server.calls("resolve") if r.path.endswith(".safetensors")]
 
 
+@pytest.mark.parametrize(("target", "role"), [("org/new", "write"), ("ann/new", "read")])
+def test_a_right_to_create_is_asked_for_before_the_work(server: LoopbackHub, target: str, role: str) -> None:
+    server.users[ANN].role = role
+    with pytest.raises(errors.HubAuthError, match=target):
+        mono_quant.quantize_from_hub("org/model", token=ANN, push_to=target)
+    assert not server.calls("resolve")
+
+
+def test_a_pull_request_needs_no_right_to_write(server: LoopbackHub) -> None:
+    server.add_repo("org/target", {"README.md": CARD})
+    mono_quant.quantize_from_hub("org/model", token=ANN, push_to="org/target", create_pr=True)
+    assert list(server.repo("org/target").pulls) == ["refs/pr/1"]
+
+
 def test_foreign_weights_are_refused_and_stale_ones_replaced(
     server: LoopbackHub, source: dict[str, bytes]
 ) -> None:
@@ -202,9 +216,16 @@ def test_an_edited_card_is_kept_when_true_and_refused_when_false(server: Loopbac
         errors.ConfigError, match=r"was edited and contradicts the report: license is 'apache-2\.0'"
     ):
         mono_quant.push_to_hub(tmp_path / "out", "ann/model-int8", token=ANN)
-    readme.write_text(generated.replace("path/to/this/folder", "ann/model-int8") + "\n## Notes\n\nOurs.\n")
+    readme.write_text(generated + "\n## Notes\n\nOurs.\n")
     mono_quant.push_to_hub(tmp_path / "out", "ann/model-int8", token=ANN)
     assert server.repo("ann/model-int8").files()["README.md"].decode().endswith("## Notes\n\nOurs.\n")
+
+
+def test_a_deleted_card_is_written_anew(server: LoopbackHub, tmp_path: Path) -> None:
+    mono_quant.quantize_from_hub("org/model", token=ANN, output=tmp_path / "out")
+    (tmp_path / "out" / "README.md").unlink()
+    mono_quant.push_to_hub(tmp_path / "out", "ann/model-int8", token=ANN)
+    assert b'load("ann/model-int8")' in server.repo("ann/model-int8").files()["README.md"]
 
 
 def test_S7_a_tampered_folder_is_not_published(server: LoopbackHub, tmp_path: Path) -> None:
@@ -290,3 +311,12 @@ def test_offline_uses_the_cache_and_says_so_otherwise(
     with pytest.raises(errors.HubOfflineError, match="org/other"):
         mono_quant.quantize_from_hub("org/other", token=ANN)
     assert len(server.requests) == before
+
+
+def test_files_that_others_add_to_a_repository_do_not_stop_loading(server: LoopbackHub) -> None:
+    mono_quant.quantize_from_hub("org/model", token=ANN, push_to="ann/model-int8")
+    server.commit("ann/model-int8", {"LICENSE": b"MIT", "notes.txt": b"mine", "vocab.txt": b"a"})
+    assert type(mono_quant.load("ann/model-int8", token=ANN)).__name__ == "LlamaForCausalLM"
+    server.commit("ann/model-int8", {"model-00001-of-00001.safetensors": b"stale"})
+    with pytest.raises(errors.CorruptCheckpointError, match="is not listed"):
+        mono_quant.load("ann/model-int8", token=ANN)
