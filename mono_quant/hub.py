@@ -5,6 +5,7 @@ are fetched, and what arrived is compared with what the Hub says it is.
 """
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -288,13 +289,23 @@ def local_card(readme: Path) -> dict[str, Any]:
     Returns:
         The fields of `RepoFacts` that a card fills; empty ones when the card cannot be read.
     """
+    return _card_fields(_read_card(readme))
+
+
+def _read_card(readme: Path) -> Mapping[str, Any]:
+    """Return the metadata of a card on the disk; nothing of a card that cannot be read."""
     card: Any = {}
     if readme.is_file() and readme.stat().st_size <= MAX_SMALL_FILE_BYTES:
         try:
             card = metadata_load(readme)
-        except (ValueError, YAMLError, OSError):
+            # dates, sets, loops and multiplied aliases are no metadata of a card
+            for count, _ in enumerate(json.JSONEncoder(allow_nan=False).iterencode(card)):
+                if count > 100_000:
+                    raise ValueError("too long")
+        except (ValueError, TypeError, RecursionError, YAMLError, OSError):
             logger.warning("%s: its metadata cannot be read, so no licence is copied from it", readme)
-    return _card_fields(card if isinstance(card, Mapping) else {})
+            card = {}
+    return card if isinstance(card, Mapping) else {}
 
 
 def _text(value: Any) -> str | None:
@@ -333,9 +344,7 @@ def _cached_facts(repo_id: str, revision: str | None, hub: Hub, subject: str) ->
         for path in folder.rglob("*")
         if path.is_file()
     ]
-    readme = folder / "README.md"
-    card = ask(hub, subject, lambda api: metadata_load(readme) or {}) if readme.is_file() else {}
-    return _facts(repo_id, revision, folder.name, None, None, card, files)
+    return _facts(repo_id, revision, folder.name, None, None, _read_card(folder / "README.md"), files)
 
 
 def _cached_sha256(path: Path) -> str | None:
@@ -363,6 +372,13 @@ def _check_arrived(repo_id: str, path: Path, entry: RepoFile, verify: bool) -> N
             f"{entry.path!r} of {repo_id!r} has {size} bytes instead of {entry.size}. Delete {path.resolve()} and "
             "download again."
         )
+    if verify and entry.sha256 is None and entry.blob_id is not None:
+        found = hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest()
+        if found != entry.blob_id:
+            raise CorruptCheckpointError(
+                f"{entry.path!r} of {repo_id!r} has git id {found} instead of {entry.blob_id}. Delete {path.resolve()} "
+                "and download again."
+            )
     if verify and entry.sha256 is not None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
