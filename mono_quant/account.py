@@ -1,12 +1,14 @@
 """The rows of a report: what a model holds before, and what became of it."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mono_quant.layers import WEIGHTS, tensor_names
+from mono_quant.reading import listed
 from mono_quant.report import TensorReport
 from mono_quant.selection import Decision, Layer
 
@@ -92,3 +94,37 @@ def layer_reasons(rows: Mapping[str, TensorReport], decisions: Mapping[str, Deci
     """Return the reasons of kept layers by tensor name."""
     kept = {name: d.reason for name, d in decisions.items() if d.reason}
     return {name: kept[row.module] for name, row in rows.items() if row.is_layer and row.module in kept}
+
+
+def int8_notes(rows: Sequence[TensorReport], model: nn.Module | None = None) -> Iterator[str]:
+    """Yield what a user must not overlook in an int8 conversion.
+
+    Args:
+        rows: complete, as `account` gives them.
+        model: the converted model; None for a plan, which knows no values.
+    """
+    if not any(row.action == "quantized" for row in rows):
+        reasons = Counter(row.reason for row in rows if row.is_layer and row.action == "kept")
+        total = reasons.total()
+        reason, count = next(iter(reasons.most_common(1)), ("it holds no layer with a weight matrix", 0))
+        yield f"NO LAYER BECAME INT8: {f'{count} of {total} layers kept: ' if count else ''}{reason}"
+    bad = _non_finite(rows, model) if model is not None else []
+    if bad:
+        yield f"NaN or infinity in tensors that stay in float: {listed(bad)}; check the original model"
+
+
+def _non_finite(rows: Sequence[TensorReport], model: nn.Module) -> list[str]:
+    kept = {row.name for row in rows if row.action == "kept"}
+    return [
+        name
+        for name, tensor, is_buffer in tensor_names(model)
+        if name in kept and tensor.is_floating_point() and tensor.numel()
+        if not _is_sound(tensor.detach(), is_buffer)
+    ]
+
+
+def _is_sound(values: Tensor, is_buffer: bool) -> bool:
+    # the extremes need no copy of a large table, and NaN is both
+    extremes = torch.stack((values.float() if values.element_size() == 1 else values).aminmax())
+    # a buffer may be a mask, where infinity is meant
+    return not bool(extremes.isnan().any() if is_buffer else (~extremes.isfinite()).any())

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,19 @@ from torch import nn
 
 from mono_quant import bridge, hub
 from mono_quant.allowed import is_allowed
-from mono_quant.cards import Origin
 from mono_quant.checkpoint import Checkpoint, open_checkpoint
 from mono_quant.errors import (
     AmbiguousSourceError,
     ConfigError,
     SourceNotFoundError,
     StateDictError,
+    UnsafeInputError,
     UnsupportedModelError,
 )
 from mono_quant.guards import (
     PICKLES,
     Shapes,
+    check_dtypes,
     check_float,
     check_module,
     check_proportion,
@@ -34,6 +35,7 @@ from mono_quant.headers import parse_header_bytes
 from mono_quant.json_reader import read_json_object
 from mono_quant.layers import is_transformers_model
 from mono_quant.manifest import MANIFEST
+from mono_quant.origin import Origin
 
 
 @dataclass
@@ -116,11 +118,11 @@ def open_source(
         return opened
     if isinstance(source, Mapping):
         raise StateDictError(
-            f"a {type(source).__name__} with {len(source)} entries is weights without the architecture they belong to; "
+            f"the {type(source).__name__} with {len(source)} entries is weights without the architecture they belong to; "
             f"load it into its model (model.load_state_dict(...)) and pass the model"
         )
     raise SourceNotFoundError(
-        f"a {type(source).__name__} is no model; pass an nn.Module, a folder, or a Hub id such as 'org/model'"
+        f"an object of type {type(source).__name__} is no model; pass an nn.Module, a folder, or a Hub id such as 'org/model'"
     )
 
 
@@ -188,7 +190,7 @@ def _from_hub(repo_id: str, access: Access, weights: bool) -> Source:
         opened = _from_folder(folder, access, weights)
     else:
         opened = _skeleton(folder, access, remote_headers(facts, access.client)[0])
-    opened.origin = _hub_origin(opened.origin.name, facts)
+    opened.origin = replace(_hub_origin(opened.origin.name, facts), access=opened.origin.access)
     if facts.gated:
         opened.notes.append("the source repository is gated; its terms apply to the result")
     return opened
@@ -242,7 +244,13 @@ def _from_folder(folder: Path, access: Access, weights: bool) -> Source:
         bare = _skeleton(folder, access, shapes)
         cls, config = bridge.model_class(raw, folder, access.trust_remote_code)
         model = bridge.load_float(cls, config, _read_all(checkpoint), str(folder))
+        files = {} if pickled else checkpoint.sha256s()
     source = _of_folder(model, folder)
+    used = {
+        "allow_pickle": pickled,
+        "trust_remote_code": access.trust_remote_code and bool(raw.get("auto_map")),
+    }
+    source.origin = replace(source.origin, files=files, access=tuple(name for name, on in used.items() if on))
     source.notes += bare.notes
     if pickled:
         source.notes.append("read from pickle weights (allow_pickle=True)")
@@ -262,11 +270,10 @@ def _skeleton(folder: Path, access: Access, shapes: Shapes) -> Source:
     dtype = max(sizes, key=lambda d: sizes[d], default=torch.float32)
     model = bridge.skeleton(cls, config, dtype, str(folder))
     left = bridge.check_fit(model, {name: shape for name, (_, shape) in shapes.items()}, str(folder))
+    check_dtypes(folder, shapes, model, left)
     source = _of_folder(model, folder)
     if left:
-        source.notes.append(
-            f"{len(left)} tensors of the checkpoint belong to no layer of {cls.__name__} and are left out: {_grouped(left)}"
-        )
+        source.notes.append(f"left out, because no layer of {cls.__name__} uses them: {_grouped(left)}")
     return source
 
 
@@ -279,7 +286,7 @@ def _grouped(names: list[str]) -> str:
 
 
 def _of_folder(model: nn.Module, folder: Path) -> Source:
-    return Source(
+    source = Source(
         model,
         model,
         "transformers",
@@ -288,6 +295,12 @@ def _of_folder(model: nn.Module, folder: Path) -> Source:
         origin=_local_origin(type(model).__name__, folder),
         owned=True,
     )
+    if "modules.json" in source.side_files:
+        source.notes.append(
+            f"a SentenceTransformer: only the {type(model).__name__} inside it was converted, and load() gives that alone; "
+            f"quantize(SentenceTransformer(...)) keeps the pooling"
+        )
+    return source
 
 
 def _read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -300,6 +313,11 @@ def side_files(folder: Path) -> tuple[str, ...]:
     names = [p.relative_to(folder).as_posix() for p in [*folder.glob("*"), *folder.glob("*/*")]]
     # the weights of sentence-transformers' dense modules lie in folders of their own
     chosen = [n for n in names if is_allowed(n) and n not in own and ("/" in n or ".safetensors" not in n)]
+    for below in {n.partition("/")[0] for n in chosen if "/" in n}:
+        if (folder / below).is_symlink():
+            raise UnsafeInputError(
+                f"{folder / below} is a symbolic link to another folder; put a copy of the folder there"
+            )
     return tuple(sorted(chosen))
 
 

@@ -23,6 +23,8 @@ from mono_quant.errors import (
     RemoteCodeError,
     UnsupportedModelError,
 )
+from mono_quant.forwards import StoredModule
+from mono_quant.hub_client import looks_like_token
 from mono_quant.layers import weight_owners
 
 METHOD = "mono_quant"
@@ -54,21 +56,35 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+# A file or folder of somebody's machine.
+_LOCAL_PATH = re.compile(r"(file://|~[\\/]|[A-Za-z]:[\\/]|/)[^\s/\\]+[\\/].*", re.DOTALL)
+
+
 def clean_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Drop the fields of a `config.json` that must not travel.
+    """Drop the fields of a `config.json` that must not travel, and values that are access tokens or local paths.
 
     Returns:
         The clean copy, sub-configs included, and the names of the dropped fields.
     """
     dropped: list[str] = []
 
+    def denied(key: object, value: object) -> bool:
+        if isinstance(value, str) and (looks_like_token(value) or _LOCAL_PATH.fullmatch(value)):
+            return True
+        return _DENIED.fullmatch(str(key)) is not None
+
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
-            dropped.extend(k for k in value if _DENIED.fullmatch(str(k)))
-            return {k: clean(v) for k, v in value.items() if not _DENIED.fullmatch(str(k))}
+            dropped.extend(k for k, v in value.items() if denied(k, v))
+            return {k: clean(v) for k, v in value.items() if not denied(k, v)}
         return [clean(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return clean(config), sorted(set(dropped))
+    return clean(config), sorted({str(k) for k in dropped})
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """Return a config as data for JSON; infinities (Mamba 2) in the form that transformers gives them."""
+    return config._encode_special_floats(config.to_diff_dict())  # type: ignore[no-any-return] # noqa: SLF001
 
 
 def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> tuple[type[Any], Any]:
@@ -95,7 +111,8 @@ def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -
     if trust_remote_code and auto_map:
         return _remote_class(auto_map, names[0], folder)
     cls: Any = getattr(transformers, names[0], None)
-    if not _is_model_class(cls) or raw.get("model_type") not in transformers.CONFIG_MAPPING:
+    kind = raw.get("model_type")
+    if not _is_model_class(cls) or not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         if auto_map:
             raise RemoteCodeError(
                 f"{folder}: {names[0]} is not part of transformers {transformers.__version__} and its repository brings "
@@ -107,7 +124,8 @@ def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -
         )
     clean, _ = clean_config(raw)
     try:
-        config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(clean)
+        config_class = transformers.CONFIG_MAPPING[raw["model_type"]]
+        config = config_class.from_dict(config_class._decode_special_floats(clean))  # noqa: SLF001
     except _BUILD_ERRORS as e:
         raise CorruptCheckpointError(
             f"{folder / 'config.json'}: transformers cannot use it ({_line(e)})"
@@ -172,8 +190,14 @@ def load_int8(
     _classes()
     config = copy.deepcopy(config)
     codes = sorted(name for name, tensor in tensors.items() if tensor.dtype == torch.int8)
+    rename = _renamer(skeleton(cls, config, dtype, subject))
+    named = dict(tensors)
+    for key in codes:
+        name, merged = rename(key)
+        if not merged and f"{key}_scale" in named and rename(f"{key}_scale")[0] != f"{name}_scale":
+            named[f"{name}_scale"] = named.pop(f"{key}_scale")
     config.quantization_config = {"quant_method": METHOD, "codes": codes}
-    model = _load(cls, config, dict(tensors), subject, dtype=dtype)
+    model = _load(cls, config, named, subject, dtype=dtype)
     mark_int8_(model)
     return model
 
@@ -263,7 +287,39 @@ def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str
             del state[target]
     state = {name: tensor.half() if name in halves else tensor for name, tensor in state.items()}
     with quiet():
-        return dict(revert_weight_conversion(_with_scale_conversions(model), state))
+        reverted = dict(revert_weight_conversion(_with_scale_conversions(model), state))
+    return _with_renamed_scales(state, reverted)
+
+
+def _with_renamed_scales(state: Mapping[str, Tensor], reverted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give scales the name of their codes where transformers renamed the codes alone."""
+    now = {id(tensor): name for name, tensor in reverted.items()}
+    for name, codes in state.items():
+        new = now.get(id(codes))
+        if f"{name}_scale" in state and new not in (None, name) and f"{name}_scale" in reverted:
+            reverted[f"{new}_scale"] = reverted.pop(f"{name}_scale")
+    return reverted
+
+
+def standard_obstacle(model: nn.Module) -> str:
+    """Return why transformers cannot load int8 linear layers of this model by itself; empty when it can."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    for module in model.modules():
+        matrices = [p for p in module.parameters(recurse=False) if p.dim() == 3 and p.is_floating_point()]
+        if "Experts" in type(module).__name__ and not isinstance(module, StoredModule) and matrices:
+            return f"{type(module).__name__} stays in float, which compressed-tensors cannot load beside int8 layers"
+    targets = [
+        target
+        for conversion in get_model_conversion_mapping(model)
+        if isinstance(conversion, WeightConverter)
+        for target in conversion.target_patterns
+    ]
+    other = [target for target in targets if not target.endswith(("gate_up_proj", "down_proj"))]
+    return (
+        f"transformers builds {other[0]} from several tensors, which it does not do for int8" if other else ""
+    )
 
 
 def pipeline(task: str, model: nn.Module, processor: Any) -> Any:
@@ -437,11 +493,24 @@ def _modules_of(model: nn.Module, codes: list[str]) -> list[str]:
     owners = weight_owners(model)
     found: dict[str, None] = {}
     for key in codes:
-        name, _ = rename(key)
-        if name not in owners:
-            raise CorruptCheckpointError(
-                f"{key} holds int8 codes, but {type(model).__name__} has no layer there that can use them; "
-                f"the checkpoint does not fit its config.json"
-            )
-        found[owners[name]] = None
+        for name in _split_names(model, rename(key)[0]):
+            if name not in owners:
+                raise CorruptCheckpointError(
+                    f"{key} holds int8 codes, but {type(model).__name__} has no layer there that can use them; "
+                    f"the checkpoint does not fit its config.json"
+                )
+            found[owners[name]] = None
     return list(found)
+
+
+def _split_names(model: nn.Module, name: str) -> list[str]:
+    """Return all names in the model that one tensor of the checkpoint is split into; `name` is one of them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    for conversion in get_model_conversion_mapping(model):
+        targets = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
+        own = next((target for target in targets if name.endswith(target)), None)
+        if own is not None:
+            return [name.removesuffix(own) + target for target in targets]
+    return [name]

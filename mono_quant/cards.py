@@ -6,63 +6,22 @@ library, so that it cannot become structure. There is no template that could be 
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from mono_quant.errors import CorruptCheckpointError
+from mono_quant.origin import Origin
 from mono_quant.report import QuantReport, TensorReport, gap_text, human_bytes
 
 _FACTS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+# What the forward of a transformers model takes, as far as a card speaks of it.
+INPUTS = ("input_ids", "pixel_values", "input_features", "input_values", "inputs", "past_values")
 _MAX_KEPT_LINES = 60
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model came from, and what its own card says about it.
-
-    Attributes:
-        name: class of the model.
-        repo_id, sha: canonical Hub id and commit; None for anything local.
-        private, gated: as the Hub said; None when that is not known.
-        license, license_name, license_link, language, datasets, pipeline_tag: from the source's card.
-        extra_gated: its `extra_gated_*` entries.
-    """
-
-    name: str
-    repo_id: str | None = None
-    sha: str | None = None
-    private: bool | None = None
-    gated: bool | None = None
-    license: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    language: tuple[str, ...] = ()
-    datasets: tuple[str, ...] = ()
-    pipeline_tag: str | None = None
-    extra_gated: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data; `from_dict` gives back an equal origin."""
-        data = asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Origin":
-        """Rebuild an origin from `to_dict`.
-
-        Raises:
-            CorruptCheckpointError: a field has the wrong type.
-        """
-        try:
-            lists = {k: tuple(data.get(k, ())) for k in ("language", "datasets")}
-            return cls(**{**data, **lists})
-        except TypeError as e:
-            raise CorruptCheckpointError(
-                f"the manifest describes the source in an unknown way ({e}); save again"
-            ) from e
+# Characters of a gated repository's terms.
+_MAX_TERMS = 100_000
 
 
 @dataclass(frozen=True)
@@ -77,6 +36,8 @@ class CardFacts:
         settings: options of the request that differ from the defaults.
         versions: of mono_quant, torch and transformers.
         has_tokenizer: the folder brings a tokenizer.
+        inputs: what the model's forward takes, of `input_ids`, `pixel_values` and the like; empty when that is not known.
+        generates: it has `generate`.
         repo_id: where the model is published; None for a folder.
     """
 
@@ -88,6 +49,8 @@ class CardFacts:
     versions: Mapping[str, str]
     has_tokenizer: bool = False
     repo_id: str | None = None
+    inputs: tuple[str, ...] = ()
+    generates: bool = False
 
 
 def one_line(text: str, limit: int = 200) -> str:
@@ -179,7 +142,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
         tags=["mono_quant", "int8", "w8a8"] if report.dtype == "int8" else ["mono_quant", "fp16"],
         **{k: v for k, v in known.items() if v},
         **{
-            k: _clean(v)
+            k: _clean(v, _clean_text)
             for k, v in sorted(origin.extra_gated.items())
             if re.fullmatch(r"extra_gated_[a-z_]+", k)
         },
@@ -198,12 +161,19 @@ def library_of(facts: CardFacts) -> str:
     )
 
 
-def _clean(value: Any) -> Any:
+def _clean(value: Any, text: Callable[[str], str] = one_line) -> Any:
     if isinstance(value, str):
-        return one_line(value)
+        return text(value)
     if isinstance(value, (list, tuple)):
-        return [_clean(v) for v in value]
-    return {one_line(str(k)): _clean(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+        return [_clean(v, text) for v in value]
+    if isinstance(value, Mapping):
+        return {one_line(str(k)): _clean(v, text) for k, v in value.items()}
+    return value
+
+
+def _clean_text(text: str) -> str:
+    """Keep the lines of a text, such as the terms of a gated repository, without control and direction characters."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)[:_MAX_TERMS]
 
 
 def _head(facts: CardFacts) -> str:
@@ -217,7 +187,9 @@ def _summary(facts: CardFacts) -> str:
     if origin.repo_id:
         source = f"[{_code(origin.repo_id)}](https://huggingface.co/{origin.repo_id}) at commit {_code(str(origin.sha))}"
     else:
-        source = f"a local {_code(origin.name)}"
+        files = ", ".join(f"{_code(n)} with sha256 {_code(h)}" for n, h in list(origin.files.items())[:4])
+        more = f" and {len(origin.files) - 4} more files" if len(origin.files) > 4 else ""
+        source = f"a local {_code(origin.name)}" + (f" ({files}{more})" if files else "")
     if report.dtype == "int8":
         how = "Weights are int8 with one scale per output channel; activations are quantized per token at run time. "
     else:
@@ -279,10 +251,17 @@ def _fidelity_lines(report: QuantReport) -> list[str]:
             "|---|---:|",
             *(f"| {name} | {value} |" for name, value in report.measured()),
         ]
-        lines += [
-            "",
-            "A synthetic probe says how close the arithmetic is; it is no benchmark of the model's abilities.",
-        ]
+        if "given" not in str(report.fidelity["probe"]):
+            lines += [
+                "",
+                "A synthetic probe says how close the arithmetic is; it is no benchmark of the model's abilities.",
+            ]
+        if report.fidelity.get("relative_error_8_bit") is not None:
+            lines += [
+                "",
+                f"The kernel that was used gives activations {report.activation_bits} bits. Where they get 8, as on other "
+                f"processors and in other engines, the relative error is the one for 8 bits.",
+            ]
     if report.overflow_warning:
         lines += ["", f"Warning: {_escape(report.overflow_warning)}."]
     worst = report.worst
@@ -303,21 +282,27 @@ def _fidelity_lines(report: QuantReport) -> list[str]:
 def _loading_lines(facts: CardFacts) -> list[str]:
     where = facts.repo_id or "path/to/this/folder"
     if facts.kind == "module":
-        name = facts.origin.name if facts.origin.name.isidentifier() else "YourModel"
         body = [
             "import mono_quant",
             "",
-            f'model = mono_quant.load("{where}", model={name}(...))  # your own class',
+            f'model = mono_quant.load("{where}", model={_code_name(facts)}(...))  # your own class',
         ]
-    elif facts.has_tokenizer and facts.kind == "transformers":
+    elif facts.has_tokenizer and facts.kind == "transformers" and facts.inputs == ("input_ids",):
         body = [
             "import mono_quant",
             "from transformers import AutoTokenizer",
             "",
             f'model = mono_quant.load("{where}")',
             f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
-            'output = model(**tokenizer("Hello, world.", return_tensors="pt"))',
+            'inputs = tokenizer("Hello, world.", return_tensors="pt")',
         ]
+        if facts.generates:
+            body += [
+                "output = model.generate(**inputs, max_new_tokens=20)",
+                "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+            ]
+        else:
+            body.append("output = model(**inputs)")
     elif facts.kind == "sentence_transformer":
         body = [
             "import mono_quant",
@@ -326,7 +311,8 @@ def _loading_lines(facts: CardFacts) -> list[str]:
             'embedding = model.encode("Hello, world.")',
         ]
     else:
-        body = ["import mono_quant", "", f'model = mono_quant.load("{where}")']
+        takes = f"  # takes {' and '.join(facts.inputs)}" if facts.inputs else ""
+        body = ["import mono_quant", "", f'model = mono_quant.load("{where}"){takes}']
     return ["```python", *body, "```", "", *_reader_lines(facts)]
 
 
@@ -365,22 +351,35 @@ def _reader_lines(facts: CardFacts) -> Iterator[str]:
 
 def _recipe_lines(facts: CardFacts) -> list[str]:
     options = "".join(f", {k}={v!r}" for k, v in sorted(facts.settings.items()))
+    options += "".join(f", {name}=True" for name in facts.origin.access)
     dtype = facts.report.dtype
     if facts.origin.repo_id:
         call = f'mono_quant.quantize_from_hub("{facts.origin.repo_id}", "{dtype}", revision="{facts.origin.sha}"{options})'
+        lines = [f"result = {call}"]
     else:
-        call = f'mono_quant.quantize(model, "{dtype}"{options})  # the original model'
+        lines = [
+            f"model = ...  # the original {_code_name(facts)}"
+            + (", or its folder" if facts.origin.files else ""),
+            f'result = mono_quant.quantize(model, "{dtype}"{options})',
+        ]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
     return [
         "```python",
         "import mono_quant",
         "",
-        f"result = {one_line(call, 4000)}",
+        *lines,
         'result.save("output-folder")',
         "```",
         "",
-        f"Made with {versions}. `mono_quant_report.json` lists every tensor; `mono_quant.json` has the sha256 of every file.",
+        f"Made with {_escape(versions)}. `mono_quant_report.json` lists every tensor; `mono_quant.json` has the sha256 of "
+        f"every file.",
     ]
+
+
+def _code_name(facts: CardFacts) -> str:
+    """Return the class of the model as a word of Python."""
+    name = facts.origin.name
+    return name if name.isidentifier() and not iskeyword(name) else "YourModel"
 
 
 def _code(text: str) -> str:

@@ -7,6 +7,7 @@
         checkpoint["lm_head.weight"]
 """
 
+import hashlib
 import os
 import re
 import weakref
@@ -27,7 +28,7 @@ from mono_quant.errors import (
 from mono_quant.headers import Span, collisions, parse_header
 from mono_quant.json_reader import read_json_object
 from mono_quant.pickles import converted
-from mono_quant.reading import SHOWN, listed, open_regular, printable
+from mono_quant.reading import SHOWN, listed, open_regular, printable, read_chunks
 from mono_quant.shards import index_name
 
 # The index of the largest known model has 9 MB, so it gets more room than other JSON.
@@ -121,6 +122,16 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def close(self) -> None:
         """Close the files; the headers stay."""
         self._release()
+
+    def sha256s(self) -> dict[str, str]:
+        """Return the sha256 of every weight file, by name; reads every byte."""
+        found = {}
+        for shard in self._shards.values():
+            digest = hashlib.sha256()
+            for piece in read_chunks(shard.descriptor, os.fstat(shard.descriptor).st_size, shard.name):
+                digest.update(piece)
+            found[shard.name] = digest.hexdigest()
+        return dict(sorted(found.items()))
 
     def _check_unchanged(self, shard: _Shard) -> None:
         if _identity(shard.descriptor) != shard.identity:

@@ -62,6 +62,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
         twin.requires_grad_(parameter.requires_grad)
         twin.__dict__.update(parameter.__dict__)
         memo[id(parameter)] = twin
+    memo |= {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
     try:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, ValueError, AttributeError, NotImplementedError, copy.Error) as e:
@@ -69,6 +70,14 @@ def structural_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({e}); remove what cannot be copied, or convert it where it is "
             f"with inplace=True"
         ) from e
+
+
+def _computed(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield what hooks (weight norm, pruning) keep as attributes: results of autograd, which cannot be deep-copied."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                yield value
 
 
 def own_memory_(model: nn.Module, original: nn.Module | None) -> None:

@@ -7,6 +7,7 @@ inputs: the numbers say how close the arithmetic is, not how good the model is.
 
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mono_quant.hub_client import scrub
 from mono_quant.layers import is_transformers_model
 
 SENTENCES = (
@@ -63,6 +65,12 @@ class Output:
     name: str
     values: Tensor
     mask: Tensor | None
+
+
+def _public(text: str) -> str:
+    """Cut a foreign message down to a line that may be published: no access token, no path of this machine."""
+    line = " ".join(scrub(text).split())
+    return re.sub(r"(?<![\w.])(~|[A-Za-z]:)?[/\\][^\s'\",;:)]+", "<path>", line)[:200]
 
 
 def given_probe(inputs: Any) -> Probe:
@@ -145,7 +153,7 @@ def run(model: nn.Module, probe: Probe) -> Output:
         AssertionError,
         NotImplementedError,
     ) as e:
-        raise ProbeError(f"the model did not run on {probe.name}: {' '.join(str(e).split())[:200]}") from e
+        raise ProbeError(f"the model did not run on {probe.name}: {_public(str(e))}") from e
     name, values = _pick(raw)
     mask = probe.mask if probe.mask is not None and values.shape[:2] == probe.mask.shape else None
     return Output(name, values.detach().float().cpu(), None if mask is None else mask.cpu())
@@ -201,7 +209,8 @@ def _random_tokens(model: nn.Module, generator: torch.Generator) -> Probe:
     size = getattr(config, "vocab_size", None)
     if not size:
         raise ProbeError("the config names no vocab_size; pass probe=<inputs>")
-    limit = min(_LENGTH, getattr(config, "max_position_embeddings", None) or _LENGTH)
+    longest = getattr(config, "max_position_embeddings", None)
+    limit = min(_LENGTH, longest) if isinstance(longest, int) and longest > 0 else _LENGTH
     ids = torch.randint(0, size, (_BATCH, limit), generator=generator)
     # the end and padding tokens would cut sequences short in classifiers and decoders
     special = [
@@ -243,6 +252,8 @@ def _decoder_inputs(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
         return {}
     start = getattr(config, "decoder_start_token_id", None)
     text = config.get_text_config()  # type: ignore[union-attr,operator]
+    if not getattr(text, "vocab_size", None):
+        return {}  # DETR and its like are encoder-decoders without tokens
     generator = torch.Generator().manual_seed(_SEED + 1)
     batch = next(v.shape[0] for v in probe.kwargs.values() if isinstance(v, Tensor))
     ids = torch.randint(0, text.vocab_size, (batch, 8), generator=generator)
@@ -285,7 +296,8 @@ def _flatten(raw: Any) -> Iterator[Tensor]:
 def _rows(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return [positions, features]; the last dimension is the features, whatever comes before it."""
     if mask is not None:
-        return values[mask]
+        # one value per token (question answering, token discriminators) is one feature
+        return values[mask].reshape(int(mask.sum()), -1)
     return values.reshape(-1, values.shape[-1]) if values.dim() > 1 else values.reshape(1, -1)
 
 

@@ -26,22 +26,28 @@ LAYOUTS = (STANDARD, FORMAT, PLAIN)
 _CT_ARGS = {"num_bits": 8, "type": "int", "symmetric": True}
 
 
-def layout_of(kind: str, report: QuantReport) -> str:
+def layout_of(kind: str, report: QuantReport, state: Mapping[str, Tensor], obstacle: str = "") -> str:
     """Return the layout that a converted model needs.
 
     Args:
         kind: of the source: `module`, `transformers` or `sentence_transformer`.
         report: of the conversion.
+        state: the tensors by the names they have in the file.
+        obstacle: why transformers cannot load the standard layout of this model; empty when it can.
 
     Raises:
         UnsupportedModelError: a SentenceTransformer holds layers that its format cannot.
     """
     if report.dtype == "fp16":
         return PLAIN
-    portable = all(row.kind in PORTABLE_KINDS for row in report.quantized)
+    portable = not obstacle and all(row.kind in PORTABLE_KINDS for row in report.quantized)
+    # experts that lie in one tensor in the file, too, have no standard form
+    portable = portable and all(t.dim() == 2 for t in state.values() if t.dtype == torch.int8)
     if kind == "module" or not portable:
         if kind == "sentence_transformer":
-            kinds = sorted({row.kind for row in report.quantized} - PORTABLE_KINDS)
+            kinds = sorted({row.kind for row in report.quantized} - PORTABLE_KINDS) or [
+                f"layers here: {obstacle}"
+            ]
             raise UnsupportedModelError(
                 f"a SentenceTransformer is saved in the standard format, which cannot hold int8 {', '.join(kinds)}; "
                 f"leave them in float (skip_types=[...], embeddings=False), or quantize model[0].auto_model by itself"

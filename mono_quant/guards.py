@@ -1,7 +1,7 @@
 """What cannot be converted as it is given: one typed error each, saying what to do instead."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mono_quant.errors import (
 )
 from mono_quant.forwards import StoredModule
 from mono_quant.json_reader import read_json_object
-from mono_quant.layers import is_transformers_model
+from mono_quant.layers import is_transformers_model, kind_of
 from mono_quant.manifest import MANIFEST
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -58,6 +58,10 @@ def check_module(model: nn.Module) -> None:
         )
     for path, module in model.named_modules():
         _check_part(path or name, module)
+    if kind_of(model):
+        raise UnsupportedModelError(
+            f"{name} is a single layer, which cannot be replaced inside itself; wrap it: nn.Sequential(layer)"
+        )
     if (
         is_transformers_model(model)
         and getattr(getattr(model, "config", None), "quantization_config", None) is not None
@@ -69,6 +73,10 @@ def check_module(model: nn.Module) -> None:
 
 def _check_part(path: str, module: nn.Module) -> None:
     home = type(module).__module__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TorchScriptError(
+            f"{path} ({type(module).__name__}) is TorchScript, whose layers are frozen; put the Python module there"
+        )
     if home.startswith("peft.") or getattr(module, "_hf_peft_config_loaded", False):
         raise AdapterAttachedError(
             f"{path}: PEFT adapters are attached; call merge_and_unload() first and pass the result"
@@ -95,7 +103,8 @@ def _check_part(path: str, module: nn.Module) -> None:
             )
         if type(tensor.data) is not torch.Tensor or tensor.is_quantized or tensor.layout != torch.strided:
             raise AlreadyQuantizedError(
-                f"{path}.{name} is a {type(tensor.data).__name__} ({tensor.layout}), not a plain float tensor; pass the float model"
+                f"{path}.{name} is of type {type(tensor.data).__name__} ({tensor.layout}), not a plain float tensor; pass the "
+                f"float model"
             )
         if tensor.device.type == "meta":
             raise MetaTensorError(
@@ -167,6 +176,33 @@ def refuse_pickles(names: list[str], subject: str) -> None:
         raise PickleOnlyError(
             f"{subject} has only pickle weights ({pickles[0]}), which can run code when read; convert them to safetensors, "
             f"or pass allow_pickle=True to read plain tensors from them in a guarded process"
+        )
+
+
+def check_dtypes(folder: Path, shapes: Shapes, model: nn.Module, unused: Collection[str]) -> None:
+    """Refuse integer, boolean and complex tensors for float parameters, which loading would cast without a word.
+
+    Args:
+        folder: of the checkpoint.
+        shapes: of its tensors.
+        model: the skeleton they are for.
+        unused: names of tensors that no layer takes.
+    """
+    state = dict(model.state_dict())
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    floats = {name.rpartition(".")[2] for name, tensor in state.items() if tensor.is_floating_point()}
+    wrong = [
+        f"{name} is {dtype}"
+        for name, (dtype, _) in shapes.items()
+        if not dtype.is_floating_point and name not in unused
+        if not any(re.search(pattern, name) for pattern in ignored)
+        # renamed tensors keep the last part of their names
+        if (state[name].is_floating_point() if name in state else name.rpartition(".")[2] in floats)
+    ]
+    if wrong:
+        raise UnsupportedModelError(
+            f"{folder}: {len(wrong)} tensors are not in floating point, as {type(model).__name__} needs them: "
+            f"{', '.join(wrong[:3])}; save the checkpoint in float32, bfloat16 or float16"
         )
 
 

@@ -1,5 +1,6 @@
 """What a saved folder says about itself, from its files alone, and whether that is true."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ def inspect(folder: str | Path) -> Inspection:
     if not path.is_dir():
         raise SourceNotFoundError(f"{path} is no folder; give the folder of a model")
     manifest = read_manifest(path) if (path / MANIFEST).exists() else {}
+    if manifest:
+        saved.check_manifest(path, manifest)
     with open_checkpoint(path) as checkpoint:
         headers = {name: (header.dtype, header.shape) for name, header in checkpoint.headers.items()}
         return _inspection(path, manifest, headers, checkpoint.total_bytes, {})
@@ -139,13 +142,14 @@ def verify(folder: str | Path) -> list[str]:
     manifest = saved.verified_manifest(path)
     passed = [f"{len(manifest['files'])} files have the size and sha256 of the manifest"]
     report, seen = saved.read_report(path), inspect(path)
-    codes = sum(len(shape) > 0 for shape in seen.quantized.values())
-    expected = sum(row.action == "quantized" for row in report.rows) if report.dtype == "int8" else 0
-    # fused experts are one parameter in memory and one matrix per expert in the file
-    if (codes == 0) != (expected == 0) or codes < expected:
+    # by values: fused experts are one parameter in memory and one matrix per expert in the file
+    found = sum(math.prod(shape) for shape in seen.quantized.values())
+    expected = sum(row.numel for row in report.quantized) if report.dtype == "int8" else 0
+    if found != expected:
         raise CorruptCheckpointError(
-            f"{path}: the report lists {expected} int8 tensors, the weight files hold {codes}; save the model again"
+            f"{path}: the report lists {expected:,} int8 values, the weight files hold {found:,}; save the model again"
         )
+    codes = len(seen.quantized)
     passed.append(
         f"{codes} int8 tensors, {len(seen.kept)} others, as the report says"
         if codes

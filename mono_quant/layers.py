@@ -6,7 +6,7 @@ Works on real and on meta modules alike, so that a plan and a conversion see the
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -29,6 +29,8 @@ WEIGHTS: Mapping[str, tuple[str, ...]] = {
 
 # What compressed-tensors and vLLM can hold.
 PORTABLE_KINDS = frozenset({"linear", "experts"})
+# What a model made of portable layers holds beside them, and can keep in float at a small price.
+_COSTLY_KINDS = ("conv1d", "conv2d", "attention")
 
 _KINDS: Mapping[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -70,9 +72,14 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
 
 def kind_of(module: nn.Module) -> str:
-    """Return the kind of layer `module` is, or an empty string; subclasses do not count."""
+    """Return the kind of layer `module` is, or an empty string.
+
+    Subclasses do not count, except those of transformers that compute exactly what `nn.Linear` does (Falcon's).
+    """
     if type(module) in _KINDS:
         return _KINDS[type(module)]
+    if _computes_linear(type(module)):
+        return "linear"
     # by name: transformers is not imported for models that do not come from it
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return "transposed_linear"
@@ -209,7 +216,8 @@ def _owners(model: nn.Module) -> dict[int, set[int]]:
 
 
 def _router_rule(name: str, module: nn.Module) -> set[str]:
-    is_router = name.rpartition(".")[2] in _ROUTERS or "Router" in type(module).__name__
+    # the matrix may lie inside the router: router.proj (Gemma 4), router.layer (JetMoe), gate.wg (HunYuan)
+    is_router = not _ROUTERS.isdisjoint(name.split(".")[-2:]) or "Router" in type(module).__name__
     return {"router"} if is_router else set()
 
 
@@ -246,20 +254,32 @@ def _is_output(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _with_portable_rule(model: nn.Module, layers: list[Layer]) -> list[Layer]:
-    """In a transformers model made of linear layers, convolutions would cost the standard format."""
+    """In a transformers model made of linear layers, convolutions and `nn.MultiheadAttention` would cost the standard format."""
     if not is_transformers_model(model):
         return layers
     kinds: dict[str, int] = defaultdict(int)
     for layer in layers:
         kinds[layer.kind] += 0 if layer.unsupported else layer.weights
     portable = sum(kinds[kind] for kind in PORTABLE_KINDS)
-    convs = kinds["conv1d"] + kinds["conv2d"]
-    if kinds["transposed_linear"] or convs >= portable:
+    costly = sum(kinds[kind] for kind in _COSTLY_KINDS)
+    if kinds["transposed_linear"] or costly >= portable:
         return layers
-    return [
-        replace(x, defaults=x.defaults | {"portable"}) if x.kind in ("conv1d", "conv2d") else x
-        for x in layers
-    ]
+    return [replace(x, defaults=x.defaults | {"portable"}) if x.kind in _COSTLY_KINDS else x for x in layers]
+
+
+def _product_and_bias(self: nn.Linear, input: Tensor) -> Tensor:
+    hidden_states = input @ self.weight.T
+    if self.bias is None:
+        return hidden_states
+    return hidden_states + self.bias
+
+
+def _computes_linear(cls: type[nn.Module]) -> bool:
+    """True for a transformers class that adds to `nn.Linear` only a `forward` of the same meaning."""
+    if cls.__bases__ != (nn.Linear,) or not cls.__module__.startswith("transformers."):
+        return False
+    own = {name for name, value in vars(cls).items() if callable(value) or isinstance(value, property)}
+    return own == {"forward"} and _code(cls.forward) == _code(_product_and_bias)
 
 
 def _is_fused_experts(module: nn.Module) -> bool:
@@ -280,12 +300,12 @@ def _is_fused_experts(module: nn.Module) -> bool:
         own_gate is getattr(MixtralExperts, "_apply_gate", None)
         and not getattr(module, "is_transposed", False)
         and getattr(module, "is_concatenated", True)
-        and _code(type(module)) == _code(MixtralExperts)
+        and _code(type(module).forward) == _code(MixtralExperts.forward)
     )
 
 
-def _code(cls: type[nn.Module]) -> tuple[object, ...]:
-    code = inspect.unwrap(cls.forward).__code__
+def _code(function: Callable[..., object]) -> tuple[object, ...]:
+    code = inspect.unwrap(function).__code__
     return (code.co_code, code.co_names, tuple(c for c in code.co_consts if not isinstance(c, str)))
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from mono_quant import bridge
 from mono_quant.adapters import Source, side_files
-from mono_quant.cards import Origin
 from mono_quant.checkpoint import open_checkpoint
 from mono_quant.convert import install_, structural_copy
 from mono_quant.errors import (
@@ -25,10 +24,12 @@ from mono_quant.formats import (
     check_ct,
     dtype_of,
 )
+from mono_quant.guards import check_proportion
 from mono_quant.json_reader import read_json_object
 from mono_quant.layers import weight_owners
 from mono_quant.manifest import FORMAT, MANIFEST, read_manifest, verify_manifest
 from mono_quant.modules import Int8Module
+from mono_quant.origin import Origin
 from mono_quant.saved import check_manifest, read_tensors
 from mono_quant.sentence import load_modules
 from mono_quant.version import __version__
@@ -86,10 +87,11 @@ def _load_own(
         )
     if kind == "sentence_transformer":
         return _load_sentence(folder, manifest)
-    raw = read_json_object(folder / "config.json")
+    raw = _checked_config(folder)
     cls, config = bridge.model_class(raw, folder, trust_remote_code=False)
     tensors = read_tensors(folder, manifest)
     if layout == PLAIN:
+        _refuse_codes(folder, tensors)
         loaded = bridge.load_float(cls, config, tensors, str(folder), torch.float16)
         kept = manifest.get("kept", {})
         _restore_kept(
@@ -100,6 +102,22 @@ def _load_own(
     _recast_buffers(loaded, manifest)
     _set_generation(loaded, folder)
     return _settled(loaded, layout == PLAIN)
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """Read config.json and hold it against the headers of the weights before a model of its size is built."""
+    raw = read_json_object(folder / "config.json")
+    with open_checkpoint(folder) as checkpoint:
+        check_proportion(folder, raw, {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()})
+    return raw
+
+
+def _refuse_codes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    codes = [n for n, t in tensors.items() if t.dtype == torch.int8 and f"{n}_scale" in tensors]
+    if codes:
+        raise CorruptCheckpointError(
+            f"{folder}: {codes[0]} holds int8 codes, but {MANIFEST} says that the layout is {PLAIN!r}; save the model again"
+        )
 
 
 def _settled(model: nn.Module, is_half: bool, within: str = "") -> nn.Module:
@@ -114,6 +132,7 @@ def _settled(model: nn.Module, is_half: bool, within: str = "") -> nn.Module:
 
 def _load_sentence(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
     half = manifest.get("layout") == PLAIN
+    _checked_config(folder)
     model: Any = load_modules(folder, _codes(folder), half)
     kept = manifest.get("kept", {})
     if kept:
@@ -135,6 +154,10 @@ def _load_plain(
         raise ConfigError(
             f"{folder} holds a {manifest.get('class')}, which only your code can build; pass it: "
             f"load({str(folder)!r}, model={manifest.get('class')}(...)) or a function that makes it"
+        )
+    if not isinstance(model, nn.Module) and not callable(model):
+        raise ConfigError(
+            f"model= is a {type(model).__name__}; give an nn.Module or a function that makes one"
         )
     built = structural_copy(model) if isinstance(model, nn.Module) else model()
     if not isinstance(built, nn.Module):
@@ -200,6 +223,7 @@ def _load_foreign(folder: Path) -> nn.Module:
             f"{folder} is a mono_quant model without its {MANIFEST}; download the whole folder again"
         )
     check_ct(folder, block)
+    _checked_config(folder)
     cls, config = bridge.model_class(raw, folder, trust_remote_code=False)
     loaded = bridge.load_int8(cls, config, read_tensors(folder, {}), str(folder), dtype_of(raw))
     _set_generation(loaded, folder)
@@ -240,4 +264,9 @@ def _set_generation(model: nn.Module, folder: Path) -> None:
     path = folder / "generation_config.json"
     current = getattr(model, "generation_config", None)
     if path.exists() and current is not None:
-        model.generation_config = type(current).from_dict(read_json_object(path))
+        try:
+            model.generation_config = type(current).from_dict(read_json_object(path))
+        except (ValueError, TypeError, AttributeError) as e:
+            raise CorruptCheckpointError(
+                f"{path}: transformers cannot use it ({e}); save the model again"
+            ) from e

@@ -59,8 +59,7 @@ def open_regular(path: Path, *, allow_symlinks: bool = False) -> int:
         if path.is_symlink():
             if not allow_symlinks and not is_cache_link(path):
                 raise UnsafeInputError(
-                    f"{shown} is a symbolic link; put a copy of the file there, or pass allow_symlinks=True "
-                    "if you trust the folder"
+                    f"{shown} is a symbolic link; put a copy of the file there"
                 )
             path = path.resolve(strict=True)
         # O_NONBLOCK: opening a FIFO would otherwise wait for a writer for ever.

@@ -220,6 +220,7 @@ class QuantReport:
 
 _MEASURES = {
     "relative_error": "relative error",
+    "relative_error_8_bit": "relative error, 8-bit activations",
     "cosine_mean": "cosine similarity, mean",
     "cosine_min": "cosine similarity, lowest",
     "kl_mean": "KL divergence, mean (nats)",

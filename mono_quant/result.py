@@ -9,7 +9,6 @@ from torch import nn
 
 from mono_quant import bridge, loading, saved, saving
 from mono_quant.adapters import Source
-from mono_quant.cards import render
 from mono_quant.config import QuantizationConfig
 from mono_quant.errors import UnsupportedModelError
 from mono_quant.files import temporary_folder
@@ -111,10 +110,7 @@ class QuantizedModel:
 
     def card(self) -> str:
         """Return the README that `save` writes."""
-        has_tokenizer = (
-            "tokenizer_config.json" in self._source.side_files or self._source.processor is not None
-        )
-        return render(saving.card_facts(self._source, self.report, self.config, has_tokenizer))
+        return saving.render_card(self._source, self.report, self.config)
 
     def pipeline(self, task: str) -> Any:
         """Return a transformers pipeline around the model and its processor.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.allowed import is_allowed
-from mono_quant.cards import CardFacts, Origin
+from mono_quant.cards import INPUTS, CardFacts
 from mono_quant.checkpoint import open_checkpoint
 from mono_quant.config import QuantizationConfig
 from mono_quant.errors import (
@@ -21,6 +21,7 @@ from mono_quant.formats import (
 )
 from mono_quant.json_reader import read_json_object
 from mono_quant.manifest import FORMAT, MANIFEST, read_manifest, verify_manifest
+from mono_quant.origin import Origin
 from mono_quant.report import QuantReport
 
 REPORT = "mono_quant_report.json"
@@ -40,6 +41,11 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         if not isinstance(manifest.get(key), Mapping):
             raise CorruptCheckpointError(
                 f"{folder}: {key} of {MANIFEST} is {manifest.get(key)!r}, not an object; save the model again"
+            )
+    for name, facts in manifest["tensors"].items():
+        if not isinstance(facts, Mapping) or not isinstance(facts.get("shape"), list):
+            raise CorruptCheckpointError(
+                f"{folder}: {MANIFEST} describes {name} in an unknown way ({facts!r}); save the model again"
             )
     for key in ("kept", "buffers"):
         for name, dtype in manifest[key].items():
@@ -81,9 +87,16 @@ def read_card_facts(folder: Path, repo_id: str | None = None) -> CardFacts:
             dict(manifest["versions"]),
             "tokenizer_config.json" in manifest["files"],
             repo_id,
+            _inputs(manifest),
+            manifest.get("generates") is True,
         )
     except KeyError as e:
         raise CorruptCheckpointError(f"{folder}: {MANIFEST} lacks {e}; save the model again") from e
+
+
+def _inputs(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    found = manifest.get("inputs")
+    return tuple(n for n in found if n in INPUTS) if isinstance(found, list) else ()
 
 
 def given_options(config: QuantizationConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Writing a converted model as one folder that appears whole or not at all; the layouts are in `formats`."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mono_quant import bridge
 from mono_quant.adapters import Source
-from mono_quant.cards import CardFacts, render
+from mono_quant.cards import INPUTS, CardFacts, render
 from mono_quant.config import QuantizationConfig
 from mono_quant.errors import (
     UnsupportedModelError,
@@ -62,14 +63,14 @@ def save(
     Raises:
         OutputError: it could not be written; nothing was changed.
     """
-    layout = layout_of(source.kind, report)
-    state = _state(source, report)
+    state = state_of(source, report)
+    layout = _layout(source, report, state)
     with new_folder(target, overwrite=overwrite, sources=[source.folder] if source.folder else []) as folder:
         table = _write_tensors(folder, source, state, layout, max_shard_size)
         if source.kind != "module":
             _write_configs(folder, source, state, layout)
         _write_side_files(folder, source)
-        about = card_facts(source, report, config, "tokenizer_config.json" in folder.files)
+        about = card_facts(source, report, config, layout, "tokenizer_config.json" in folder.files)
         folder.write_text("README.md", render(about))
         folder.write_text(REPORT, report.to_json())
         folder.manifest |= {
@@ -84,24 +85,55 @@ def save(
             "buffers": _cast_buffers(source.core),
             "source": source.origin.to_dict(),
             "settings": config.to_dict(),
+            "inputs": list(about.inputs),
+            "generates": about.generates,
             "versions": dict(about.versions),
         }
     return Path(target)
 
 
+def render_card(source: Source, report: QuantReport, config: QuantizationConfig) -> str:
+    """Return the card that `save` would write."""
+    layout = _layout(source, report, state_of(source, report))
+    has_tokenizer = "tokenizer_config.json" in source.side_files or source.processor is not None
+    return render(card_facts(source, report, config, layout, has_tokenizer))
+
+
+def _layout(source: Source, report: QuantReport, state: Mapping[str, Tensor]) -> str:
+    obstacle = "" if source.kind == "module" else bridge.standard_obstacle(source.core)
+    return layout_of(source.kind, report, state, obstacle)
+
+
 def card_facts(
-    source: Source, report: QuantReport, config: QuantizationConfig, has_tokenizer: bool
+    source: Source, report: QuantReport, config: QuantizationConfig, layout: str, has_tokenizer: bool
 ) -> CardFacts:
     """Gather what the card of a converted model is made from."""
     packages = ["torch"] if source.kind == "module" else ["torch", "transformers"]
     versions = {"mono_quant": __version__} | {name: metadata.version(name) for name in packages}
-    layout = layout_of(source.kind, report)
+    if source.kind == "sentence_transformer":
+        versions["sentence-transformers"] = metadata.version("sentence-transformers")
+    facts: dict[str, Any] = {}
+    if source.kind == "transformers":
+        core: Any = source.core
+        parameters = inspect.signature(type(core).forward).parameters
+        facts = {
+            "inputs": tuple(n for n in INPUTS if n in parameters),
+            "generates": bool(core.can_generate()),
+        }
     return CardFacts(
-        report, source.origin, layout, source.kind, given_options(config), versions, has_tokenizer
+        report,
+        source.origin,
+        layout,
+        source.kind,
+        given_options(config),
+        versions,
+        has_tokenizer,
+        **facts,
     )
 
 
-def _state(source: Source, report: QuantReport) -> dict[str, Tensor]:
+def state_of(source: Source, report: QuantReport) -> dict[str, Tensor]:
+    """Return the tensors of a converted model by the names they have in the file."""
     prefix = f"{source.core_name}." if source.core_name else ""
     # some of a float16 model is float32 in memory, with values that float16 holds
     halves = {row.name.removeprefix(prefix) for row in report.rows if row.dtype_after == "float16"}
@@ -164,7 +196,7 @@ def _as_is(tensor: Tensor) -> Callable[[], Tensor]:
 
 def _write_configs(folder: OutputFolder, source: Source, state: Mapping[str, Tensor], layout: str) -> None:
     core: Any = source.core
-    data, _ = bridge.clean_config(core.config.to_diff_dict())
+    data, _ = bridge.clean_config(bridge.plain_config(core.config))
     dtype = "float16" if layout == PLAIN else str(float_dtype(core)).removeprefix("torch.")
     data |= {"architectures": [type(core).__name__], "dtype": dtype}
     if layout == STANDARD:

@@ -25,7 +25,8 @@ DEFAULTS: Mapping[str, str] = {
     "router": "router: a small error sends a token to other experts",
     "keep_in_fp32": "the model declares that it must stay in float32",
     "small": "tiny: too few weights to gain from int8",
-    "portable": "convolution in a transformer: int8 here would keep transformers and vLLM from loading the checkpoint",
+    "portable": "convolution or fused attention in a transformer: int8 here would keep transformers and vLLM from loading "
+    "the checkpoint",
     "embedding": "embedding: int8 only on request (embeddings=True)",
 }
 
@@ -77,7 +78,7 @@ class Rules:
 
     Attributes:
         skip: patterns of layers to keep: a name, part of a dotted name, a glob, or `re:` and a regular expression.
-        skip_types: class names of layers to keep.
+        skip_types: class names of modules to keep, with everything inside them.
         min_params: layers with fewer weights are kept.
         disable_defaults: default rules that do not apply, from `DEFAULTS`.
         embeddings: quantize embeddings too.
@@ -94,6 +95,11 @@ class Rules:
         if unknown:
             raise ConfigError(
                 f"disable_defaults names unknown rules {unknown}; the default rules are {sorted(DEFAULTS)}"
+            )
+        if "tied" in self.disable_defaults:
+            raise ConfigError(
+                "disable_defaults names 'tied', which cannot be lifted: codes for one layer and floats for the other would "
+                "be two weights. Untie them first, e.g. head.weight = nn.Parameter(head.weight.clone())"
             )
         if self.min_params < 0:
             raise ConfigError(f"min_params is {self.min_params}; give 0 or a number of weights")
@@ -130,18 +136,22 @@ def select(
     Raises:
         PatternError: a pattern or type matches nothing.
     """
-    _check_matches(layers, rules, modules or {})
-    reasons = {layer.name: _own_reason(layer, rules) for layer in layers}
+    modules = modules or {}
+    _check_matches(layers, rules, modules)
+    reasons = {
+        layer.name: _own_reason(layer, rules, container_reason((layer.name, *layer.aliases), modules, rules))
+        for layer in layers
+    }
     for unit in _units(layers):
         _size_unit(unit, reasons, rules)
         _keep_unit_together(unit, reasons)
     return {layer.name: Decision(layer, reasons[layer.name]) for layer in layers}
 
 
-def _own_reason(layer: Layer, rules: Rules) -> str:
+def _own_reason(layer: Layer, rules: Rules, around: str) -> str:
     if layer.unsupported:
         return DEFAULTS["router"] if "router" in layer.defaults else layer.unsupported
-    reason = user_reason((layer.name, *layer.aliases), layer.class_name, layer.weights, rules)
+    reason = around or user_reason((layer.name, *layer.aliases), layer.class_name, layer.weights, rules)
     if reason:
         return reason
     for rule, reason in DEFAULTS.items():
@@ -169,6 +179,23 @@ def user_reason(names: Iterable[str], class_name: str, weights: int | None, rule
         return f"skipped by the user: type {class_name}"
     if weights is not None and weights < rules.min_params:
         return f"fewer than min_params={rules.min_params} weights"
+    return ""
+
+
+def container_reason(names: Iterable[str], modules: Mapping[str, str], rules: Rules) -> str:
+    """Return why `skip_types` keeps a module that lies inside one of these types, or an empty string.
+
+    Args:
+        names: all names of the module.
+        modules: class names of all modules by name.
+        rules: the user's rules.
+    """
+    for name in names if rules.skip_types else ():
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            around = modules.get(".".join(parts[:depth]), "")
+            if around in rules.skip_types:
+                return f"skipped by the user: type {around}"
     return ""
 
 

@@ -422,7 +422,10 @@ def test_a_good_folder_is_converted_as_the_class_it_names(checkpoint):
 def test_shards_and_one_file_give_the_same(checkpoint, folder, tmp_path):
     split(folder)
     one = mq.quantize(checkpoint, **QUIET).save(tmp_path / "one")
-    assert snapshot(mq.quantize(folder, **QUIET).save(tmp_path / "two")) == snapshot(one)
+    two = mq.quantize(folder, **QUIET).save(tmp_path / "two")
+    # card and manifest name the files they were made from
+    differ = {n for n, data in snapshot(two).items() if snapshot(one)[n] != data}
+    assert differ == {"README.md", "mono_quant.json"}
 
 
 def test_K1_pickles_beside_safetensors_are_not_read(folder):

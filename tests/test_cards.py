@@ -10,7 +10,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mono_quant import cards, saved
-from mono_quant.cards import CardFacts, Origin
+from mono_quant.cards import CardFacts
+from mono_quant.origin import Origin
 from mono_quant.report import QuantReport, TensorReport
 
 GOLDEN = sorted(p for p in (Path(__file__).parent.parent / "model_cards").iterdir() if p.is_dir())

@@ -17,7 +17,7 @@ OPTIONS = {
     "skip": ((), ("a", "b"), ("c",)),
     "skip_types": ((), ("Linear",), ("Conv1d",)),
     "min_params": (0, 100, 7),
-    "disable_defaults": ((), ("head",), ("tied", "small")),
+    "disable_defaults": ((), ("head",), ("router", "small")),
     "embeddings": (False, True, False),
     "on_nonfinite": ("error", "keep", "error"),
     "on_overflow": ("keep", "error", "keep"),

@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from mono_quant.layers import (
@@ -413,6 +414,31 @@ def test_convolutions_in_a_transformer_are_marked_and_in_a_convolutional_model_t
     assert rules(resnet) == {"classifier.1": {"head"}}
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(64, 64))
     assert rules(plain) == {}
+
+
+def test_attention_blocks_in_a_transformer_are_marked_like_convolutions():
+    sizes = {k: v for k, v in SIZES.items() if k != "vocab_size"}
+    model = meta(hf.SiglipVisionModel, hf.SiglipVisionConfig(**sizes, image_size=8, patch_size=4))
+    assert kinds(model)["head.attention"] == "attention"
+    assert rules(model, "attention", "patch_embedding") == {
+        "embeddings.patch_embedding": {"portable"},
+        "head.attention": {"portable"},
+    }
+
+
+def test_falcons_linear_layers_are_linear():
+    assert kind_of(FalconLinear(8, 6)) == "linear"
+    assert kind_of(type("FalconLinear", (nn.Linear,), {"forward": FalconLinear.forward})(8, 6)) == ""
+    doubled = type("Doubled", (FalconLinear,), {"__module__": FalconLinear.__module__})
+    assert kind_of(doubled(8, 6)) == ""
+
+
+def test_another_forward_of_transformers_is_not_linear():
+    def forward(self, input):
+        return 2 * (input @ self.weight.T)
+
+    members = {"forward": forward, "__module__": "transformers.models.odd"}
+    assert kind_of(type("OddLinear", (nn.Linear,), members)(8, 6)) == ""
 
 
 def test_whisper_ties_its_head_and_keeps_its_own_embedding_class():

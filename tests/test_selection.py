@@ -28,19 +28,23 @@ def test_everything_is_decided_once_in_order_and_large_layers_are_quantized():
     assert all(d.quantize and d.layer is x for d, x in zip(decisions.values(), layers, strict=True))
 
 
-@pytest.mark.parametrize("rule", sorted(DEFAULTS))
+LIFTABLE = sorted(DEFAULTS.keys() - {"tied"})
+
+
+@pytest.mark.parametrize("rule", LIFTABLE)
 def test_each_default_keeps_its_layer_with_its_reason_until_it_is_disabled(rule):
     layers = [layer("a", defaults=frozenset({rule})), layer("b")]
     assert reasons(layers) == {"a": DEFAULTS[rule], "b": ""}
     assert reasons(layers, disable_defaults=(rule,)) == {"a": "", "b": ""}
-    other = next(r for r in sorted(DEFAULTS) if r != rule)
+    other = next(r for r in LIFTABLE if r != rule)
     assert kept(layers, disable_defaults=(other,)) == ["a"]
 
 
 def test_disabling_one_default_leaves_the_others_in_force():
     both = [layer("a", defaults=frozenset({"head", "tied"}))]
     assert reasons(both, disable_defaults=("head",)) == {"a": DEFAULTS["tied"]}
-    assert reasons(both, disable_defaults=("head", "tied")) == {"a": ""}
+    with pytest.raises(ConfigError, match=r"'tied', which cannot be lifted.*Untie them first"):
+        Rules(disable_defaults=("tied",))
 
 
 def test_embeddings_are_quantized_on_request_but_not_when_tied():
@@ -124,6 +128,18 @@ def test_types_are_skipped_by_class_name():
     assert reasons(layers, skip_types=("Conv1d",)) == {"a": "", "b": "skipped by the user: type Conv1d"}
 
 
+def test_a_type_of_container_keeps_everything_inside_it():
+    layers = [layer("mlp.up"), layer("attn.q"), layer("own.up", aliases=("mlp.shared.up",))]
+    modules = {"": "Model", "mlp": "LlamaMLP", "mlp.up": "Linear", "attn": "Attention"}
+    reason = "skipped by the user: type LlamaMLP"
+    assert reasons(layers, modules, skip_types=("LlamaMLP",)) == {
+        "mlp.up": reason,
+        "attn.q": "",
+        "own.up": reason,
+    }
+    assert kept(layers, modules, skip_types=("Model",)) == ["mlp.up", "attn.q", "own.up"]
+
+
 @pytest.mark.parametrize(("rows", "is_kept"), [(99, True), (100, False), (101, False)])
 def test_min_params_keeps_layers_with_fewer_weights(rows, is_kept):
     found = reasons([layer("a", rows=rows)], min_params=12800)
@@ -152,7 +168,7 @@ def test_min_params_still_holds_when_the_small_default_is_disabled():
 
 def test_no_rule_makes_an_unsupported_layer_int8():
     layers = [layer("a", unsupported="no int8 form of Odd")]
-    everything = tuple(DEFAULTS)
+    everything = tuple(LIFTABLE)
     assert reasons(layers, disable_defaults=everything, embeddings=True) == {"a": "no int8 form of Odd"}
 
 

@@ -15,16 +15,18 @@ import pytest
 import tokenizers
 import torch
 import transformers
+import transformers as hf
 from models import FAMILIES, Cnn, Lstm, is_plain, relative_error, run, seeded, snapshot, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mono_quant as mq
-from mono_quant import disk, kernels
+from mono_quant import disk, inspection, kernels
 from mono_quant.errors import (
     ConfigError,
     CorruptCheckpointError,
     FormatVersionError,
+    LimitExceededError,
     MissingFileError,
     MonoQuantError,
     OutputExistsError,
@@ -704,3 +706,82 @@ def test_a_save_that_fails_leaves_the_result_usable(tmp_path, monkeypatch):
 def test_every_family_is_of_one_of_the_kinds_tested_here():
     assert {is_plain(FAMILIES[n].build()) for n in KINDS} == {True, False}
     assert {f.layout for f in FAMILIES.values()} == {FAMILIES[n].layout for n in KINDS}
+
+
+# --- models that the standard layout cannot hold --------------------------------------------------------------------
+
+MOE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 200}
+SHARED = {"intermediate_size": 128, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+
+
+def granite():
+    """Its experts lie in one tensor in the file too, under another name."""
+    return hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**MOE, **SHARED, num_local_experts=4))
+
+
+def qwen2_moe():
+    """Its experts are one tensor in memory and one matrix each in the file."""
+    sizes = {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 64, "num_experts": 4}
+    return hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**MOE, **SHARED, **sizes))
+
+
+def llama4():
+    """Its experts are of a layout that stays in float."""
+    sizes = {"intermediate_size_mlp": 128, "num_local_experts": 4, "head_dim": 16}
+    return hf.Llama4ForCausalLM(hf.Llama4TextConfig(**MOE, **SHARED | {"num_experts_per_tok": 1}, **sizes))
+
+
+def dinov2():
+    """transformers splits one tensor of the file into two layers."""
+    sizes = {k: v for k, v in MOE.items() if k != "vocab_size"}
+    return hf.Dinov2Model(hf.Dinov2Config(**sizes, image_size=32, patch_size=8, use_swiglu_ffn=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "skip"),
+    [(granite, []), (qwen2_moe, ["experts"]), (llama4, []), (dinov2, [])],
+    ids=["granite", "qwen2 without experts", "llama4", "dinov2"],
+)
+def test_R1_what_transformers_cannot_load_beside_int8_is_written_in_our_own_layout(make, skip, tmp_path):
+    model = seeded(make).eval()
+    result = mq.quantize(model, skip=skip, disable_defaults=["small"], **QUIET)
+    folder = result.save(tmp_path / "out")
+    assert inspection.verify(folder) and read(folder / MANIFEST)["layout"] == "mono_quant"
+    assert "library_name: mono_quant" in (folder / "README.md").read_text()
+    loaded = mq.load(folder)
+    if make is dinov2:
+        x = {"pixel_values": seeded(lambda: torch.randn(2, 3, 32, 32))}
+    else:
+        x = {"input_ids": torch.arange(12).view(2, 6)}
+    with torch.no_grad():
+        ours, theirs, original = (m(**x)[0] for m in (result.model, loaded, model))
+    assert torch.equal(ours, theirs) and relative_error(original, ours) < 0.05
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
+        type(model).from_pretrained(folder)
+
+
+def test_K10_a_config_out_of_proportion_stops_loading_at_once(base, tmp_path):
+    folder = shutil.copytree(saved_once(base, "llama"), tmp_path / "saved")
+    config = read(folder / "config.json") | {"num_hidden_layers": 100_000}
+    write(folder / "config.json", config)
+    data = (folder / "config.json").read_bytes()
+    manifest = read(folder / MANIFEST)
+    manifest["files"]["config.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write(folder / MANIFEST, manifest)
+    with pytest.raises(LimitExceededError, match="num_hidden_layers is 100000"):
+        mq.load(folder)
+    (folder / MANIFEST).unlink()
+    with pytest.raises(LimitExceededError, match="num_hidden_layers is 100000"):
+        mq.load(folder)
+
+
+def test_int8_codes_are_not_loaded_as_a_plain_checkpoint(base, tmp_path):
+    folder = shutil.copytree(saved_once(base, "llama"), tmp_path / "saved")
+    write(folder / MANIFEST, read(folder / MANIFEST) | {"layout": "plain", "tensors": {}})
+    with pytest.raises(CorruptCheckpointError, match="holds int8 codes"):
+        mq.load(folder)
+
+
+def test_a_model_argument_that_makes_nothing_is_refused(base):
+    with pytest.raises(ConfigError, match="model= is a int"):
+        mq.load(saved_once(base, "cnn"), model=3)

@@ -11,7 +11,7 @@ PACKAGE = Path(mono_quant.__file__).parent
 # A room imports only from rooms above its own line; a new room has to be given a line here.
 LAYERS = [
     {"errors", "version", "allowed"},
-    {"kernels", "reading", "selection", "numerics", "hub_client"},
+    {"kernels", "reading", "selection", "numerics", "hub_client", "origin"},
     {"report", "config", "layers", "hub", "json_reader", "disk", "forwards"},
     {"modules", "half_modules", "cards", "fidelity", "hub_push", "headers", "manifest", "staging"},
     {"account", "encoding"},

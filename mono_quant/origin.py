@@ -1,0 +1,82 @@
+"""Where a model came from: what its card, its manifest and its files say about that."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mono_quant.errors import CorruptCheckpointError
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_SHA = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Options of `quantize` that a source may need to be read again.
+_ACCESS = ("allow_pickle", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from, and what its own card says about it.
+
+    Attributes:
+        name: class of the model.
+        repo_id, sha: canonical Hub id and commit; None for anything local.
+        private, gated: as the Hub said; None when that is not known.
+        license, license_name, license_link, language, datasets, pipeline_tag: from the source's card.
+        extra_gated: its `extra_gated_*` entries.
+        files: sha256 of the weight files of a local folder, by name.
+        access: what reading it needed: `allow_pickle`, `trust_remote_code`.
+    """
+
+    name: str
+    repo_id: str | None = None
+    sha: str | None = None
+    private: bool | None = None
+    gated: bool | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    pipeline_tag: str | None = None
+    extra_gated: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    access: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; `from_dict` gives back an equal origin."""
+        data = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Origin":
+        """Rebuild an origin from `to_dict`; what it says ends up in cards and code, so it is checked.
+
+        Raises:
+            CorruptCheckpointError: a field has the wrong type or form.
+        """
+        try:
+            lists = {k: tuple(data.get(k, ())) for k in ("language", "datasets", "access")}
+            origin = cls(**{**data, **lists})
+        except TypeError as e:
+            raise CorruptCheckpointError(
+                f"the manifest describes the source in an unknown way ({e}); save again"
+            ) from e
+        for key, value in origin._strange():
+            raise CorruptCheckpointError(
+                f"the manifest says that {key} of the source is {str(value)[:80]!r}, which cannot be; save again"
+            )
+        return origin
+
+    def _strange(self) -> list[tuple[str, object]]:
+        found: list[tuple[str, object]] = []
+        for key, value, pattern in (("repo_id", self.repo_id, _REPO_ID), ("sha", self.sha, _SHA)):
+            if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
+                found.append((key, value))
+        if not isinstance(self.name, str):
+            found.append(("name", self.name))
+        found += [("access", a) for a in self.access if a not in _ACCESS]
+        found += [
+            ("files", h) for h in self.files.values() if not (isinstance(h, str) and _SHA256.fullmatch(h))
+        ]
+        return found
