@@ -35,6 +35,7 @@ from mono_quant.headers import parse_header_bytes
 from mono_quant.json_reader import read_json_object
 from mono_quant.layers import is_transformers_model
 from mono_quant.manifest import MANIFEST
+from mono_quant.names import check_fit
 from mono_quant.origin import Origin
 
 
@@ -251,7 +252,7 @@ def _from_folder(folder: Path, access: Access, weights: bool) -> Source:
         "trust_remote_code": access.trust_remote_code and bool(raw.get("auto_map")),
     }
     source.origin = replace(source.origin, files=files, access=tuple(name for name, on in used.items() if on))
-    source.notes += bare.notes
+    source.notes = bare.notes
     if pickled:
         source.notes.append("read from pickle weights (allow_pickle=True)")
     _note_generation(model, folder)
@@ -269,7 +270,7 @@ def _skeleton(folder: Path, access: Access, shapes: Shapes) -> Source:
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
     dtype = max(sizes, key=lambda d: sizes[d], default=torch.float32)
     model = bridge.skeleton(cls, config, dtype, str(folder))
-    left = bridge.check_fit(model, {name: shape for name, (_, shape) in shapes.items()}, str(folder))
+    left = check_fit(model, {name: shape for name, (_, shape) in shapes.items()}, str(folder))
     check_dtypes(folder, shapes, model, left)
     source = _of_folder(model, folder)
     if left:

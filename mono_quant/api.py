@@ -12,13 +12,13 @@ from torch import nn
 
 from mono_quant import account, convert, fidelity, half, hub, kernels, loading, saved, widen
 from mono_quant.adapters import Access, Source, locate, open_source
-from mono_quant.bridge import mark_int8_
 from mono_quant.config import QuantizationConfig, merge
 from mono_quant.errors import ConfigError
 from mono_quant.files import check_target
 from mono_quant.hub_push import PushResult, check_push
 from mono_quant.layers import find_layers, is_transformers_model, tensor_names
 from mono_quant.publishing import publish
+from mono_quant.quantizer import mark_int8_
 from mono_quant.report import QuantReport
 from mono_quant.result import QuantizedModel
 from mono_quant.selection import Decision, Layer

@@ -5,29 +5,25 @@ a file of the checkpoint itself. transformers is imported when a function here i
 """
 
 import copy
-import functools
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from mono_quant.convert import install_
 from mono_quant.errors import (
     CorruptCheckpointError,
     MonoQuantError,
     RemoteCodeError,
     UnsupportedModelError,
 )
-from mono_quant.forwards import StoredModule
 from mono_quant.hub_client import looks_like_token
-from mono_quant.layers import weight_owners
-
-METHOD = "mono_quant"
+from mono_quant.names import renamer
+from mono_quant.quantizer import METHOD, classes, mark_int8_
 
 # What transformers raises for a config or a state that it cannot use.
 _BUILD_ERRORS = (
@@ -47,13 +43,6 @@ _DENIED = re.compile(
     r"transformers_weights|custom_pipelines|custom_generate|quantization_config|_commit_hash|distributed_config|"
     r"kernel_config|fusion_config"
 )
-
-
-def __getattr__(name: str) -> Any:
-    # The classes need transformers as their base, and pickle needs to find them here.
-    if name in ("Int8Config", "Int8Quantizer"):
-        return _classes()[name == "Int8Quantizer"]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # A file or folder of somebody's machine.
@@ -187,10 +176,10 @@ def load_int8(
     Raises:
         CorruptCheckpointError: weights are missing, left over, or have other shapes than the config says.
     """
-    _classes()
+    classes()
     config = copy.deepcopy(config)
     codes = sorted(name for name, tensor in tensors.items() if tensor.dtype == torch.int8)
-    rename = _renamer(skeleton(cls, config, dtype, subject))
+    rename = renamer(skeleton(cls, config, dtype, subject))
     named = dict(tensors)
     for key in codes:
         name, merged = rename(key)
@@ -200,11 +189,6 @@ def load_int8(
     model = _load(cls, config, named, subject, dtype=dtype)
     mark_int8_(model)
     return model
-
-
-def register() -> None:
-    """Make transformers know our int8 layers, so that a config with `quant_method: mono_quant` loads into them."""
-    _classes()
 
 
 def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> nn.Module:
@@ -221,51 +205,6 @@ def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> n
             f"{subject}: its config.json describes no {cls.__name__} ({_line(e)})"
         ) from e
     return model
-
-
-def check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], subject: str) -> list[str]:
-    """Compare a skeleton with the headers of a checkpoint, before a weight is read.
-
-    Args:
-        model: on meta.
-        shapes: of the checkpoint's tensors, by name.
-        subject: what to call the checkpoint in errors.
-
-    Returns:
-        Names of tensors that belong to no layer of the model.
-
-    Raises:
-        CorruptCheckpointError: a tensor has another shape than the model's.
-    """
-    rename = _renamer(model)
-    state = model.state_dict()
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    left, wrong = [], []
-    for key, shape in shapes.items():
-        name, merged = rename(key)
-        if name not in state:
-            left += [] if any(re.search(pattern, name) for pattern in ignored) else [key]
-        elif not merged and tuple(state[name].shape) != tuple(shape):
-            wrong.append(f"{key} is {tuple(shape)} and should be {tuple(state[name].shape)}")
-    if wrong:
-        raise CorruptCheckpointError(
-            f"{subject}: {len(wrong)} tensors have another shape than config.json says: {'; '.join(wrong[:3])}"
-        )
-    return left
-
-
-def mark_int8_(model: nn.Module) -> None:
-    """Tell transformers that the model is quantized by us, so that its own saving does not write codes as floats."""
-    config_class, quantizer_class = _classes()
-    model.hf_quantizer = quantizer_class(config_class(), pre_quantized=True)
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_is_quantized"):
-            delattr(config, "_is_quantized")
-        if config is not None and getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config
-    for name in ("is_quantized", "quantization_method"):
-        model.__dict__.pop(name, None)
 
 
 def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str, Tensor]:
@@ -299,27 +238,6 @@ def _with_renamed_scales(state: Mapping[str, Tensor], reverted: dict[str, Tensor
         if f"{name}_scale" in state and new not in (None, name) and f"{name}_scale" in reverted:
             reverted[f"{new}_scale"] = reverted.pop(f"{name}_scale")
     return reverted
-
-
-def standard_obstacle(model: nn.Module) -> str:
-    """Return why transformers cannot load int8 linear layers of this model by itself; empty when it can."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    for module in model.modules():
-        matrices = [p for p in module.parameters(recurse=False) if p.dim() == 3 and p.is_floating_point()]
-        if "Experts" in type(module).__name__ and not isinstance(module, StoredModule) and matrices:
-            return f"{type(module).__name__} stays in float, which compressed-tensors cannot load beside int8 layers"
-    targets = [
-        target
-        for conversion in get_model_conversion_mapping(model)
-        if isinstance(conversion, WeightConverter)
-        for target in conversion.target_patterns
-    ]
-    other = [target for target in targets if not target.endswith(("gate_up_proj", "down_proj"))]
-    return (
-        f"transformers builds {other[0]} from several tensors, which it does not do for int8" if other else ""
-    )
 
 
 def pipeline(task: str, model: nn.Module, processor: Any) -> Any:
@@ -416,7 +334,7 @@ def _with_scale_conversions(model: nn.Module) -> nn.Module:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
     plain = [c for c in conversions if not all(t.endswith("_scale") for t in c.target_patterns)]
-    config_class, quantizer_class = _classes()
+    config_class, quantizer_class = classes()
     twin = copy.copy(model)
     twin.__dict__["_weight_conversions"] = quantizer_class(config_class()).update_weight_conversions(
         plain, model
@@ -426,91 +344,3 @@ def _with_scale_conversions(model: nn.Module) -> nn.Module:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
-
-
-@functools.cache
-def _classes() -> tuple[type[Any], type[Any]]:
-    """Make the two classes that transformers wants for a quantization method, and register them once."""
-    from transformers.quantizers import HfQuantizer
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
-        """What the loader has to know: which checkpoint tensors are int8 codes."""
-
-        def __init__(self, codes: list[str] | None = None, **_: Any) -> None:
-            self.quant_method = METHOD
-            self.codes = codes or []
-
-    class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
-        """Puts int8 layers where the checkpoint has int8 codes."""
-
-        serialized_names: ClassVar = {"weight": ["weight", "weight_scale"]}
-        is_trainable = False
-
-        def is_serializable(self) -> bool:
-            raise UnsupportedModelError(
-                "save_pretrained and push_to_hub of transformers would write the int8 codes without what is needed to read "
-                "them. Use quantize(...).save(folder) or .push_to_hub(repo)"
-            )
-
-        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-            install_(model, _modules_of(model, self.quantization_config.codes))
-
-        def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-            raise UnsupportedModelError("dequantize() is not supported; load the original model instead")
-
-    for cls in (Int8Config, Int8Quantizer):
-        cls.__module__, cls.__qualname__ = __name__, cls.__name__
-    register_quantization_config(METHOD)(Int8Config)
-    register_quantizer(METHOD)(Int8Quantizer)
-    return Int8Config, Int8Quantizer
-
-
-def _renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """Return what turns a checkpoint name into the model's name, and says whether several tensors become one there."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    state = model.state_dict()
-    prefix = model.base_model_prefix
-
-    def rename(key: str) -> tuple[str, bool]:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, state)
-        return name, pattern is not None
-
-    return rename
-
-
-def _modules_of(model: nn.Module, codes: list[str]) -> list[str]:
-    """Return the layers of a float skeleton that int8 checkpoint tensors belong to."""
-    rename = _renamer(model)
-    owners = weight_owners(model)
-    found: dict[str, None] = {}
-    for key in codes:
-        for name in _split_names(model, rename(key)[0]):
-            if name not in owners:
-                raise CorruptCheckpointError(
-                    f"{key} holds int8 codes, but {type(model).__name__} has no layer there that can use them; "
-                    f"the checkpoint does not fit its config.json"
-                )
-            found[owners[name]] = None
-    return list(found)
-
-
-def _split_names(model: nn.Module, name: str) -> list[str]:
-    """Return all names in the model that one tensor of the checkpoint is split into; `name` is one of them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    for conversion in get_model_conversion_mapping(model):
-        targets = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
-        own = next((target for target in targets if name.endswith(target)), None)
-        if own is not None:
-            return [name.removesuffix(own) + target for target in targets]
-    return [name]

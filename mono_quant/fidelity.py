@@ -5,6 +5,7 @@ the shape their config names; other modules with the inputs the user gives. Synt
 inputs: the numbers say how close the arithmetic is, not how good the model is.
 """
 
+import inspect
 import math
 import random
 import re
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mono_quant.errors import MonoQuantError
 from mono_quant.hub_client import scrub
 from mono_quant.layers import is_transformers_model
 
@@ -36,6 +38,21 @@ SENTENCES = (
 )
 _SEED = 20
 _BATCH, _LENGTH = 4, 32
+# What the code of a model or a tokenizer raises when it does not fit its inputs.
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+    MonoQuantError,
+)
 
 
 class ProbeError(Exception):
@@ -67,9 +84,18 @@ class Output:
     mask: Tensor | None
 
 
-def _public(text: str) -> str:
+@contextmanager
+def _probing(what: str) -> Iterator[None]:
+    """Turn whatever foreign code raises into a `ProbeError`: measuring must never cost the conversion."""
+    try:
+        yield
+    except _FAILURES as e:
+        raise ProbeError(f"{what}: {_public(e)}") from e
+
+
+def _public(error: BaseException) -> str:
     """Cut a foreign message down to a line that may be published: no access token, no path of this machine."""
-    line = " ".join(scrub(text).split())
+    line = " ".join(scrub(str(error)).split()) or type(error).__name__
     return re.sub(r"(?<![\w.])(~|[A-Za-z]:)?[/\\][^\s'\",;:)]+", "<path>", line)[:200]
 
 
@@ -94,21 +120,48 @@ def make_probe(model: nn.Module, processor: Any) -> Probe:
     """
     if not is_transformers_model(model):
         raise ProbeError("a plain module's inputs are not known; pass probe=<inputs>")
+    with _probing("no inputs could be made"):
+        generator = torch.Generator().manual_seed(_SEED)
+        probe = _main_inputs(model, processor, generator)
+        kwargs = {**probe.kwargs, **_decoder_inputs(model, probe)}
+        return Probe(probe.args, _on_device_of(model, kwargs), probe.name, probe.mask)
+
+
+def _main_inputs(model: nn.Module, processor: Any, generator: torch.Generator) -> Probe:
     main = getattr(model, "main_input_name", "input_ids")
-    generator = torch.Generator().manual_seed(_SEED)
+    if _takes_text_and_image(model):
+        return _text_and_image(model, processor, generator)
     if main == "input_ids":
-        probe = _sentences(processor) or _random_tokens(model, generator)
-    elif main == "pixel_values":
-        probe = _noise_image(model, generator)
-    elif main == "input_features":
-        probe = _noise_audio(model, generator)
-    elif main == "input_values":
-        wave = torch.randn(2, 8000, generator=generator)
-        probe = Probe((), {"input_values": wave}, "noise of 8,000 samples")
-    else:
-        raise ProbeError(f"inputs called {main} are not known; pass probe=<inputs>")
-    kwargs = {**probe.kwargs, **_decoder_inputs(model, probe)}
-    return Probe(probe.args, _on_device_of(model, kwargs), probe.name, probe.mask)
+        return _sentences(processor) or _random_tokens(model, generator)
+    if main == "pixel_values":
+        return _noise_image(model, generator)
+    if main == "input_features":
+        return _noise_audio(model, generator)
+    if main == "input_values":
+        return _noise_values(model, generator)
+    raise ProbeError(f"inputs called {main} are not known; pass probe=<inputs>")
+
+
+def _takes_text_and_image(model: nn.Module) -> bool:
+    """True where the two are separate inputs (CLIP); a model with image tokens (LLaVA) runs on text alone."""
+    config: Any = model.config
+    tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return (
+        {"input_ids", "pixel_values"} <= inspect.signature(model.forward).parameters.keys()
+        and getattr(config, "text_config", None) is not None
+        and getattr(config, "vision_config", None) is not None
+        and all(token is None for token in tokens)
+    )
+
+
+def _text_and_image(model: nn.Module, processor: Any, generator: torch.Generator) -> Probe:
+    text = _sentences(processor) or _random_tokens(model, generator)
+    image = _noise_image(model, generator)
+    count = len(image.kwargs["pixel_values"])
+    known = inspect.signature(model.forward).parameters
+    pairs = {name: value[:count] for name, value in text.kwargs.items() if name in known}
+    mask = None if text.mask is None else text.mask[:count]
+    return Probe((), pairs | dict(image.kwargs), f"{count} of {text.name} with {image.name}", mask)
 
 
 @contextmanager
@@ -140,21 +193,8 @@ def run(model: nn.Module, probe: Probe) -> Output:
     Raises:
         ProbeError: the model does not run on these inputs, or returns no float tensor.
     """
-    try:
-        with _undisturbed(model), torch.no_grad():
-            raw = model(*_copied(probe.args), **_copied(probe.kwargs))
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        AssertionError,
-        NotImplementedError,
-    ) as e:
-        raise ProbeError(f"the model did not run on {probe.name}: {_public(str(e))}") from e
-    name, values = _pick(raw)
+    with _probing(f"the model did not run on {probe.name}"), _undisturbed(model), torch.no_grad():
+        name, values = _pick(model(*_copied(probe.args), **_copied(probe.kwargs)))
     mask = probe.mask if probe.mask is not None and values.shape[:2] == probe.mask.shape else None
     return Output(name, values.detach().float().cpu(), None if mask is None else mask.cpu())
 
@@ -166,6 +206,11 @@ def compare(reference: Output, output: Output, probe: str) -> dict[str, Any]:
         `relative_error`: ||y - r|| / ||r|| over all real positions; `cosine_mean`, `cosine_min` over positions;
         for logits over a vocabulary also `kl_mean` and `kl_p99` in nats and `top1_agreement`. Numbers have four digits.
     """
+    with _probing("the outputs could not be compared"):
+        return _compared(reference, output, probe)
+
+
+def _compared(reference: Output, output: Output, probe: str) -> dict[str, Any]:
     r, y = (_rows(o.values, reference.mask) for o in (reference, output))
     if r.shape != y.shape:
         raise ProbeError(f"the outputs have different shapes, {tuple(r.shape)} and {tuple(y.shape)}")
@@ -220,6 +265,9 @@ def _random_tokens(model: nn.Module, generator: torch.Generator) -> Probe:
     ]
     for token in special:
         ids[ids == token] = (token + 1) % size if (token + 1) % size not in special else 0
+    if getattr(model.config, "is_encoder_decoder", False) and isinstance(config.eos_token_id, int):
+        # classifiers read their answer at the end token
+        ids[:, -1] = config.eos_token_id
     mask = torch.ones_like(ids)
     return Probe(
         (), {"input_ids": ids, "attention_mask": mask}, f"{_BATCH} x {limit} random tokens", mask.bool()
@@ -227,7 +275,8 @@ def _random_tokens(model: nn.Module, generator: torch.Generator) -> Probe:
 
 
 def _noise_image(model: nn.Module, generator: torch.Generator) -> Probe:
-    config = getattr(model.config, "vision_config", model.config)
+    whole: Any = model.config
+    config = getattr(whole, "vision_config", None) or getattr(whole, "encoder", None) or whole
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     shape = (2, getattr(config, "num_channels", 3), height, width)
@@ -246,10 +295,23 @@ def _noise_audio(model: nn.Module, generator: torch.Generator) -> Probe:
     return Probe((), {"input_features": features}, f"noise of {2 * frames} frames")
 
 
+def _noise_values(model: nn.Module, generator: torch.Generator) -> Probe:
+    config: Any = model.config
+    if not hasattr(config, "frequency_stride"):
+        wave = torch.randn(2, 8000, generator=generator)
+        return Probe((), {"input_values": wave}, "noise of 8,000 samples")
+    # a transformer of spectrograms, which are called input_values too
+    frames, bins = config.max_length, config.num_mel_bins
+    values = torch.randn(2, frames, bins, generator=generator)
+    return Probe((), {"input_values": values}, f"2 noise spectrograms of {frames} x {bins}")
+
+
 def _decoder_inputs(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
     config = model.config
     if not getattr(config, "is_encoder_decoder", False):
         return {}
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return {}  # these give the decoder the text of the encoder
     start = getattr(config, "decoder_start_token_id", None)
     text = config.get_text_config()  # type: ignore[union-attr,operator]
     if not getattr(text, "vocab_size", None):

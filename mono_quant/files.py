@@ -24,7 +24,13 @@ from mono_quant.allowed import ALLOWED, is_allowed
 from mono_quant.errors import OutputError
 from mono_quant.manifest import FORMAT, FORMAT_VERSION, MANIFEST
 from mono_quant.reading import open_regular, printable, read_chunks, tree
-from mono_quant.targets import holds_old_result, refuse_cache, refuse_sources, resolve_place
+from mono_quant.targets import (
+    holds_old_result,
+    refuse_cache,
+    refuse_current_folder,
+    refuse_sources,
+    resolve_place,
+)
 from mono_quant.tensor_file import TensorEntry, file_image
 from mono_quant.version import __version__
 
@@ -176,6 +182,7 @@ def new_folder(
     """
     place = resolve_place(target)
     refuse_cache(place)
+    refuse_current_folder(place)
     refuse_sources(place, sources)
     partial = staging.partial_beside(place)
     parents: list[Path] = []
@@ -209,11 +216,15 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> 
         overwrite: replace a folder that mono_quant wrote.
 
     Raises:
+        ConfigError: the target is no path.
         OutputExistsError: something that is not ours to replace is there.
+        OutputWriteError: no folder can be made there.
     """
     place = resolve_place(target)
     refuse_cache(place)
+    refuse_current_folder(place)
     holds_old_result(place, overwrite)
+    staging.try_place(place)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,10 +24,12 @@ from mono_quant.errors import (
     CorruptCheckpointError,
     HubError,
     HubNotFoundError,
+    HubOfflineError,
     LimitExceededError,
     UnsafeInputError,
 )
 from mono_quant.hub_client import (
+    CHECK_CACHE,
     HUB,
     TRIES,
     Hub,
@@ -58,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_SMALL_FILE_BYTES = 32 * 2**20
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 FIRST_BYTES = 100_000  # holds the whole header of nearly every file, so one request is enough
 
 
@@ -223,12 +226,27 @@ def read_headers(
     Raises:
         CorruptCheckpointError: a file is shorter than its header.
         LimitExceededError: a header is longer than 32 MiB.
+        HubOfflineError: the network is off and no such file is in the cache.
         HubError: the Hub refused; see `mono_quant.errors`.
     """
     chosen = [f for f in facts.files if f.path.endswith(".safetensors") and wanted(f.path)]
+    if hub.is_offline:
+        _check_cached(facts, chosen)
     with ThreadPoolExecutor(max_workers=8) as pool:
         heads = list(pool.map(lambda entry: _read_header(facts, entry, hub), chosen))
     return {entry.path: head for entry, head in zip(chosen, heads, strict=True)}
+
+
+def _check_cached(facts: RepoFacts, weights: Sequence[RepoFile]) -> None:
+    """Refuse when the cache lacks weight files: offline, the list of files is only what the cache holds."""
+    names = {entry.path for entry in weights}
+    shards = [match for name in names if (match := SHARD.fullmatch(name))]
+    missing = {f"{m[1]}-{i:05d}-of-{m[2]}.safetensors" for m in shards for i in range(1, int(m[2]) + 1)} - names
+    if missing or not names:
+        what = f"{len(missing)} weight files, such as {min(missing)!r}," if missing else "The weights"
+        raise HubOfflineError(
+            f"{what} of {facts.repo_id!r} at commit {facts.sha} are not in the cache. {CHECK_CACHE}"
+        )
 
 
 def read_small_file(facts: RepoFacts, path: str, *, hub: Hub = HUB) -> bytes:

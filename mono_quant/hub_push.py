@@ -30,6 +30,7 @@ from mono_quant.errors import (
     HubTransientError,
     LimitExceededError,
     MissingFileError,
+    MonoQuantError,
     UnsafeInputError,
 )
 from mono_quant.hub import RepoFacts, RepoFile, read_small_file, resolve
@@ -150,8 +151,8 @@ def push(
         ConfigError: an argument is wrong.
         UnsafeInputError: a path leaves the folder or is no regular file.
         CorruptCheckpointError: a file is not what was written.
-        HubConflictError: the target is too public, is the source itself, holds foreign weights, hides files from
-            commits, or changed meanwhile.
+        HubConflictError: the target is too public, is private against `private=False`, is the source itself, holds
+            foreign weights, hides files from commits, or changed meanwhile.
         HubError: any other refusal; see `mono_quant.errors`.
     """
     repo_id = full_id(repo_id, hub)
@@ -185,15 +186,26 @@ def push(
     return PushResult(target.repo_id, sha, url, pr_url, created)
 
 
-def check_push(repo_id: str, hub: Hub = HUB, *, create_pr: bool = False) -> None:
-    """Refuse early what `push` would refuse after long work: a bad id, a missing right.
+def check_push(
+    repo_id: str,
+    hub: Hub = HUB,
+    *,
+    source: RepoFacts | None = None,
+    private: bool | None = None,
+    overwrite: bool = False,
+    create_pr: bool = False,
+) -> None:
+    """Refuse early what `push` would refuse after long work: a bad id, a missing right, a target that does not fit.
 
     Args:
         repo_id: target. That it does not exist yet is fine, unless `create_pr`.
         hub: where to push, and with which token.
+        source: facts of the model that will be quantized.
+        private, overwrite: as for `push`.
         create_pr: a pull request is wanted, which needs no right to write.
 
     Raises:
+        HubConflictError: the target is too public, is the source itself, or holds foreign weights.
         HubError: the token may not write there.
         ConfigError: it is no id.
     """
@@ -203,10 +215,19 @@ def check_push(repo_id: str, hub: Hub = HUB, *, create_pr: bool = False) -> None
     subject = f"Cannot push to {target!r} on the Hub"
     try:
         ask(hub, subject, lambda api: api.auth_check(target, write=not create_pr), tries=TRIES)
-        return
+        facts = resolve(target, hub=hub)
     except HubNotFoundError:
         if create_pr:
             raise
+        _check_may_create(hub, subject, target)
+        return
+    _check_target(facts, private, source, create_pr)
+    if not (overwrite or create_pr):
+        tree = _tree(hub, facts.repo_id, facts.sha)
+        _refuse_foreign_weights(facts, tree, _ours(hub, facts, tree))
+
+
+def _check_may_create(hub: Hub, subject: str, target: str) -> None:
     # it does not exist, or is hidden from this token: at least the token has to be good, and of this owner
     me = ask(hub, subject, lambda api: api.whoami(), tries=TRIES)
     owner = target.partition("/")[0]
@@ -304,6 +325,11 @@ def _check_target(target: RepoFacts, private: bool | None, source: RepoFacts | N
         raise HubConflictError(
             f"{target.repo_id!r} exists and is public, and private=True does not change that. Change its visibility "
             "on the Hub or choose another name."
+        )
+    if private is False and target.private:
+        raise HubConflictError(
+            f"{target.repo_id!r} exists and is private, and private=False does not change that. Change its visibility "
+            "on the Hub, or leave out private=False to push to it as it is."
         )
     if source is not None and private is not False and _restriction(target) < _restriction(source):
         kind = ("public", "gated", "private")
@@ -487,7 +513,13 @@ def _differences(plan: _Plan, sha: str) -> list[str]:
 
 def _check_pushed(plan: _Plan, sha: str) -> None:
     # Read twice before complaining: the list may lag behind the commit.
-    wrong = _differences(plan, sha) and _differences(plan, sha)
+    try:
+        wrong = _differences(plan, sha) and _differences(plan, sha)
+    except MonoQuantError as error:
+        raise type(error)(
+            f"Commit {sha} of {plan.repo_id!r} was made; only checking what it holds failed: {error} Pushing the same "
+            "files again checks it and makes no second commit."
+        ) from error
     if wrong:
         raise HubConflictError(
             f"Commit {sha} of {plan.repo_id!r} does not hold what was pushed: {wrong} differ. Do not use it; revert "

@@ -11,7 +11,7 @@ import torch
 from mono_quant import hub, loading, saved
 from mono_quant.adapters import locate, remote_headers
 from mono_quant.checkpoint import open_checkpoint
-from mono_quant.errors import CorruptCheckpointError, MissingFileError, SourceNotFoundError
+from mono_quant.errors import ConfigError, CorruptCheckpointError, MissingFileError, SourceNotFoundError
 from mono_quant.guards import Shapes
 from mono_quant.json_reader import read_json_object
 from mono_quant.manifest import MANIFEST, read_manifest
@@ -97,24 +97,37 @@ def _inspection(
     return Inspection(path, {**_facts(path, manifest), **facts}, quantized, kept, _reasons(path), size)
 
 
-def inspect_any(place: str | Path, *, revision: str | None = None, client: hub.Hub = hub.HUB) -> Inspection:
+def inspect_any(
+    place: str | Path,
+    *,
+    revision: str | None = None,
+    client: hub.Hub = hub.HUB,
+    origin: str | None = None,
+) -> Inspection:
     """Inspect a folder, or a repository by its small files and headers.
 
     Args:
         place: a folder or a Hub id.
         revision: branch, tag or commit of a Hub id.
         client: where the Hub is and who asks.
+        origin: `hub` or `local`, to say what an ambiguous text means.
 
     Raises:
         MonoQuantError: a typed error for a place that is missing or broken.
     """
-    if isinstance(place, Path) or locate(place) == "local":
+    if isinstance(place, Path) or locate(place, origin) == "local":
+        if revision is not None:
+            raise ConfigError(f"{place} is a local folder, which has no revision {revision!r}; leave it out")
         return inspect(place)
     facts = hub.resolve(place, revision=revision, hub=client)
     small = ("config.json", MANIFEST, saved.REPORT)
     folder = hub.download(facts, wanted=lambda name: name in small, hub=client)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
     headers, size = remote_headers(facts, client)
+    if not headers:
+        raise MissingFileError(
+            f"{facts.repo_id!r} has no safetensors weights at commit {facts.sha}; give a repository that has"
+        )
     return _inspection(
         folder, manifest, headers, size, {"folder": None, "repository": f"{facts.repo_id}@{facts.sha}"}
     )
@@ -133,12 +146,6 @@ def verify(folder: str | Path) -> list[str]:
         MonoQuantError: the first check that failed.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise SourceNotFoundError(f"{path} is no folder; give the folder of a saved model")
-    if not (path / MANIFEST).exists():
-        raise MissingFileError(
-            f"{path} has no {MANIFEST}; only folders that mono_quant saved can be verified"
-        )
     manifest = saved.verified_manifest(path)
     passed = [f"{len(manifest['files'])} files have the size and sha256 of the manifest"]
     report, seen = saved.read_report(path), inspect(path)

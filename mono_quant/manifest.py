@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mono_quant.allowed import HUB_EXTRAS, is_allowed
-from mono_quant.errors import CorruptCheckpointError, FormatVersionError, MonoQuantError
+from mono_quant.errors import (
+    CorruptCheckpointError,
+    FormatVersionError,
+    MissingFileError,
+    MonoQuantError,
+    SourceNotFoundError,
+)
 from mono_quant.json_reader import read_json_object
 from mono_quant.reading import is_cache_link, open_regular, printable, read_chunks, tree
 from mono_quant.version import __version__
@@ -26,11 +32,19 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         The manifest; its `files` map names to size and sha256.
 
     Raises:
-        MissingFileError: there is none.
+        SourceNotFoundError: there is no such folder.
+        MissingFileError: it has no manifest.
         CorruptCheckpointError: it is not one of ours.
         FormatVersionError: it was written by a newer version.
     """
-    path = Path(folder) / MANIFEST
+    root = Path(folder)
+    path = root / MANIFEST
+    if not root.is_dir():
+        raise SourceNotFoundError(f"{printable(root, 400)} is no folder; give the folder of a saved model")
+    if not os.path.lexists(path):
+        raise MissingFileError(
+            f"{printable(root, 400)} has no {MANIFEST}, so mono_quant did not write it; give a folder that it saved"
+        )
     manifest = read_json_object(path)
     version = manifest.get("format_version")
     if manifest.get("format") != FORMAT or type(version) is not int or version < 1:

@@ -1,6 +1,8 @@
 """From a saved folder to a repository: check it, give it the card of the place where it will be, push it in one commit."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import cards, loading, saved
-from mono_quant.errors import ConfigError, CorruptCheckpointError
+from mono_quant.errors import ConfigError, CorruptCheckpointError, MonoQuantError
 from mono_quant.files import MANIFEST, record, temporary_folder, write_file
 from mono_quant.hub import HUB, Hub, RepoFacts
 from mono_quant.hub_push import PushResult, full_id, push
@@ -79,6 +81,19 @@ def publish(
             revision=revision,
             hub=client,
         )
+
+
+@contextmanager
+def after_saving(folder: Path | None, repo_id: str) -> Iterator[None]:
+    """Let a failure of the push say that the folder was saved before, and how to push it; None when there is none."""
+    try:
+        yield
+    except MonoQuantError as e:
+        if folder is None:
+            raise
+        raise type(e)(
+            f"{e} The model itself is saved in {folder}; push it from there: mono-quant push {folder} {repo_id}"
+        ) from e
 
 
 def checked_card(folder: Path, repo_id: str | None = None) -> str:

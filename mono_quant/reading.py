@@ -58,9 +58,7 @@ def open_regular(path: Path, *, allow_symlinks: bool = False) -> int:
     try:
         if path.is_symlink():
             if not allow_symlinks and not is_cache_link(path):
-                raise UnsafeInputError(
-                    f"{shown} is a symbolic link; put a copy of the file there"
-                )
+                raise UnsafeInputError(f"{shown} is a symbolic link; put a copy of the file there")
             path = path.resolve(strict=True)
         # O_NONBLOCK: opening a FIFO would otherwise wait for a writer for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -60,7 +60,7 @@ class TensorReport:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantReport:
     """The account of one conversion; see the module docstring.
 
@@ -83,6 +83,17 @@ class QuantReport:
     fidelity_note: str = ""
     notes: tuple[str, ...] = field(default=())
     planned: bool = False
+
+    def __repr__(self) -> str:
+        return f"<QuantReport: {self.summary}>"
+
+    @property
+    def summary(self) -> str:
+        """The dtype, how much of the model it holds, and the sizes, in a few words."""
+        return (
+            f"{self.dtype}{' (plan)' if self.planned else ''}, {self.parameters:,} parameters, {self.coverage:.1%} of them "
+            f"quantized, {human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}"
+        )
 
     @property
     def parameters(self) -> int:

@@ -1,7 +1,7 @@
 """The object that a verb returns: the converted model with everything that belongs to it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from mono_quant import bridge, loading, saved, saving
 from mono_quant.adapters import Source
 from mono_quant.config import QuantizationConfig
-from mono_quant.errors import UnsupportedModelError
+from mono_quant.errors import ConfigError, MonoQuantError, UnsupportedModelError
 from mono_quant.files import temporary_folder
 from mono_quant.hub import Hub
 from mono_quant.hub_push import PushResult
@@ -18,7 +18,7 @@ from mono_quant.publishing import publish
 from mono_quant.report import QuantReport
 
 
-@dataclass
+@dataclass(repr=False)
 class QuantizedModel:
     """A converted model.
 
@@ -31,7 +31,10 @@ class QuantizedModel:
     model: nn.Module
     report: QuantReport
     config: QuantizationConfig
-    _source: Source = field(repr=False)
+    _source: Source
+
+    def __repr__(self) -> str:
+        return f"<QuantizedModel {type(self.model).__name__}: {self.report.summary}>"
 
     @property
     def processor(self) -> Any:
@@ -119,13 +122,28 @@ class QuantizedModel:
             task: a transformers task, e.g. `text-classification` or `feature-extraction`.
 
         Raises:
-            UnsupportedModelError: the model is not a transformers model.
+            ConfigError: transformers has no such task.
+            UnsupportedModelError: the model is not a transformers model, or not one for this task.
         """
+        if not isinstance(task, str):
+            raise ConfigError(f"task is {task!r}; give the name of one, such as 'feature-extraction'")
         if self._source.kind != "transformers":
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} is no transformers model, so it has no pipeline; call .model itself"
             )
-        return bridge.pipeline(task, self.model, self.processor)
+        try:
+            return bridge.pipeline(task, self.model, self.processor)
+        except MonoQuantError:
+            raise
+        except KeyError as e:
+            raise ConfigError(
+                f"task {task!r}: {e.args[0]}. Choose one that this version of transformers has"
+            ) from e
+        except Exception as e:  # noqa: BLE001 - transformers raises a bare Exception when a part is missing
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} makes no {task!r} pipeline ({type(e).__name__}: {e}). Choose the task that the "
+                f"model was made for, quantize it with processor=, or call .model itself"
+            ) from e
 
     @classmethod
     def from_folder(

@@ -27,6 +27,7 @@ from mono_quant.formats import (
 from mono_quant.json_reader import read_json_object
 from mono_quant.manifest import FORMAT, FORMAT_VERSION
 from mono_quant.modules import Int8TransposedLinear
+from mono_quant.names import standard_obstacle
 from mono_quant.report import QuantReport
 from mono_quant.saved import REPORT, given_options
 from mono_quant.selection import DEFAULTS
@@ -100,7 +101,7 @@ def render_card(source: Source, report: QuantReport, config: QuantizationConfig)
 
 
 def _layout(source: Source, report: QuantReport, state: Mapping[str, Tensor]) -> str:
-    obstacle = "" if source.kind == "module" else bridge.standard_obstacle(source.core)
+    obstacle = "" if source.kind == "module" else standard_obstacle(source.core)
     return layout_of(source.kind, report, state, obstacle)
 
 

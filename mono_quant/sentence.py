@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from mono_quant.bridge import METHOD, mark_int8_, quiet, register
+from mono_quant.bridge import quiet
 from mono_quant.errors import MissingDependencyError
 from mono_quant.files import OutputFolder
+from mono_quant.quantizer import METHOD, mark_int8_, register
 
 
 def write_modules(folder: OutputFolder, model: Any, core: nn.Module) -> None:

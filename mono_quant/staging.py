@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mono_quant import disk
-from mono_quant.errors import OutputBusyError
+from mono_quant.errors import OutputBusyError, OutputWriteError
 from mono_quant.reading import printable
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,28 @@ def make_parents(folder: Path, made: list[Path]) -> None:
     for path in reversed(missing):
         made.append(path)
         disk.make_folder(path, exist_ok=True)
+
+
+def try_place(place: Path) -> None:
+    """Make and remove an empty folder where the target, or the first of its missing parents, will be.
+
+    Raises:
+        OutputWriteError: the file system refused.
+    """
+    parent = place.parent
+    with disk.writing(place):
+        while not parent.exists():
+            parent = parent.parent
+    probe = partial_beside(parent / place.name)
+    try:
+        # tried, because permissions alone do not tell: root, read-only mounts, /proc
+        disk.make_folder(probe)
+    except OutputWriteError as error:
+        raise OutputWriteError(
+            f"{printable(place, 400)} cannot be made: {printable(parent, 400)} takes no new folder "
+            f"({getattr(error.__cause__, 'strerror', None) or error}); choose another folder"
+        ) from error
+    disk.remove_empty(probe)
 
 
 def make_partial(partial: Path) -> int:

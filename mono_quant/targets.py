@@ -7,14 +7,22 @@ from pathlib import Path
 
 from mono_quant.allowed import HUB_EXTRAS, is_allowed
 from mono_quant.disk import writing
-from mono_quant.errors import OutputExistsError, OutputWriteError
+from mono_quant.errors import ConfigError, OutputExistsError, OutputWriteError
 from mono_quant.manifest import MANIFEST, is_ours
 from mono_quant.reading import printable, tree
 
 
 def resolve_place(target: str | os.PathLike[str]) -> Path:
-    """Find where a target lies, without following a link that it is itself."""
-    path = Path(target).absolute()
+    """Find where a target lies, without following a link that it is itself.
+
+    Raises:
+        ConfigError: it is no path.
+        OutputWriteError: no folder can have this name.
+    """
+    text = os.fspath(target) if isinstance(target, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise ConfigError(f"the output folder is {target!r}; give a path, such as 'out'")
+    path = Path(text).absolute()
     try:
         if path.name in ("", ".."):
             path = path.resolve()
@@ -45,6 +53,20 @@ def refuse_cache(place: Path) -> None:
                 f"{printable(place, 400)} lies in the Hugging Face cache, whose files other programs share; "
                 "choose a folder outside it"
             )
+
+
+def refuse_current_folder(place: Path) -> None:
+    """Refuse the folder this process works in, and those above it: replacing it would leave the process in a deleted one."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        return
+    ours = _identity(place)
+    if ours is not None and ours in [_identity(folder) for folder in (here, *here.parents)]:
+        raise OutputExistsError(
+            f"{printable(place, 400)} is the current folder or holds it, and saving puts a new folder in its place; "
+            "name a folder inside it"
+        )
 
 
 def refuse_sources(place: Path, sources: Iterable[str | os.PathLike[str]]) -> None:
