@@ -16,6 +16,7 @@ from mono_quant.checkpoint import Checkpoint, open_checkpoint
 from mono_quant.errors import (
     AmbiguousSourceError,
     ConfigError,
+    CorruptCheckpointError,
     SourceNotFoundError,
     StateDictError,
     UnsafeInputError,
@@ -35,7 +36,7 @@ from mono_quant.headers import parse_header_bytes
 from mono_quant.json_reader import read_json_object
 from mono_quant.layers import is_transformers_model
 from mono_quant.manifest import MANIFEST
-from mono_quant.names import check_fit
+from mono_quant.names import check_fit, renamer, split_names
 from mono_quant.origin import Origin
 
 
@@ -190,7 +191,8 @@ def _from_hub(repo_id: str, access: Access, weights: bool) -> Source:
     if weights or not safe:
         opened = _from_folder(folder, access, weights)
     else:
-        opened = _skeleton(folder, access, remote_headers(facts, access.client)[0])
+        shapes = remote_headers(facts, access.client)[0]
+        opened = _complete(_skeleton(folder, access, shapes), shapes)
     opened.origin = replace(_hub_origin(opened.origin.name, facts), access=opened.origin.access)
     if facts.gated:
         opened.notes.append("the source repository is gated; its terms apply to the result")
@@ -241,7 +243,7 @@ def _from_folder(folder: Path, access: Access, weights: bool) -> Source:
         shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
         check_float(folder, shapes)
         if not weights:
-            return _skeleton(folder, access, shapes)
+            return _complete(_skeleton(folder, access, shapes), shapes)
         bare = _skeleton(folder, access, shapes)
         cls, config = bridge.model_class(raw, folder, access.trust_remote_code)
         model = bridge.load_float(cls, config, _read_all(checkpoint), str(folder))
@@ -276,6 +278,46 @@ def _skeleton(folder: Path, access: Access, shapes: Shapes) -> Source:
     if left:
         source.notes.append(f"left out, because no layer of {cls.__name__} uses them: {_grouped(left)}")
     return source
+
+
+def _complete(source: Source, shapes: Shapes) -> Source:
+    """Refuse a skeleton that the checkpoint does not fill, as loading would.
+
+    Raises:
+        CorruptCheckpointError: weights are missing.
+    """
+    model = source.core
+    state = model.state_dict(keep_vars=True)
+    filled, short = _filled(model, shapes)
+    # a tied tensor has several names, of which a checkpoint holds one
+    present = {id(state[name]) for name in filled if name in state}
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    absent = [name for name, tensor in state.items() if id(tensor) not in present]
+    missing = [name for name in absent if not any(re.search(p, name) for p in optional)] + short
+    if missing:
+        raise CorruptCheckpointError(
+            f"{source.folder}: {len(missing)} weights of {type(model).__name__} are missing: {_grouped(missing)}. "
+            f"If that is intended, load the model yourself and pass the object"
+        )
+    return source
+
+
+def _filled(model: nn.Module, shapes: Shapes) -> tuple[set[str], list[str]]:
+    """Return the names in the model that a checkpoint has tensors for, and those that are made of too few values."""
+    rename, state = renamer(model), model.state_dict()
+    filled, short = set(), []
+    values: dict[str, int] = {}
+    for key, (_, shape) in shapes.items():
+        name, merged = rename(key)
+        filled.add(name)
+        if merged:
+            values[name] = values.get(name, 0) + math.prod(shape)
+    for name, count in values.items():
+        parts = [part for part in split_names(model, name) if part in state]
+        filled.update(parts)
+        if count < sum(state[part].numel() for part in parts):
+            short += parts
+    return filled, short
 
 
 def _grouped(names: list[str]) -> str:

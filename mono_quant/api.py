@@ -235,9 +235,9 @@ def plan(
         done, reasons = convert.planned(opened.model, decisions), account.layer_reasons(rows, decisions)
     else:
         reasons, done = half.planned_half(opened.model, request.rules(), opened.core_name)
-    return QuantReport(
-        request.dtype, account.account(rows, done, reasons), notes=tuple(opened.notes), planned=True
-    )
+    complete = account.account(rows, done, reasons)
+    found = account.int8_notes(complete) if request.dtype == "int8" else ()
+    return QuantReport(request.dtype, complete, notes=(*opened.notes, *found), planned=True)
 
 
 def load(
@@ -296,8 +296,10 @@ def _convert(source: Source, request: QuantizationConfig, *, inplace: bool, prob
         if request.dtype == "fp16":
             widen.compute_in_float_(work.model, work.core_name)
     bits = kernels.activation_bits() if request.dtype == "int8" else None
-    notes = (*source.notes, *_memory_notes(work.model, done, request))
-    report = QuantReport(request.dtype, account.account(rows, done, reasons), bits, notes=notes)
+    complete = account.account(rows, done, reasons)
+    found = account.int8_notes(complete, work.model) if request.dtype == "int8" else ()
+    notes = (*source.notes, *_memory_notes(work.model, done, request), *found)
+    report = QuantReport(request.dtype, complete, bits, notes=notes)
     report.check(names)
     report = _measured(report, work, reference, note)
     return QuantizedModel(work.model, report, request, work)

@@ -63,7 +63,7 @@ class QuantizationConfig:
         dtype: `int8` or `fp16`.
         skip: layers to keep, on top of the defaults: names, parts of dotted names, globs, `re:` expressions that
             match the whole name.
-        skip_types: classes or class names of layers to keep.
+        skip_types: classes or class names of modules to keep, with everything inside them.
         min_params: keep layers with fewer weights than this.
         disable_defaults: default rules to lift: `head`, `tied`, `router`, `keep_in_fp32`, `small`, `portable`,
             `embedding`.

@@ -157,11 +157,12 @@ def _takes_text_and_image(model: nn.Module) -> bool:
 def _text_and_image(model: nn.Module, processor: Any, generator: torch.Generator) -> Probe:
     text = _sentences(processor) or _random_tokens(model, generator)
     image = _noise_image(model, generator)
-    count = len(image.kwargs["pixel_values"])
     known = inspect.signature(model.forward).parameters
-    pairs = {name: value[:count] for name, value in text.kwargs.items() if name in known}
+    inputs = {name: value for name, value in text.kwargs.items() if name in known} | dict(image.kwargs)
+    count = min(len(value) for value in inputs.values())
+    pairs = {name: value[:count] for name, value in inputs.items()}
     mask = None if text.mask is None else text.mask[:count]
-    return Probe((), pairs | dict(image.kwargs), f"{count} of {text.name} with {image.name}", mask)
+    return Probe((), pairs, f"{count} of {text.name} with {image.name}", mask)
 
 
 @contextmanager
@@ -265,9 +266,10 @@ def _random_tokens(model: nn.Module, generator: torch.Generator) -> Probe:
     ]
     for token in special:
         ids[ids == token] = (token + 1) % size if (token + 1) % size not in special else 0
-    if getattr(model.config, "is_encoder_decoder", False) and isinstance(config.eos_token_id, int):
+    end = getattr(config, "eos_token_id", None)
+    if getattr(model.config, "is_encoder_decoder", False) and isinstance(end, int):
         # classifiers read their answer at the end token
-        ids[:, -1] = config.eos_token_id
+        ids[:, -1] = end
     mask = torch.ones_like(ids)
     return Probe(
         (), {"input_ids": ids, "attention_mask": mask}, f"{_BATCH} x {limit} random tokens", mask.bool()

@@ -12,7 +12,7 @@ from mono_quant.encoding import cast_half
 from mono_quant.errors import Fp16RangeError, NonFiniteWeightError
 from mono_quant.layers import below, fp32_patterns, kind_of, module_aliases, own_floats
 from mono_quant.numerics import HalfCast
-from mono_quant.selection import DEFAULTS, Rules, user_reason
+from mono_quant.selection import DEFAULTS, Rules, container_reason, user_reason
 
 
 def to_half_(
@@ -92,10 +92,14 @@ def _kept_in_float(
     core = model.get_submodule(within)
     patterns = fp32_patterns(core) if "keep_in_fp32" not in rules.disable_defaults else []
     aliases = module_aliases(model)
+    classes = {name: type(module).__name__ for name, module in model.named_modules()}
     keep = {}
     for name, module in modules.items():
         weights = sum(p.numel() for p in module.parameters(recurse=False)) if kind_of(module) else None
-        reason = user_reason((name, *aliases[id(module)]), type(module).__name__, weights, rules)
+        every = (name, *aliases[id(module)])
+        reason = user_reason(every, type(module).__name__, weights, rules) or container_reason(
+            every, classes, rules
+        )
         if not reason and any(p.search(name) for p in patterns):
             reason = DEFAULTS["keep_in_fp32"]
         if reason:

@@ -19,9 +19,10 @@ from accelerate import cpu_offload, dispatch_model
 from models import FAMILIES, relative_error, run, seeded, snapshot, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 import mono_quant as mq
-from mono_quant import errors
+from mono_quant import account, errors
 from mono_quant.errors import (
     AdapterAttachedError,
     AlreadyQuantizedError,
@@ -49,6 +50,7 @@ QUIET = {"fidelity": False}
 CANARY = "evil/kernel-canary"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+PLAIN = ("cnn", "lstm", "encoder", "attention")
 VERBS = pytest.mark.parametrize("verb", [mq.quantize, mq.plan])
 
 
@@ -159,10 +161,15 @@ OBJECTS = {
     "state_dict": (
         lambda: plain().state_dict(),
         StateDictError,
-        r"load_state_dict\(\.\.\.\).*pass the model",
+        r"^the OrderedDict with 4 entries is weights.*load_state_dict\(\.\.\.\).*pass the model",
     ),
     "scripted": (scripted, TorchScriptError, "convert the Python module before scripting"),
     "traced": (traced, TorchScriptError, "convert the Python module before scripting"),
+    "scripted_inside": (
+        lambda: nn.Sequential(nn.Linear(64, 64), scripted()),
+        TorchScriptError,
+        r"^1 \(RecursiveScriptModule\) is TorchScript.*put the Python module there",
+    ),
     "compiled": (
         lambda: torch.compile(plain(), backend="eager"),
         TorchScriptError,
@@ -194,10 +201,14 @@ OBJECTS = {
     ),
     "config_says_quantized": (claims_to_be_quantized, AlreadyQuantizedError, "pass the float model"),
     "foreign_layer": (with_a_foreign_layer, AlreadyQuantizedError, "bitsandbytes.*pass the float model"),
-    "number": (lambda: 3, SourceNotFoundError, "a int is no model; pass an nn.Module, a folder, or a Hub id"),
-    "none": (lambda: None, SourceNotFoundError, "a NoneType is no model"),
+    "number": (
+        lambda: 3,
+        SourceNotFoundError,
+        "an object of type int is no model; pass an nn.Module, a folder, or a Hub id",
+    ),
+    "none": (lambda: None, SourceNotFoundError, "type NoneType is no model"),
     "class": (lambda: nn.Linear, SourceNotFoundError, "pass an nn.Module"),
-    "list": (lambda: [plain()], SourceNotFoundError, "a list is no model"),
+    "list": (lambda: [plain()], SourceNotFoundError, "type list is no model"),
 }
 
 
@@ -274,6 +285,73 @@ def test_M2_layers_that_compute_their_weight_stay_float_with_a_reason(wrap):
     assert [r.module for r in result.report.quantized] == ["2"]
     assert any("parametrized" in r.reason or "subclass of Linear" in r.reason for r in result.report.skipped)
     assert relative_error(model(x), result.model(x)) < 0.02
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize(
+    "compute",
+    [nn.utils.weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)],
+    ids=["weight_norm", "prune"],
+)
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+def test_M2_hooks_that_compute_a_weight_do_not_keep_the_rest_from_being_converted(compute, dtype, tmp_path):
+    model = seeded(
+        lambda: nn.Sequential(compute(nn.Conv1d(64, 64, 3)), nn.Linear(7, 96), nn.Linear(96, 96))
+    ).eval()
+    x = seeded(lambda: torch.randn(2, 64, 9))
+    before, state = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = mq.quantize(model, dtype, **QUIET)
+    assert result.model[0].weight is not model[0].weight
+    assert relative_error(before, result.model(x)) < 0.02
+    assert torch.equal(before, model(x))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    loaded = mq.load(result.save(tmp_path / "out"), model)
+    assert torch.equal(loaded(x), result.model(x))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_falcon_is_converted_and_comes_back(bias, dtype, tmp_path):
+    """Its layers are a subclass of `nn.Linear` that computes the same."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 200}
+    model = seeded(
+        lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bias=bias))
+    ).eval()
+    inputs = FAMILIES["llama"].inputs()
+    result = mq.quantize(model, dtype, **QUIET)
+    if dtype == "int8":
+        layers = {row.module.rpartition(".")[2] for row in result.report.quantized}
+        assert layers == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert relative_error(run(model, inputs), run(result.model, inputs)) < 0.03
+    loaded = mq.load(result.save(tmp_path / "out"))
+    assert torch.equal(run(loaded, inputs), run(result.model, inputs))
+
+
+def int8_notes(model, **options):
+    report = mq.quantize(model, **QUIET, **options)
+    return list(account.int8_notes(report.report.rows, report.model))
+
+
+def test_a_conversion_that_changes_nothing_says_so_with_the_usual_reason():
+    tiny = [nn.Linear(8, 8), nn.Linear(8, 8), nn.LSTM(8, 8)]
+    assert int8_notes(nn.Sequential(*tiny)) == [
+        "NO LAYER BECAME INT8: 2 of 4 layers kept: short rows: 8 weights share one scale, fewer than 16"
+    ]
+    assert int8_notes(nn.Sequential(nn.LayerNorm(8))) == [
+        "NO LAYER BECAME INT8: it holds no layer with a weight matrix"
+    ]
+    assert list(account.int8_notes(mq.plan(nn.Sequential(nn.LayerNorm(8))).rows)) != []
+    assert int8_notes(plain()) == []
+
+
+def test_values_that_are_not_finite_outside_of_int8_are_named():
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.BatchNorm1d(64), nn.Linear(64, 64))
+    model.register_buffer("mask", torch.full((4, 4), -torch.inf))
+    with torch.no_grad():
+        model[0].bias[3], model[1].weight[5] = torch.inf, torch.nan
+    model[2].running_mean[1] = torch.nan
+    (note,) = int8_notes(model)
+    assert "'0.bias', '1.weight', '2.running_mean'; check the original model" in note
 
 
 # --- texts and paths ------------------------------------------------------------------------------------------------
@@ -632,6 +710,72 @@ def test_weights_that_no_layer_takes_are_not_dropped_in_silence(folder, layers, 
     else:
         notes = getattr(report, "report", report).notes
         assert any("model.layers.1." in note for note in notes), notes
+
+
+@VERBS
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_W7_tensors_that_are_no_floats_are_not_cast_in_silence(folder, name, dtype, verb):
+    tensors_changed(lambda t: t.__setitem__(name, t[name].to(dtype)))(folder)
+    with pytest.raises(UnsupportedModelError, match=rf"{name} is {dtype}; save the checkpoint in float32"):
+        verb(folder, **QUIET)
+
+
+@VERBS
+def test_integers_that_belong_to_integer_buffers_pass(tmp_path, verb):
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
+    transformers.ResNetModel(transformers.ResNetConfig(**sizes)).save_pretrained(tmp_path / "resnet")
+    verb(tmp_path / "resnet", **QUIET)
+    FAMILIES["bert"].build().save_pretrained(tmp_path / "bert")
+    tensors_changed(lambda t: t.__setitem__("bert.embeddings.position_ids", torch.arange(512)[None]))(
+        tmp_path / "bert"
+    )
+    verb(tmp_path / "bert", **QUIET)
+
+
+def test_the_folder_of_a_sentence_transformer_says_what_is_lost(folder):
+    write(folder / "modules.json", [])
+    notes = mq.quantize(folder, **QUIET).report.notes
+    assert [n for n in notes if "only the LlamaForCausalLM inside it was converted" in n] == list(notes)
+
+
+def rename(tensors):
+    tensors["model.norm.wait"] = tensors.pop("model.norm.weight")
+
+
+@VERBS
+@pytest.mark.parametrize(
+    ("spoil", "missing"),
+    [
+        (
+            tensors_changed(lambda t: t.pop("model.norm.weight")),
+            "1 weights of LlamaForCausalLM are missing: model.norm",
+        ),
+        (tensors_changed(rename), "missing: model.norm.weight"),
+        (lambda folder: change(folder, num_hidden_layers=4), r"missing: model\.layers\.2\."),
+    ],
+    ids=["dropped", "renamed", "too_deep"],
+)
+def test_a_checkpoint_that_does_not_fill_its_model_is_refused_by_the_plan_too(folder, spoil, missing, verb):
+    spoil(folder)
+    with pytest.raises(CorruptCheckpointError, match=missing):
+        verb(folder, **QUIET)
+
+
+@VERBS
+@pytest.mark.parametrize("name", ["w1", "w2"])
+def test_experts_that_are_not_all_there_are_missing(tmp_path, name, verb):
+    FAMILIES["mixtral"].build().save_pretrained(tmp_path)
+    lost = next(n for n in load_file(tmp_path / SINGLE) if n.endswith(f".3.{name}.weight"))
+    tensors_changed(lambda t: t.pop(lost))(tmp_path)
+    with pytest.raises(CorruptCheckpointError):
+        verb(tmp_path, **QUIET)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(PLAIN)))
+def test_every_family_fills_its_plan(family, tmp_path):
+    FAMILIES[family].build().save_pretrained(tmp_path)
+    assert mq.plan(tmp_path).planned
 
 
 @VERBS

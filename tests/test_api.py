@@ -188,6 +188,32 @@ def test_a_pattern_that_matches_nothing_names_near_ones(pattern):
             verb(net(), skip=pattern)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+def test_a_type_of_container_keeps_everything_inside_it(dtype):
+    for report in (
+        mq.plan(tiny_llama(), dtype, skip_types=["LlamaMLP"]),
+        mq.quantize(tiny_llama(), dtype, skip_types=["LlamaMLP"], **QUIET).report,
+    ):
+        kept = {row.name: row.reason for row in report.rows if ".mlp." in row.name}
+        assert len(kept) == 6 and set(kept.values()) == {"skipped by the user: type LlamaMLP"}
+
+
+def test_a_conversion_that_changes_nothing_says_so():
+    for report in (mq.plan(net(), skip=["*"]), mq.quantize(net(), skip=["*"], **QUIET).report):
+        assert any(
+            "NO LAYER BECAME INT8" in note and "skipped by the user: *" in note for note in report.notes
+        )
+    assert not any(
+        "NO LAYER" in note for note in mq.quantize(net(), "fp16", skip=["*"], **QUIET).report.notes
+    )
+
+
+def test_values_that_are_not_finite_outside_of_int8_are_noted():
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    model[1].weight.data[3] = torch.nan
+    assert any("'1.weight'; check the original" in n for n in mq.quantize(model, **QUIET).report.notes)
+
+
 def test_skips_by_type_size_and_alias_add_to_the_defaults():
     assert not chosen(mq.quantize(net(), skip_types=["Linear"], **QUIET))
     assert not chosen(mq.quantize(net(), skip_types=[nn.Linear], **QUIET))
