@@ -17,6 +17,7 @@ from mono_quant.errors import (
     AmbiguousSourceError,
     ConfigError,
     CorruptCheckpointError,
+    HubOfflineError,
     SourceNotFoundError,
     StateDictError,
     UnsafeInputError,
@@ -108,12 +109,17 @@ def open_source(
     Raises:
         MonoQuantError: a typed error for everything that cannot be converted, naming the remedy.
     """
+    is_hub = isinstance(source, str) and locate(source, access.origin) == "hub"
+    if access.revision is not None and not is_hub:
+        raise ConfigError(
+            f"revision is {access.revision!r}, but the source is no Hub id, so it has none; leave it out"
+        )
     if isinstance(source, nn.Module):
         check_module(source)
         return _from_module(source, processor)
     if isinstance(source, (str, Path)):
-        if isinstance(source, str) and locate(source, access.origin) == "hub":
-            opened = _from_hub(source, access, weights)
+        if is_hub:
+            opened = _from_hub(str(source), access, weights)
         else:
             opened = _from_folder(Path(source), access, weights)
         opened.processor = processor
@@ -175,6 +181,11 @@ def _from_hub(repo_id: str, access: Access, weights: bool) -> Source:
     facts = hub.resolve(repo_id, revision=access.revision, hub=access.client)
     names = {f.path for f in facts.files}
     safe = any(n.endswith(".safetensors") for n in names)
+    if access.client.is_offline and not safe and not any(PICKLES.fullmatch(n) for n in names):
+        raise HubOfflineError(
+            f"the weights of {repo_id!r} at {facts.sha[:12]} are not in the cache and the network is off; unset "
+            f"HF_HUB_OFFLINE, or fetch the model once while online"
+        )
     if not safe and not access.allow_pickle:
         refuse_pickles(sorted(names), f"{repo_id} at {facts.sha[:12]}")
 

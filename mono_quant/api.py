@@ -17,7 +17,7 @@ from mono_quant.errors import ConfigError
 from mono_quant.files import check_target
 from mono_quant.hub_push import PushResult, check_push
 from mono_quant.layers import find_layers, is_transformers_model, tensor_names
-from mono_quant.publishing import publish
+from mono_quant.publishing import after_saving, publish
 from mono_quant.quantizer import mark_int8_
 from mono_quant.report import QuantReport
 from mono_quant.result import QuantizedModel
@@ -144,12 +144,17 @@ def quantize_from_hub(
     if output is not None:
         check_target(output, overwrite=overwrite)
     if push_to is not None:
-        check_push(push_to, client, create_pr=create_pr)
+        facts = hub.resolve(repo_id, revision=revision, hub=client)
+        check_push(push_to, client, source=facts, private=private, overwrite=overwrite, create_pr=create_pr)
+        revision = facts.sha
     result = quantize(repo_id, dtype, config=config, revision=revision, token=token, origin="hub", **options)
     if output is not None:
         result.save(output, overwrite=overwrite)
     if push_to is not None:
-        result.push_to_hub(push_to, private=private, overwrite=overwrite, create_pr=create_pr, token=token)
+        with after_saving(None if output is None else Path(output), push_to):
+            result.push_to_hub(
+                push_to, private=private, overwrite=overwrite, create_pr=create_pr, token=token
+            )
     return result
 
 
@@ -270,6 +275,10 @@ def load(
         client = hub.Hub(token=token)
         facts = hub.resolve(folder, revision=revision, hub=client)
         path = hub.download(facts, wanted=saved.is_result_file, hub=client)
+    elif revision is not None:
+        raise ConfigError(
+            f"revision is {revision!r}, but {folder} is a local folder, which has none; leave it out"
+        )
     loaded, _ = loading.load(path, model, verify=verify)
     return loaded
 

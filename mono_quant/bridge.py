@@ -249,10 +249,11 @@ def pipeline(task: str, model: nn.Module, processor: Any) -> Any:
         processor: tokenizer, image processor, feature extractor or processor; None for tasks that need none.
     """
     import transformers
+    from transformers.image_processing_base import ImageProcessingMixin
 
     kinds = {
         "tokenizer": transformers.PreTrainedTokenizerBase,
-        "image_processor": transformers.image_processing_base.ImageProcessingMixin,
+        "image_processor": ImageProcessingMixin,
         "feature_extractor": transformers.FeatureExtractionMixin,
         "processor": transformers.ProcessorMixin,
     }

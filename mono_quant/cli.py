@@ -1,15 +1,18 @@
 """The command line: one function per verb; results on stdout, everything else on stderr."""
 
 import json
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from mono_quant import api, cards, hub, inspection, kernels, publishing, saved
-from mono_quant.errors import MonoQuantError
+from mono_quant import adapters, api, cards, hub, inspection, kernels, publishing, saved
+from mono_quant.errors import ConfigError, MissingFileError, MonoQuantError
 from mono_quant.files import check_target
 from mono_quant.hub_push import PushResult, check_push
 from mono_quant.report import QuantReport, human_bytes
@@ -17,7 +20,6 @@ from mono_quant.version import __version__
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Quantize any Hugging Face or PyTorch model to INT8 or FP16, without calibration data.",
@@ -35,6 +37,9 @@ SkipOption = Annotated[
         help="Keep this layer in float: a name, part of a name, a glob, or re:EXPRESSION. Repeatable."
     ),
 ]
+OriginOption = Annotated[
+    str | None, typer.Option(help="hub or local: what SOURCE means where it could be both.")
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 EmbeddingsOption = Annotated[
@@ -44,9 +49,13 @@ DisableOption = Annotated[
     list[str] | None, typer.Option("--disable-default", help="Lift a default rule, e.g. head. Repeatable.")
 ]
 MinParamsOption = Annotated[int, typer.Option(help="Keep layers with fewer weights than this.")]
+NonfiniteOption = Annotated[
+    str, typer.Option(help="error, or keep: leave a layer with NaN or infinity as it is.")
+]
+OverflowOption = Annotated[
+    str, typer.Option(help="keep, or error: for a layer whose values do not fit float16.")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the repository.")]
-
-
 TokenOption = Annotated[
     str | None, typer.Option(help="Access token; better: the saved login or HF_TOKEN.", show_default=False)
 ]
@@ -58,9 +67,28 @@ PrOption = Annotated[
     bool, typer.Option("--create-pr", help="Open a pull request instead of changing the branch.")
 ]
 
+# What the library calls its arguments, where the flag here is not simply the same word.
+WORDS = {
+    " or a pathlib.Path for the folder, or use quantize_from_hub / origin='hub'": " for the folder, or --origin hub",
+    "private=False": "--public",
+    "fidelity=False": "--no-fidelity",
+}
+ARGUMENT = re.compile(
+    r"\b(overwrite|private|create_pr|allow_pickle|trust_remote_code|embeddings|origin|on_nonfinite|on_overflow|token)"
+    r"=(?:True\b|'(\w+)')?"
+)
+CACHED = re.compile(r"[^\s'\"]*/models--([^/\s]+)/snapshots/([0-9a-f]{12})[0-9a-f]{28}")
+INTERRUPTED = 130
+UsageError: Any = typer.BadParameter.__bases__[0]  # of click, or of the copy in typer, by its version
+
+
+class _Interrupted(Exception):
+    """Ctrl-C at a moment when something is there already."""
+
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -68,6 +96,9 @@ def _main(
     if version:
         print(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
 
 
 # `--version` alone is a whole command
@@ -91,7 +122,10 @@ def quantize(
     min_params: MinParamsOption = 0,
     disable_default: DisableOption = None,
     embeddings: EmbeddingsOption = False,
+    on_nonfinite: NonfiniteOption = "error",
+    on_overflow: OverflowOption = "keep",
     revision: RevisionOption = None,
+    origin: OriginOption = None,
     token: TokenOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older result.")] = False,
     fidelity: Annotated[bool, typer.Option(help="Measure the output against the original.")] = True,
@@ -102,11 +136,20 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model, save it as a folder, and publish it where asked."""
+    if push_to is None and (private is not None or create_pr):
+        raise ConfigError(
+            "--private, --public and --create-pr are about the repository that is pushed to; name it with --push-to, or "
+            "leave them out"
+        )
+    is_remote = _is_remote(source, revision, origin)
     target = output if output or push_to else Path(f"{_name(source)}-{dtype}")
     if target is not None:
         check_target(target, overwrite=overwrite)
+    options: dict[str, Any] = {"private": private, "overwrite": overwrite, "create_pr": create_pr}
     if push_to is not None:
-        check_push(push_to, hub.Hub(token=token), create_pr=create_pr)
+        client = hub.Hub(token=token)
+        facts = hub.resolve(source, revision=revision, hub=client) if is_remote else None
+        check_push(push_to, client, source=facts, **options)
     result = api.quantize(
         source,
         dtype,
@@ -114,28 +157,26 @@ def quantize(
         token=token,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
+        origin=origin,
+        on_nonfinite=on_nonfinite,
+        on_overflow=on_overflow,
         fidelity="auto" if fidelity else False,
         **_options(skip, min_params, disable_default, embeddings),
     )
-    facts: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     if target is not None:
         folder = result.save(target, overwrite=overwrite)
-        facts |= {"folder": str(folder), "folder_bytes": _folder_bytes(folder)}
+        told |= {"folder": str(folder), "folder_bytes": _folder_bytes(folder)}
     if push_to is not None:
-        options: dict[str, Any] = {
-            "private": private,
-            "overwrite": overwrite,
-            "create_pr": create_pr,
-            "token": token,
-        }
-        pushed = result.push_to_hub(push_to, **options)
-        facts |= asdict(pushed)
+        with _pushing(push_to, target):
+            pushed = result.push_to_hub(push_to, token=token, **options)
+        told |= asdict(pushed)
     if as_json:
-        print(json.dumps({**result.report.to_dict(), **facts}, indent=2, sort_keys=True))
+        print(json.dumps({**result.report.to_dict(), **told}, indent=2, sort_keys=True))
         return
     print(result.report.table())
     if target is not None:
-        print(f"\nsaved   {facts['folder']} ({human_bytes(facts['folder_bytes'])} on disk)")
+        print(f"\nsaved   {told['folder']} ({human_bytes(told['folder_bytes'])} on disk)")
     if push_to is not None:
         print(_pushed_line(pushed))
 
@@ -149,24 +190,35 @@ def plan(
     disable_default: DisableOption = None,
     embeddings: EmbeddingsOption = False,
     revision: RevisionOption = None,
+    origin: OriginOption = None,
     token: TokenOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what quantize would do, from the config and the file headers alone."""
-    options = _options(skip, min_params, disable_default, embeddings)
+    _is_remote(source, revision, origin)
     report = api.plan(
-        source, dtype, revision=revision, token=token, trust_remote_code=trust_remote_code, **options
+        source,
+        dtype,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+        origin=origin,
+        **_options(skip, min_params, disable_default, embeddings),
     )
     _show(report, as_json)
 
 
 @app.command()
 def inspect(
-    folder: PlaceArg, revision: RevisionOption = None, token: TokenOption = None, as_json: JsonOption = False
+    folder: PlaceArg,
+    revision: RevisionOption = None,
+    origin: OriginOption = None,
+    token: TokenOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List what is quantized in a model and what is not, from its files alone; of a Hub id only the headers are fetched."""
-    seen = inspection.inspect_any(folder, revision=revision, client=hub.Hub(token=token))
+    seen = inspection.inspect_any(folder, revision=revision, client=hub.Hub(token=token), origin=origin)
     print(json.dumps(seen.to_dict(), indent=2, sort_keys=True) if as_json else seen.table())
 
 
@@ -183,9 +235,10 @@ def push(
     as_json: JsonOption = False,
 ) -> None:
     """Publish a saved folder in one commit, after loading it back."""
-    pushed = api.push_to_hub(
-        folder, repo, private=private, create_pr=create_pr, overwrite=overwrite, token=token
-    )
+    with _pushing(repo):
+        pushed = api.push_to_hub(
+            folder, repo, private=private, create_pr=create_pr, overwrite=overwrite, token=token
+        )
     print(json.dumps(asdict(pushed), indent=2) if as_json else _pushed_line(pushed))
 
 
@@ -198,11 +251,18 @@ def card(
     ] = False,
 ) -> None:
     """Print the card of a saved folder, or check the one it has."""
+    if repo is not None:
+        hub.check_repo_id(repo)
     if not lint:
         print(cards.render(saved.read_card_facts(folder, repo)), end="")
         return
     publishing.checked_card(folder, repo)
-    print(f"ok      {folder / publishing.README} says what the report says")
+    readme = folder / publishing.README
+    if not readme.is_file():
+        raise MissingFileError(
+            f"{readme} is missing, so there is no card to check; leave out --lint to print one"
+        )
+    print(f"ok      {readme} says what the report says")
 
 
 @app.command()
@@ -228,13 +288,54 @@ def env(as_json: JsonOption = False) -> None:
 def main() -> None:
     """Run the command line; a known error is one line on stderr and exit code 2."""
     try:
-        app()
-    except MonoQuantError as e:
-        print(f"mono-quant: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code = app(prog_name="mono-quant", standalone_mode=False)
+    except (MonoQuantError, UsageError) as e:
+        _leave(2, _one_line(e))
+    except _Interrupted as e:
+        _leave(INTERRUPTED, f"interrupted; {e}")
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        _leave(INTERRUPTED, "interrupted; nothing was written")
+    raise SystemExit(code or 0)
+
+
+def _leave(code: int, line: str) -> NoReturn:
+    print(f"mono-quant: {line}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def _one_line(error: Exception) -> str:
+    """Return the message of an error in the words of the command line."""
+    if isinstance(error, UsageError):
+        command = getattr(error.ctx, "command_path", "mono-quant")
+        return f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
+    text = " ".join(str(error).split())
+    for words, flag in WORDS.items():
+        text = text.replace(words, flag)
+    text = ARGUMENT.sub(lambda m: f"--{m[1].replace('_', '-')}{f' {m[2]}' if m[2] else ''}", text)
+    return CACHED.sub(lambda m: f"{m[1].replace('--', '/')}@{m[2]}", text)
+
+
+def _is_remote(source: str, revision: str | None, origin: str | None) -> bool:
+    """Tell whether a source is on the Hub; a revision of anything else is a mistake."""
+    is_remote = adapters.locate(source, origin) == "hub"
+    if revision is not None and not is_remote:
+        raise ConfigError(
+            f"{source} is a local folder, which has no revision {revision!r}; leave out --revision, or give a Hub id"
+        )
+    return is_remote
+
+
+@contextmanager
+def _pushing(repo_id: str, folder: Path | None = None) -> Iterator[None]:
+    """Let a push that stops midway say what is there already: the folder saved before it, perhaps the commit."""
+    try:
+        with publishing.after_saving(folder, repo_id):
+            yield
     except KeyboardInterrupt:
-        print("mono-quant: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+        there = f"the model is saved in {folder}; " if folder else ""
+        raise _Interrupted(f"{there}look at {repo_id} on the Hub: its files are all new or all old") from None
 
 
 def _plain(value: object) -> str:

@@ -237,18 +237,6 @@ def read_headers(
     return {entry.path: head for entry, head in zip(chosen, heads, strict=True)}
 
 
-def _check_cached(facts: RepoFacts, weights: Sequence[RepoFile]) -> None:
-    """Refuse when the cache lacks weight files: offline, the list of files is only what the cache holds."""
-    names = {entry.path for entry in weights}
-    shards = [match for name in names if (match := SHARD.fullmatch(name))]
-    missing = {f"{m[1]}-{i:05d}-of-{m[2]}.safetensors" for m in shards for i in range(1, int(m[2]) + 1)} - names
-    if missing or not names:
-        what = f"{len(missing)} weight files, such as {min(missing)!r}," if missing else "The weights"
-        raise HubOfflineError(
-            f"{what} of {facts.repo_id!r} at commit {facts.sha} are not in the cache. {CHECK_CACHE}"
-        )
-
-
 def read_small_file(facts: RepoFacts, path: str, *, hub: Hub = HUB) -> bytes:
     """Fetch one small file, such as `config.json`, into memory.
 
@@ -417,6 +405,20 @@ def _remember_revision(facts: RepoFacts, hub: Hub) -> None:
         )
     except HubError as error:
         logger.debug("%s", error)
+
+
+def _check_cached(facts: RepoFacts, weights: Sequence[RepoFile]) -> None:
+    """Refuse when the cache lacks weight files: offline, the list of files is only what the cache holds."""
+    names = {entry.path for entry in weights}
+    shards = [match for name in names if (match := SHARD.fullmatch(name))]
+    missing = {
+        f"{m[1]}-{i:05d}-of-{m[2]}.safetensors" for m in shards for i in range(1, int(m[2]) + 1)
+    } - names
+    if missing or not names:
+        what = f"Weight files such as {min(missing)!r}" if missing else "The weights"
+        raise HubOfflineError(
+            f"{what} of {facts.repo_id!r} at commit {facts.sha} are not in the cache. {CHECK_CACHE}"
+        )
 
 
 def _read_header(facts: RepoFacts, entry: RepoFile, hub: Hub) -> bytes:

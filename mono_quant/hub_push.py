@@ -513,13 +513,17 @@ def _differences(plan: _Plan, sha: str) -> list[str]:
 
 def _check_pushed(plan: _Plan, sha: str) -> None:
     # Read twice before complaining: the list may lag behind the commit.
+    failure: MonoQuantError | None = None
+    wrong: list[str] = []
     try:
         wrong = _differences(plan, sha) and _differences(plan, sha)
     except MonoQuantError as error:
-        raise type(error)(
-            f"Commit {sha} of {plan.repo_id!r} was made; only checking what it holds failed: {error} Pushing the same "
+        failure = error
+    if failure is not None:
+        raise type(failure)(
+            f"Commit {sha} of {plan.repo_id!r} was made; only checking what it holds failed: {failure} Pushing the same "
             "files again checks it and makes no second commit."
-        ) from error
+        )
     if wrong:
         raise HubConflictError(
             f"Commit {sha} of {plan.repo_id!r} does not hold what was pushed: {wrong} differ. Do not use it; revert "

@@ -1042,3 +1042,11 @@ def test_L2_the_folder_of_the_source_is_not_told(folder, tmp_path):
 def test_every_error_class_is_documented():
     names = {n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, MonoQuantError)}
     assert all(re.search(rf"\b{n}\b", errors.__doc__) for n in names)
+
+
+def test_a_revision_of_something_that_has_none_is_refused(folder):
+    for source in (folder, str(folder), nn.Linear(4, 4)):
+        with pytest.raises(ConfigError, match="revision is 'main'.*leave it out"):
+            mq.quantize(source, revision="main")
+    with pytest.raises(ConfigError, match="revision is 'main'.*leave it out"):
+        mq.load(str(folder), revision="main")

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from mono_quant import disk, files, reading, staging, tensor_file
 from mono_quant.allowed import is_allowed
 from mono_quant.errors import (
+    ConfigError,
     CorruptCheckpointError,
     FormatVersionError,
     MissingFileError,
@@ -26,9 +27,10 @@ from mono_quant.errors import (
     OutputError,
     OutputExistsError,
     OutputWriteError,
+    SourceNotFoundError,
     UnsafeInputError,
 )
-from mono_quant.files import new_folder
+from mono_quant.files import check_target, new_folder
 from mono_quant.manifest import read_manifest, verify_manifest
 from mono_quant.tensor_file import TensorEntry
 from mono_quant.version import __version__
@@ -656,6 +658,44 @@ def test_O7_impossible_names_are_typed(tmp_path, name):
     assert listing(tmp_path) == []
 
 
+@pytest.mark.parametrize("target", [None, b"out", 3, ""])
+def test_O7_what_is_no_path_is_typed(target):
+    for refuse in (check_target, save_one):
+        with pytest.raises(ConfigError, match=r"the output folder is .*; give a path"):
+            refuse(target)
+
+
+def save_one(target):
+    save(target, 1)
+
+
+@pytest.mark.parametrize("target", [".", "..", "../work"])
+def test_O8_the_current_folder_is_not_swapped_away(tmp_path, monkeypatch, target):
+    here = tmp_path / "work"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for refuse in (check_target, save_one):
+        with pytest.raises(
+            OutputExistsError, match=r"is the current folder or holds it.*name a folder inside"
+        ):
+            refuse(target)
+    assert Path.cwd().samefile(here)
+    save("out", 1)
+    assert listing(here) == ["out"]
+
+
+def test_O7_a_place_that_takes_no_folder_is_found_before_the_work(tmp_path):
+    with pytest.raises(
+        OutputWriteError, match=r"'/proc/x/y' cannot be made: '/proc' takes no new folder .*choose"
+    ):
+        check_target("/proc/x/y")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputWriteError, match=r"Not a directory"):
+        check_target(tmp_path / "file" / "out")
+    check_target(tmp_path / "new" / "deep" / "out")
+    assert listing(tmp_path) == ["file"]
+
+
 def test_O7_a_file_as_parent_and_a_link_loop_are_typed(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -1010,8 +1050,12 @@ def test_R3_a_newer_format_names_both_versions(tmp_path):
 
 
 def test_R4_a_manifest_that_is_missing_or_not_ours_is_typed(tmp_path):
-    with pytest.raises(MissingFileError, match=r"mono_quant\.json' is missing; fetch"):
+    with pytest.raises(
+        MissingFileError, match=r"has no mono_quant\.json, so mono_quant did not write it; give"
+    ):
         read_manifest(tmp_path)
+    with pytest.raises(SourceNotFoundError, match=r"nope' is no folder; give the folder of a saved model"):
+        read_manifest(tmp_path / "nope")
     (tmp_path / "mono_quant.json").write_text("garbage")
     with pytest.raises(CorruptCheckpointError, match=r"mono_quant\.json' is not valid JSON.*fetch it again"):
         read_manifest(tmp_path)

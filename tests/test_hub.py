@@ -25,7 +25,7 @@ import pytest
 from huggingface_hub import constants
 from loopback_hub import OTHER_FAULTS, STATUS_FAULTS, LoopbackHub, Repo
 
-from mono_quant import errors
+from mono_quant import errors, hub_push
 from mono_quant.hub import (
     Hub,
     RepoFacts,
@@ -36,7 +36,7 @@ from mono_quant.hub import (
     read_small_file,
     resolve,
 )
-from mono_quant.hub_push import PushResult, push
+from mono_quant.hub_push import PushResult, check_push, push
 
 # The client library uploads with an argument that its HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -532,6 +532,22 @@ def test_offline_reads_the_cache(server: LoopbackHub, hub: Hub) -> None:
     assert len(server.requests) == seen
 
 
+def test_offline_headers_need_all_weights_in_the_cache(server: LoopbackHub, hub: Hub) -> None:
+    shards = {f"model-0000{i}-of-00002.safetensors": safetensors((5,)) for i in (1, 2)}
+    server.add_repo("org/model", {"config.json": b"{}", **shards})
+    offline = replace(hub, offline=True)
+    facts = resolve("org/model", hub=hub)
+    download(facts, wanted=lambda path: path == "config.json", hub=hub)
+    call: Callable[[], object] = lambda: read_headers(resolve("org/model", hub=offline), hub=offline)
+    failure(errors.HubOfflineError, "The weights of 'org/model' at commit .* not in the cache", call)
+    download(facts, wanted=lambda path: "00001" in path, hub=hub)
+    failure(
+        errors.HubOfflineError, "Weight files such as 'model-00002-of-00002.safetensors' of 'org/model'", call
+    )
+    download(facts, wanted=lambda path: "00002" in path, hub=hub)
+    assert len(read_headers(resolve("org/model", hub=offline), hub=offline)) == 2
+
+
 def test_the_offline_switch_of_the_environment_counts(
     server: LoopbackHub, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -689,7 +705,8 @@ def test_nothing_gets_more_public_than_its_source(
         assert len(repo.commits()) == 1
         assert server.calls("preupload", "lfs_put", "commit") == []
         assert target != "missing"
-        assert private is True or restriction(*target) < restriction(*source)
+        is_ignored = private is not None and private is not target[0]
+        assert is_ignored or restriction(*target) < restriction(*source)
         return
     repo = server.repo("ann/out")
     assert holds_finished(repo)
@@ -697,6 +714,33 @@ def test_nothing_gets_more_public_than_its_source(
     assert not private or repo.private
     if target != "missing":
         assert (repo.private, repo.gated) == target
+
+
+def test_a_private_target_is_not_silently_left_private(server: LoopbackHub, hub: Hub, folder: Path) -> None:
+    server.add_repo("ann/out", private=True)
+    call: Callable[[], object] = lambda: pushed(folder, "ann/out", hub, private=False)
+    failure(errors.HubConflictError, "exists and is private.*leave out private=False", call)
+    assert len(server.repo("ann/out").commits()) == 1
+
+
+def test_what_a_push_would_refuse_is_refused_before_the_work(server: LoopbackHub, hub: Hub) -> None:
+    server.add_repo("ann/model", SOURCE, private=True)
+    server.add_repo("ann/open")
+    server.add_repo("ann/used", SOURCE, private=True)
+    server.add_repo("ann/ours", EARLIER, private=True)
+    source = resolve("ann/model", hub=hub)
+    for target, says in {
+        "Ann/Model": "is the model that was quantized",
+        "ann/open": "is public, but its source 'ann/model' is private",
+        "ann/used": "holds weights that mono_quant did not push",
+    }.items():
+        call: Callable[[], object] = lambda target=target: check_push(target, hub, source=source)  # type: ignore[misc]
+        failure(errors.HubConflictError, says, call)
+    check_push("ann/open", hub, source=source, private=False)
+    check_push("ann/used", hub, source=source, overwrite=True)
+    check_push("ann/used", hub, source=source, create_pr=True)
+    check_push("ann/ours", hub, source=source)
+    check_push("ann/new", hub, source=source)
 
 
 def test_an_offline_source_counts_as_private(server: LoopbackHub, hub: Hub, folder: Path) -> None:
@@ -784,6 +828,26 @@ def test_a_commit_that_landed_below_another_is_recognized(
 def test_a_commit_that_holds_other_bytes_is_reported(server: LoopbackHub, hub: Hub, folder: Path) -> None:
     server.inject("commit", "corrupt")
     failure(errors.HubConflictError, "does not hold what was pushed", lambda: pushed(folder, "ann/out", hub))
+
+
+def test_a_check_that_fails_after_the_commit_names_the_commit(
+    server: LoopbackHub, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add_repo("ann/out")
+    commit = hub_push._commit
+
+    def then_deny(*args: Any) -> tuple[str, str | None]:
+        done = commit(*args)
+        server.inject("tree", "403")
+        return done
+
+    monkeypatch.setattr(hub_push, "_commit", then_deny)
+    error = failure(
+        errors.HubAuthError,
+        "was made; only checking what it holds failed: .*403",
+        lambda: pushed(folder, "ann/out", hub),
+    )
+    assert f"Commit {server.repo('ann/out').head} of 'ann/out'" in str(error)
 
 
 def test_a_list_that_lags_behind_the_commit_is_read_again(

@@ -21,7 +21,7 @@ from models import FAMILIES, run, tiny_llama
 from safetensors.torch import load as load_bytes
 
 import mono_quant
-from mono_quant import errors, hub
+from mono_quant import errors, hub, inspection
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -66,7 +66,7 @@ def server(
 
 
 def cli(
-    server: LoopbackHub, tmp_path: Path, *args: str, token: str | None = ANN
+    server: LoopbackHub, tmp_path: Path, *args: str, token: str | None = ANN, offline: bool = False
 ) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {
@@ -75,6 +75,7 @@ def cli(
         "HF_HUB_DISABLE_XET": "1",
     }
     environment |= {"HF_TOKEN": token} if token else {}
+    environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
     command = [sys.executable, "-m", "mono_quant", *args]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert ANN not in done.stdout + done.stderr
@@ -320,3 +321,99 @@ def test_files_that_others_add_to_a_repository_do_not_stop_loading(server: Loopb
     server.commit("ann/model-int8", {"model-00001-of-00001.safetensors": b"stale"})
     with pytest.raises(errors.CorruptCheckpointError, match="is not listed"):
         mono_quant.load("ann/model-int8", token=ANN)
+
+
+def test_command_line_refuses_a_target_that_does_not_fit_before_the_work(
+    server: LoopbackHub, source: dict[str, bytes], tmp_path: Path
+) -> None:
+    server.add_repo("ann/model", source, private=True)
+    server.add_repo("ann/open", {"README.md": CARD})
+    server.add_repo("ann/used", source, private=True)
+    for target, says in {
+        "ann/model": "is the model that was quantized",
+        "ann/open": "Choose a private target, or pass --public to publish it anyway",
+        "ann/used": "pass --overwrite to replace them",
+    }.items():
+        done = cli(server, tmp_path, "quantize", "ann/model", "--push-to", target)
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert server.calls("resolve") == []
+
+
+def test_command_line_names_the_folder_that_was_saved_before_a_push_failed(
+    server: LoopbackHub, tmp_path: Path
+) -> None:
+    server.inject("commit", "403")
+    done = cli(server, tmp_path, "quantize", "org/model", "--output", "out", "--push-to", "ann/new")
+    assert done.returncode == 2
+    assert "is saved in out; push it from there: mono-quant push out ann/new" in done.stderr
+    again = cli(server, tmp_path, "push", "out", "ann/new")
+    assert again.returncode == 0, again.stderr
+
+
+def test_command_line_inspects_offline_only_what_is_in_the_cache(server: LoopbackHub, tmp_path: Path) -> None:
+    assert cli(server, tmp_path, "plan", "org/model").returncode == 0
+    done = cli(server, tmp_path, "inspect", "org/model", offline=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "The weights of 'org/model' at commit" in done.stderr
+    assert "are not in the cache. The network is off" in done.stderr
+
+
+def test_a_repository_without_safetensors_is_not_inspected_as_empty(
+    server: LoopbackHub, tmp_path: Path
+) -> None:
+    server.add_repo("org/pickled", {"config.json": b"{}", "pytorch_model.bin": b"x"})
+    client = hub.Hub(endpoint=server.endpoint, cache_dir=tmp_path / "cache")
+    with pytest.raises(errors.MissingFileError, match="'org/pickled' has no safetensors weights at commit"):
+        inspection.inspect_any("org/pickled", client=client)
+
+
+def test_the_repr_of_a_result_is_one_short_line() -> None:
+    result = mono_quant.quantize(tiny_llama(), fidelity=False)
+    assert re.fullmatch(r"<QuantizedModel LlamaForCausalLM: int8, [^\n]{1,90}>", repr(result))
+    assert result.report.summary in repr(result)
+
+
+def test_a_result_is_saved_under_a_path_only() -> None:
+    result = mono_quant.quantize(tiny_llama(), fidelity=False)
+    target: Any
+    for target in (None, b"x", ""):
+        with pytest.raises(errors.ConfigError, match=r"the output folder is .*; give a path"):
+            result.save(target)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "says"),
+    [
+        (
+            KeyError("Unknown task nonsense, available tasks are"),
+            errors.ConfigError,
+            "task 'x': Unknown task",
+        ),
+        (
+            Exception("which tokenizer"),
+            errors.UnsupportedModelError,
+            r"no 'x' pipeline \(Exception: which tok",
+        ),
+        (
+            AttributeError("generate"),
+            errors.UnsupportedModelError,
+            "Choose the task that the model was made for",
+        ),
+        (errors.MissingDependencyError("pip install"), errors.MissingDependencyError, "^pip install$"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_a_typed_error(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[Exception], says: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("mono_quant.result.bridge.pipeline", refuse)
+    result = mono_quant.quantize(tiny_llama(), fidelity=False)
+    with pytest.raises(kind, match=says):
+        result.pipeline("x")
+    task: Any = None
+    with pytest.raises(errors.ConfigError, match="task is None; give the name of one"):
+        result.pipeline(task)

@@ -40,6 +40,13 @@ def test_totals_are_the_sums_of_the_rows():
     assert [r.numel for r in ROWS] == [800, 400, 40, 600, 600, 40]
 
 
+def test_the_repr_is_one_short_line():
+    assert repr(REPORT) == (
+        "<QuantReport: int8, 1,840 parameters, 65.2% of them quantized, 7.5 kB -> 4.1 kB>"
+    )
+    assert "int8 (plan)" in repr(replace(REPORT, planned=True))
+
+
 def test_quantized_buffers_do_not_count_as_parameters():
     half = row("b", (5,), 20, 10, "quantized", is_buffer=True)
     report = QuantReport("fp16", (half,))
