@@ -1,0 +1,131 @@
+"""Whole models on every stack, each pair in a process of its own."""
+
+import argparse
+import functools
+import importlib
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from bench import memory
+from bench.cases import CASES, LENGTH, PROMPT, STEPS, load
+from bench.skip import Skip
+from bench.stacks import STACKS, version
+from bench.timing import Row, measure
+
+HEADER = f"""\
+Random weights but for minilm; decoders without their output head. Texts and prompts have {LENGTH} tokens; decode feeds {STEPS} more
+one by one behind a prompt of {PROMPT} in the KV cache. Same weights and inputs for all; everything in PyTorch is eager.
+ms: one pass, in decode one token. per s: samples, in decode tokens. error: |y - fp32| / |fp32| over the last hidden state.
+run MiB: peak resident memory while it runs, less what the same process holds without a model: the weights as they are kept,
+activations and caches. make MiB: the peak until it is ready to run, with the float model, conversion and export."""
+
+
+def run_worker(options: argparse.Namespace) -> Row:
+    """Measure one stack on one model; the fp32 output lies in a file for the others to compare with."""
+    try:
+        return _measured(options)
+    except Skip as e:
+        return {"skipped": str(e)}
+    except ModuleNotFoundError as e:
+        return {"skipped": f"{e.name} is not installed"}
+
+
+def _measured(options: argparse.Namespace) -> Row:
+    stack, case = STACKS[options.stack], CASES[options.model]
+    for name in ("transformers", *stack.imports):
+        importlib.import_module(name)
+    _warm_up(options.model)
+    before = memory.resident()
+    # handed over, so that no name here keeps the float model alive
+    made = [load(options.model, options.batch)]
+    inputs = made[0][1]
+    runner = stack.convert(made.pop()[0], case, inputs)
+    making = memory.peak() - before
+    memory.forget()
+    with torch.inference_mode():
+        out = runner.call(inputs)
+        call = functools.partial(runner.call, inputs)
+        seconds = measure({"run": call}, options.seconds, options.best)["run"]
+    running = memory.peak() - (before if runner.without is None else runner.without)
+    if options.stack == "fp32":
+        torch.save(out.clone(), options.reference)
+    expected = torch.load(options.reference)
+    error = float((out - expected).norm() / expected.norm())
+    passes = STEPS if case.decode else 1
+    return {
+        "ms": 1e3 * seconds / passes,
+        "per_s": options.batch * passes / seconds,
+        "run_mib": running,
+        "make_mib": making,
+        "error": error if math.isfinite(error) else None,
+        "note": runner.note,
+        "version": version(options.stack),
+    }
+
+
+def _warm_up(name: str) -> None:
+    """Run the float model once and let it go, so that what Python loads on the way is not counted as the model's."""
+    model, inputs = load(name, 1)
+    with torch.inference_mode():
+        model(**inputs)
+    del model
+    memory.forget()
+
+
+def spawn(model: str, stack: str, batch: int, reference: Path, options: argparse.Namespace) -> Row:
+    command = [sys.executable, sys.argv[0], "worker", "--model", model, "--stack", stack]
+    command += ["--batch", str(batch), "--reference", str(reference)]
+    command += ["--seconds", str(options.seconds), "--threads", str(options.threads)]
+    command += ["--best"] if options.best else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {"skipped": f"took more than {options.timeout} s"}
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        told = [line for line in lines if "Error" in line] or lines
+        return {"skipped": f"failed: {told[-1].strip()[:160]}"}
+    row: Row = json.loads(done.stdout.strip().splitlines()[-1])
+    return row
+
+
+def run_models(options: argparse.Namespace) -> Row:
+    """Run every stack on every model, fp32 first."""
+    rows = []
+    stacks = ["fp32", *(name for name in options.stacks if name != "fp32")]
+    print(HEADER)
+    print(f"{'model':>14} {'batch':>5} {'stack':>16} {'ms':>9} {'fp32/x':>7} {'per s':>8} {'run MiB':>8} {'make MiB':>8} {'error':>8}")  # fmt: skip
+    for model in options.models:
+        for batch in options.batches:
+            with tempfile.TemporaryDirectory() as folder:
+                base = math.nan
+                for stack in stacks:
+                    if stack != "fp32" and math.isnan(base):
+                        row: Row = {"skipped": "fp32 did not run"}
+                    else:
+                        row = spawn(model, stack, batch, Path(folder) / "fp32.pt", options)
+                    if stack == "fp32":
+                        base = row.get("ms", math.nan)
+                    if "ms" in row:
+                        row["vs_fp32"] = base / row["ms"]
+                    rows.append({"model": model, "batch": batch, "stack": stack, **row})
+                    print(_line(rows[-1]), flush=True)
+    return {"rows": rows, "header": HEADER}
+
+
+def _line(row: Row) -> str:
+    head = f"{row['model']:>14} {row['batch']:5d} {row['stack']:>16}"
+    if "skipped" in row:
+        return f"{head} skipped: {row['skipped']}"
+    error = "nan" if row["error"] is None else f"{row['error']:.4f}"
+    note = f"  {row['note']}" if row["note"] else ""
+    return (
+        f"{head} {row['ms']:9.2f} {row['vs_fp32']:7.2f} {row['per_s']:8.1f} {row['run_mib']:8.0f} {row['make_mib']:8.0f} "
+        f"{error:>8}{note}"
+    )
