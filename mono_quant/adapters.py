@@ -200,7 +200,7 @@ def _from_hub(repo_id: str, access: Access, weights: bool) -> Source:
 
     folder = hub.download(facts, wanted=wanted, hub=access.client)
     if weights or not safe:
-        opened = _from_folder(folder, access, weights)
+        opened = _from_folder(folder, access, weights, is_cache=True)
     else:
         shapes = remote_headers(facts, access.client)[0]
         opened = _complete(_skeleton(folder, access, shapes), shapes)
@@ -247,7 +247,7 @@ def remote_headers(facts: hub.RepoFacts, client: hub.Hub) -> tuple[Shapes, int]:
     return shapes, size
 
 
-def _from_folder(folder: Path, access: Access, weights: bool) -> Source:
+def _from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool = False) -> Source:
     raw = read_config(folder)
     pickled = access.allow_pickle and not any(folder.glob("*.safetensors"))
     with open_checkpoint(folder, allow_pickle=access.allow_pickle) as checkpoint:
@@ -258,7 +258,8 @@ def _from_folder(folder: Path, access: Access, weights: bool) -> Source:
         bare = _skeleton(folder, access, shapes)
         cls, config = bridge.model_class(raw, folder, access.trust_remote_code)
         model = bridge.load_float(cls, config, _read_all(checkpoint), str(folder))
-        files = {} if pickled else checkpoint.sha256s()
+        # a commit says already what the files are
+        files = {} if pickled or is_cache else checkpoint.sha256s()
     source = _of_folder(model, folder)
     used = {
         "allow_pickle": pickled,

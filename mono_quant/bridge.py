@@ -179,12 +179,15 @@ def load_int8(
     classes()
     config = copy.deepcopy(config)
     codes = sorted(name for name, tensor in tensors.items() if tensor.dtype == torch.int8)
-    rename = renamer(skeleton(cls, config, dtype, subject))
     named = dict(tensors)
-    for key in codes:
-        name, merged = rename(key)
-        if not merged and f"{key}_scale" in named and rename(f"{key}_scale")[0] != f"{name}_scale":
-            named[f"{name}_scale"] = named.pop(f"{key}_scale")
+    # of what the file holds in one tensor per matrix, transformers renames the scales as well
+    stacked = [key for key in codes if tensors[key].dim() > 2]
+    if stacked:
+        rename = renamer(skeleton(cls, config, dtype, subject))
+        for key in stacked:
+            name, merged = rename(key)
+            if not merged and f"{key}_scale" in named and rename(f"{key}_scale")[0] != f"{name}_scale":
+                named[f"{name}_scale"] = named.pop(f"{key}_scale")
     config.quantization_config = {"quant_method": METHOD, "codes": codes}
     model = _load(cls, config, named, subject, dtype=dtype)
     mark_int8_(model)

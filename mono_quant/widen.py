@@ -36,10 +36,11 @@ def compute_in_float_(model: nn.Module, within: str = "") -> None:
                 tensor.data = tensor.data.float()
                 wide.add(id(tensor))
     # a tensor that something else uses too is float32 for all who hold it
+    free = held - wide
     shared: dict[int, nn.Parameter] = {}
     aliases = module_aliases(model)
     for name, module in layers.items():
-        if all(id(module.get_parameter(w)) in held - wide for w in WEIGHTS[kind_of(module)]):
+        if all(id(module.get_parameter(w)) in free for w in WEIGHTS[kind_of(module)]):
             new = HALF_LAYERS[kind_of(module)](module, lambda p: _frozen(p, shared))
             put_(model, (name, *aliases[id(module)]), module, new)
     for module in model.get_submodule(within).modules():
