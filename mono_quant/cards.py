@@ -393,9 +393,8 @@ def _code(text: str) -> str:
 def _escape(text: str) -> str:
     """Escape what Markdown and HTML would take for structure."""
     escaped = re.sub(r"([\\`*_\[\]<>{}|#!~])", r"\\\1", one_line(text, 400))
-    return re.sub(
-        r"(?i)(www)\.", r"\1\\.", escaped.replace("://", ":\\//")
-    )  # else bare addresses become links
+    # bare addresses would become links
+    return re.sub(r"(?i)(www)\.", r"\1\\.", escaped.replace("://", ":\\//"))
 
 
 def _cell(text: str) -> str:

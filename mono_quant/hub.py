@@ -379,7 +379,7 @@ def _check_arrived(repo_id: str, path: Path, entry: RepoFile, verify: bool) -> N
             "download again."
         )
     if verify and entry.sha256 is None and entry.blob_id is not None:
-        found = hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest()
+        found = hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
         if found != entry.blob_id:
             raise CorruptCheckpointError(
                 f"{entry.path!r} of {repo_id!r} has git id {found} instead of {entry.blob_id}. Delete {path.resolve()} "

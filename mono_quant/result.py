@@ -139,7 +139,8 @@ class QuantizedModel:
             raise ConfigError(
                 f"task {task!r}: {e.args[0]}. Choose one that this version of transformers has"
             ) from e
-        except Exception as e:  # transformers raises no narrower one when a part is missing
+        except Exception as e:
+            # transformers raises a bare Exception when a tokenizer or processor is missing
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} makes no {task!r} pipeline ({type(e).__name__}: {e}). Choose the task that the "
                 f"model was made for, quantize it with processor=, or call .model itself"

@@ -725,12 +725,16 @@ def test_W7_tensors_that_are_no_floats_are_not_cast_in_silence(folder, name, dty
 def test_integers_that_belong_to_integer_buffers_pass(tmp_path, verb):
     sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
     transformers.ResNetModel(transformers.ResNetConfig(**sizes)).save_pretrained(tmp_path / "resnet")
-    verb(tmp_path / "resnet", **QUIET)
+    found = verb(tmp_path / "resnet", **QUIET)
+    rows = {row.name: row for row in getattr(found, "report", found).rows}
+    counts = [row for name, row in rows.items() if name.endswith("num_batches_tracked")]
+    assert counts and {(row.action, row.dtype_after) for row in counts} == {("kept", "int64")}
     FAMILIES["bert"].build().save_pretrained(tmp_path / "bert")
     tensors_changed(lambda t: t.__setitem__("bert.embeddings.position_ids", torch.arange(512)[None]))(
         tmp_path / "bert"
     )
-    verb(tmp_path / "bert", **QUIET)
+    found = verb(tmp_path / "bert", **QUIET)
+    assert getattr(found, "report", found).quantized
 
 
 def test_the_folder_of_a_sentence_transformer_says_what_is_lost(folder):

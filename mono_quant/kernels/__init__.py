@@ -172,8 +172,9 @@ def describe_half(device: torch.device | str = "cpu") -> str:
     """Name the path that runs float16 products on `device`, for reports."""
     if torch.device(device).type != "cpu":
         return "torch float16"
-    native = _cpu is not None and _cpu.path != "portable"
-    return f"native {_cpu.path} (float32 arithmetic)" if native and _cpu else "torch float32 arithmetic"
+    if _cpu is None or _cpu.path == "portable":
+        return "torch float32 arithmetic"
+    return f"native {_cpu.path} (float32 arithmetic)"
 
 
 def environment() -> dict[str, str | int | bool | list[str] | None]:
