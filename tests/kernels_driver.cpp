@@ -114,6 +114,7 @@ int main() {
     }
     linears(isa, 3, 5, 133144, 0, 1);
     linears(isa, 700, 50, 4100, 0, 2);
+    for (int64_t depth : {1, 31, 65, 300}) linears(isa, 1030, 49, depth, depth % 3, 1 + depth % 2);
     for (int dtype = 0; dtype < 3; ++dtype) convs(isa, 1 + dtype, dtype, 1 + dtype);
   }
   for (int64_t rows : {1, 7, 8, 33, 200}) {

@@ -199,6 +199,23 @@ def test_many_tokens_pass_in_several_chunks() -> None:
     assert same(y[pick], oracle(x[pick], weight, scale, None))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize("depth", [2, 131, 2049])
+def test_many_tokens_of_a_small_layer_pass_in_blocks(
+    path: str, bits: int, depth: int, dtype: torch.dtype, threads: None
+) -> None:
+    weight, scale, bias = layer(97, depth)
+    x = torch.randn(2100, depth).to(dtype)
+    x[1, 1], x[1030] = float("nan"), 0
+    qmax = 127 if path == "reference" else cpu.widest_code(depth, bits)
+    expected = oracle(x, weight, scale, bias, qmax)
+    with kernels.using(path, bits):
+        for tokens, count in ((513, 1), (2100, 1), (2100, 2), (2100, 3)):
+            torch.set_num_threads(count)
+            assert same(kernels.int8_linear(x[:tokens], weight, scale, bias), expected[:tokens])
+
+
 def test_a_bad_row_breaks_only_itself(path: str) -> None:
     weight, scale, bias = layer(20, 40)
     x = torch.randn(70, 40)
@@ -461,6 +478,14 @@ def test_conv_has_the_bits_of_the_oracle(
     assert y.is_contiguous() or last
 
 
+def test_conv_of_many_places_has_the_bits_of_the_oracle(path: str) -> None:
+    weight, scale, bias = layer(50, 4 * 9)
+    x = torch.randn(2, 8, 31, 37)
+    y = kernels.int8_conv(x, weight.view(50, 4, 3, 3), scale, bias, (1, 1), (1, 1), (1, 1), 2)
+    how = {"stride": 1, "padding": 1, "dilation": 1, "groups": 2}
+    assert same(y.flatten(2), oracle_conv(x, weight, scale, bias, (3, 3), **how))
+
+
 def test_conv_of_no_images(path: str) -> None:
     weight, scale, bias = layer(5, 12)
     y = kernels.int8_conv(
@@ -491,7 +516,7 @@ def test_an_index_out_of_range_is_an_error(path: str, index: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5, 13, 60, 61])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5, 13, 60, 61, 1111])
 @pytest.mark.parametrize("depth", [1, 8, 9, 100, 2049])
 def test_half_linear_is_as_close_as_fp32_sums_are(
     path: str, depth: int, tokens: int, dtype: torch.dtype

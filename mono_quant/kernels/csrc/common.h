@@ -40,13 +40,27 @@ struct Token {
   int32_t correction;
 };
 
+// Finished sums of some tokens with some weight rows, and where they go. Strides are in elements; bias may be null.
+struct Tile {
+  const int32_t* sums;
+  int64_t sums_stride;
+  int64_t tokens, columns;
+  const Token* token;
+  const float* weight_scale;
+  const float* bias;
+  char* out;
+  int64_t out_stride;
+  DType dtype;
+
+  char* out_row(int64_t t) const { return out + t * out_stride * size_of(dtype); }
+};
+
 // How float rows become codes and integer sums become floats.
 struct RowKernels {
   // Writes `padded` codes of `code_size` bytes, zeros from `depth` on.
   Token (*quantize)(const void* row, DType dtype, int64_t depth, int64_t padded, int qmax, int code_size, void* codes);
-  // out[n] = float(sum[n] + correction) * (scale * weight_scale[n]) + bias[n]; bias may be null.
-  void (*finish)(const int32_t* sums, int64_t columns, Token token, const float* weight_scale, const float* bias,
-                 void* out, DType dtype);
+  // out[t][n] = float(sum[t][n] + correction[t]) * (scale[t] * weight_scale[n]) + bias[n].
+  void (*finish)(const Tile& tile);
 };
 
 // A product of codes and weights on one instruction set. "Words" are 32 bits: one float, two int16 codes or four

@@ -40,15 +40,17 @@ Token quantize(const void* row, DType dtype, int64_t depth, int64_t padded, int 
   return {absmax / limit, static_cast<int32_t>(-128 * static_cast<int64_t>(sum))};
 }
 
-void finish(const int32_t* sums, int64_t columns, Token token, const float* weight_scale, const float* bias, void* out,
-            DType dtype) {
-  char* target = static_cast<char*>(out);
-  const int64_t size = size_of(dtype);
-  for (int64_t n = 0; n < columns; ++n) {
-    const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(sums[n]) + static_cast<uint32_t>(token.correction));
-    float value = static_cast<float>(sum) * (token.scale * weight_scale[n]);
-    if (bias != nullptr) value += bias[n];
-    from_float(value, target + n * size, dtype);
+void finish(const Tile& tile) {
+  const int64_t size = size_of(tile.dtype);
+  for (int64_t t = 0; t < tile.tokens; ++t) {
+    const int32_t* sums = tile.sums + t * tile.sums_stride;
+    const Token token = tile.token[t];
+    for (int64_t n = 0; n < tile.columns; ++n) {
+      const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(sums[n]) + static_cast<uint32_t>(token.correction));
+      float value = static_cast<float>(sum) * (token.scale * tile.weight_scale[n]);
+      if (tile.bias != nullptr) value += tile.bias[n];
+      from_float(value, tile.out_row(t) + n * size, tile.dtype);
+    }
   }
 }
 

@@ -88,47 +88,49 @@ Token quantize(const void* row, DType dtype, int64_t depth, int64_t padded, int 
   }
 }
 
-struct Columns {
-  const int32_t* sums;
-  const float* weight_scale;
-  const float* bias;
-};
-
-MQ_AVX2 MQ_INLINE __m256 finish8(const Columns& in, int64_t n, __m256i correction, __m256 scale) {
-  const __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.sums + n));
+MQ_AVX2 MQ_INLINE __m256 finish8(const int32_t* sums, const float* weight_scale, const float* bias, __m256i correction,
+                                 __m256 scale) {
+  const __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums));
   const __m256 value = _mm256_cvtepi32_ps(_mm256_add_epi32(sum, correction));
-  const __m256 scaled = _mm256_mul_ps(value, _mm256_mul_ps(scale, _mm256_loadu_ps(in.weight_scale + n)));
-  return in.bias == nullptr ? scaled : _mm256_add_ps(scaled, _mm256_loadu_ps(in.bias + n));
+  const __m256 scaled = _mm256_mul_ps(value, _mm256_mul_ps(scale, _mm256_loadu_ps(weight_scale)));
+  return bias == nullptr ? scaled : _mm256_add_ps(scaled, _mm256_loadu_ps(bias));
 }
 
 template <DType D>
-MQ_AVX2 void finish_row(const Columns& in, int64_t columns, Token token, void* out) {
-  const __m256i correction = _mm256_set1_epi32(token.correction);
-  const __m256 scale = _mm256_set1_ps(token.scale);
+MQ_AVX2 void finish_row(const Tile& tile, int64_t t) {
+  const int32_t* sums = tile.sums + t * tile.sums_stride;
+  const __m256i correction = _mm256_set1_epi32(tile.token[t].correction);
+  const __m256 scale = _mm256_set1_ps(tile.token[t].scale);
+  char* out = tile.out_row(t);
   int64_t n = 0;
-  for (; n + 8 <= columns; n += 8) store8<D>(finish8(in, n, correction, scale), out, n);
-  if (n == columns) return;
-  int32_t sums[8] = {};
+  for (; n + 8 <= tile.columns; n += 8) {
+    const float* bias = tile.bias == nullptr ? nullptr : tile.bias + n;
+    store8<D>(finish8(sums + n, tile.weight_scale + n, bias, correction, scale), out, n);
+  }
+  if (n == tile.columns) return;
+  int32_t rest_sums[8] = {};
   float weight_scale[8] = {}, bias[8] = {}, result[8];
-  const int64_t rest = columns - n;
-  std::memcpy(sums, in.sums + n, rest * 4);
-  std::memcpy(weight_scale, in.weight_scale + n, rest * 4);
-  if (in.bias != nullptr) std::memcpy(bias, in.bias + n, rest * 4);
-  const Columns last = {sums, weight_scale, in.bias == nullptr ? nullptr : bias};
-  store8<D>(finish8(last, 0, correction, scale), result, 0);
-  std::memcpy(static_cast<char*>(out) + n * size_of(D), result, rest * size_of(D));
+  const int64_t rest = tile.columns - n;
+  std::memcpy(rest_sums, sums + n, rest * 4);
+  std::memcpy(weight_scale, tile.weight_scale + n, rest * 4);
+  if (tile.bias != nullptr) std::memcpy(bias, tile.bias + n, rest * 4);
+  store8<D>(finish8(rest_sums, weight_scale, tile.bias == nullptr ? nullptr : bias, correction, scale), result, 0);
+  std::memcpy(out + n * size_of(D), result, rest * size_of(D));
 }
 
-void finish(const int32_t* sums, int64_t columns, Token token, const float* weight_scale, const float* bias, void* out,
-            DType dtype) {
-  const Columns in = {sums, weight_scale, bias};
-  switch (dtype) {
+template <DType D>
+MQ_AVX2 void finish_rows(const Tile& tile) {
+  for (int64_t t = 0; t < tile.tokens; ++t) finish_row<D>(tile, t);
+}
+
+void finish(const Tile& tile) {
+  switch (tile.dtype) {
     case DType::f16:
-      return finish_row<DType::f16>(in, columns, token, out);
+      return finish_rows<DType::f16>(tile);
     case DType::bf16:
-      return finish_row<DType::bf16>(in, columns, token, out);
+      return finish_rows<DType::bf16>(tile);
     default:
-      return finish_row<DType::f32>(in, columns, token, out);
+      return finish_rows<DType::f32>(tile);
   }
 }
 
@@ -154,26 +156,29 @@ Token widen(const void* row, DType dtype, int64_t depth, int64_t padded, int, in
 }
 
 template <DType D>
-MQ_AVX2 void add_bias(const float* sums, int64_t columns, const float* bias, void* out) {
-  int64_t n = 0;
-  for (; n + 8 <= columns; n += 8) {
-    const __m256 sum = _mm256_loadu_ps(sums + n);
-    store8<D>(bias == nullptr ? sum : _mm256_add_ps(sum, _mm256_loadu_ps(bias + n)), out, n);
-  }
-  for (; n < columns; ++n) {
-    from_float(bias == nullptr ? sums[n] : sums[n] + bias[n], static_cast<char*>(out) + n * size_of(D), D);
+MQ_AVX2 void add_bias(const Tile& tile) {
+  for (int64_t t = 0; t < tile.tokens; ++t) {
+    const float* sums = reinterpret_cast<const float*>(tile.sums) + t * tile.sums_stride;
+    char* out = tile.out_row(t);
+    int64_t n = 0;
+    for (; n + 8 <= tile.columns; n += 8) {
+      const __m256 sum = _mm256_loadu_ps(sums + n);
+      store8<D>(tile.bias == nullptr ? sum : _mm256_add_ps(sum, _mm256_loadu_ps(tile.bias + n)), out, n);
+    }
+    for (; n < tile.columns; ++n) {
+      from_float(tile.bias == nullptr ? sums[n] : sums[n] + tile.bias[n], out + n * size_of(D), D);
+    }
   }
 }
 
-void finish_float(const int32_t* sums, int64_t columns, Token, const float*, const float* bias, void* out, DType dtype) {
-  const float* floats = reinterpret_cast<const float*>(sums);
-  switch (dtype) {
+void finish_float(const Tile& tile) {
+  switch (tile.dtype) {
     case DType::f16:
-      return add_bias<DType::f16>(floats, columns, bias, out);
+      return add_bias<DType::f16>(tile);
     case DType::bf16:
-      return add_bias<DType::bf16>(floats, columns, bias, out);
+      return add_bias<DType::bf16>(tile);
     default:
-      return add_bias<DType::f32>(floats, columns, bias, out);
+      return add_bias<DType::f32>(tile);
   }
 }
 

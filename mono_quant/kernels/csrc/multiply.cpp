@@ -1,0 +1,206 @@
+#include "multiply.h"
+
+#include <algorithm>
+
+namespace mq {
+namespace {
+
+// Weights of one panel interleaved at once, per row: the panel stays in the second-level cache.
+constexpr int64_t kBlockDepth = 2048;
+// Weight rows per task of the dot products.
+constexpr int64_t kDotRows = 32;
+constexpr int64_t kShortDepth = 1024;
+// Weights that are larger come from memory rather than from a cache near the core, and are fetched ahead.
+constexpr int64_t kFetchAhead = 2 << 20;
+// Multiply-adds below which another thread costs more than it brings.
+constexpr int64_t kThreadWork = 1 << 17;
+// Interleaved weights, all of them and one panel, that stay in the caches while blocks of tokens pass by.
+constexpr int64_t kPackedBytes = 4 << 20, kPackedPanelBytes = 256 << 10;
+// Tokens that are quantized, and then multiplied while they are in the second-level cache.
+constexpr int64_t kBlockTokens = 64;
+// Blocks for each thread from which on the interleaved weights have paid.
+constexpr int64_t kBlocks = 8;
+constexpr int64_t kMaxPanel = 64;
+constexpr int64_t kMaxTile = 8;
+
+int64_t panels_of(int64_t rows, const ProductKernels& product) {
+  return (rows + product.panel_rows - 1) / product.panel_rows;
+}
+
+int64_t words_of(int64_t depth, const ProductKernels& product) { return (depth * product.code_size + 3) / 4; }
+
+// `rows` weight rows from `n` on, by dot products.
+void multiply_rows(const Chunk& chunk, int64_t n, int64_t rows) {
+  const Linear& layer = chunk.layer;
+  alignas(64) int32_t sums[kMaxTile * kDotRows];
+  const bool far = layer.rows * layer.weight_stride > kFetchAhead;
+  const int64_t step = chunk.product.dot_tokens;
+  for (int64_t first = 0; first < chunk.tokens; first += kMaxTile) {
+    const int64_t last = std::min(first + kMaxTile, chunk.tokens);
+    for (int64_t r = 0; r < rows; r += 4) {
+      const int8_t* weight[4];
+      for (int64_t i = 0; i < 4; ++i) weight[i] = layer.weight + (n + std::min(r + i, rows - 1)) * layer.weight_stride;
+      // All tokens pass by four weight rows while these are in the first-level cache and the next four on their way.
+      for (int64_t t = first; t < last; t += step) {
+        const int64_t ahead = far && t == 0 ? 4 * layer.weight_stride : 0;
+        chunk.product.dot(weight, layer.depth, ahead, chunk.code_row(t), chunk.padded,
+                          static_cast<int>(std::min(step, last - t)), sums + (t - first) * kDotRows + r, kDotRows);
+      }
+    }
+    finish(chunk, first, last - first, n, rows, sums, kDotRows);
+  }
+}
+
+// Tokens [first, last) pass by the panel of weights from row `n` on, which is interleaved block by block.
+void multiply_panel(const Chunk& chunk, int64_t n, int64_t first, int64_t last, int32_t* panel, int32_t* sums) {
+  const Linear& layer = chunk.layer;
+  const ProductKernels& product = chunk.product;
+  const int rows = static_cast<int>(std::min<int64_t>(product.panel_rows, layer.rows - n));
+  const int64_t tiles = (last - first + product.tile_tokens - 1) / product.tile_tokens;
+  for (int64_t k = 0; k < layer.depth; k += kBlockDepth) {
+    const int64_t depth = std::min(kBlockDepth, layer.depth - k);
+    product.interleave(layer.weight + n * layer.weight_stride + k * product.weight_size, layer.weight_stride, rows, depth,
+                       panel);
+    for (int64_t i = 0; i < tiles; ++i) {
+      // Tiles of nearly equal height: a last tile of one token would cost almost as much as a full one.
+      const int64_t t = first + (last - first) * i / tiles;
+      const int tokens = static_cast<int>(first + (last - first) * (i + 1) / tiles - t);
+      int32_t* tile = layer.depth <= kBlockDepth ? sums : sums + (t - first) * product.panel_rows;
+      product.tile(reinterpret_cast<const int32_t*>(chunk.code_row(t) + k * product.code_size), chunk.code_bytes() / 4,
+                   tokens, panel, rows, words_of(depth, product), tile, k > 0);
+      if (k + depth == layer.depth) finish(chunk, t, tokens, n, rows, tile, product.panel_rows);
+    }
+  }
+}
+
+// The tokens of a block pass by all panels of weights.
+void multiply_block(const Chunk& block, const int32_t* packed, int64_t panel_words) {
+  const Linear& layer = block.layer;
+  const ProductKernels& product = block.product;
+  alignas(64) int32_t sums[kMaxTile * kMaxPanel];
+  const int64_t tiles = (block.tokens + product.tile_tokens - 1) / product.tile_tokens;
+  for (int64_t n = 0; n < layer.rows; n += product.panel_rows, packed += panel_words) {
+    const int rows = static_cast<int>(std::min<int64_t>(product.panel_rows, layer.rows - n));
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t t = block.tokens * i / tiles;
+      const int tokens = static_cast<int>(block.tokens * (i + 1) / tiles - t);
+      product.tile(reinterpret_cast<const int32_t*>(block.code_row(t)), block.code_bytes() / 4, tokens, packed, rows,
+                   words_of(layer.depth, product), sums, false);
+      finish(block, t, tokens, n, rows, sums, product.panel_rows);
+    }
+  }
+}
+
+struct Plan {
+  bool dot;
+  int64_t tasks;
+  // Parts that the tokens are split into, besides the split of the weight rows.
+  int64_t parts;
+  int threads;
+};
+
+Plan make_plan(const Chunk& chunk) {
+  const Linear& layer = chunk.layer;
+  const ProductKernels& product = chunk.product;
+  const int64_t work = chunk.tokens * layer.rows * layer.depth;
+  Plan plan;
+  plan.threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(layer.threads, work / kThreadWork)));
+  plan.parts = 1;
+  const int limit = layer.depth < kShortDepth ? product.dot_limit_short : product.dot_limit_long;
+  plan.dot = product.panel_rows == 0 || chunk.tokens <= limit || layer.depth == 0;
+  if (plan.dot) {
+    plan.tasks = (layer.rows + kDotRows - 1) / kDotRows;
+    return plan;
+  }
+  const int64_t panels = panels_of(layer.rows, product);
+  while (plan.threads > 1 && panels * plan.parts < 4 * plan.threads && chunk.tokens / (2 * plan.parts) >= 48) {
+    plan.parts *= 2;
+  }
+  plan.tasks = panels * plan.parts;
+  return plan;
+}
+
+void run_task(const Chunk& chunk, const Plan& plan, int64_t task, int32_t* panel, int32_t* sums) {
+  if (plan.dot) {
+    const int64_t n = task * kDotRows;
+    multiply_rows(chunk, n, std::min(kDotRows, chunk.layer.rows - n));
+    return;
+  }
+  const int64_t part = task % plan.parts, n = task / plan.parts * chunk.product.panel_rows;
+  multiply_panel(chunk, n, chunk.tokens * part / plan.parts, chunk.tokens * (part + 1) / plan.parts, panel, sums);
+}
+
+}  // namespace
+
+bool multiply(const Chunk& chunk) {
+  const Plan plan = make_plan(chunk);
+  const int64_t panel_bytes = plan.dot ? 0 : kMaxPanel * kBlockDepth * chunk.product.code_size;
+  const int64_t sum_rows = chunk.layer.depth <= kBlockDepth ? kMaxTile : chunk.tokens;
+  const int64_t sum_bytes = plan.dot ? 0 : sum_rows * kMaxPanel * 4;
+  bool ok = true;
+#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
+  {
+    static thread_local Scratch scratch;
+    char* memory = plan.dot ? nullptr : static_cast<char*>(scratch.reserve(panel_bytes + sum_bytes));
+    const bool mine = plan.dot || memory != nullptr;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < plan.tasks; ++task) {
+      if (mine) {
+        run_task(chunk, plan, task, reinterpret_cast<int32_t*>(memory),
+                 reinterpret_cast<int32_t*>(memory + panel_bytes));
+      } else {
+#pragma omp atomic write
+        ok = false;
+      }
+    }
+  }
+  return ok;
+}
+
+bool suits_blocks(const Linear& layer, const ProductKernels& product) {
+  if (product.panel_rows == 0 || layer.depth == 0) return false;
+  if (layer.tokens < kBlocks * kBlockTokens * std::max(1, layer.threads)) return false;
+  const int64_t panel = round_up(layer.depth, kDepthAlign) * product.panel_rows * product.code_size;
+  return panel <= kPackedPanelBytes && panel * panels_of(layer.rows, product) <= kPackedBytes;
+}
+
+bool multiply_blocks(const Chunk& whole) {
+  static thread_local Scratch packed_scratch;
+  const Linear& layer = whole.layer;
+  const ProductKernels& product = whole.product;
+  const int64_t panel_words = words_of(round_up(layer.depth, kDepthAlign) * product.panel_rows, product);
+  const int64_t panels = panels_of(layer.rows, product), blocks = (layer.tokens + kBlockTokens - 1) / kBlockTokens;
+  const int64_t code_bytes = kBlockTokens * whole.code_bytes();
+  int32_t* packed = static_cast<int32_t*>(packed_scratch.reserve(panel_words * panels * 4));
+  if (packed == nullptr) return false;
+  bool ok = true;
+#pragma omp parallel num_threads(layer.threads) if (layer.threads > 1)
+  {
+    static thread_local Scratch scratch;
+    char* memory = static_cast<char*>(scratch.reserve(code_bytes + kBlockTokens * sizeof(Token)));
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t n = p * product.panel_rows;
+      product.interleave(layer.weight + n * layer.weight_stride, layer.weight_stride,
+                         static_cast<int>(std::min<int64_t>(product.panel_rows, layer.rows - n)), layer.depth,
+                         packed + p * panel_words);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t b = 0; b < blocks; ++b) {
+      Chunk block = {layer, whole.row_kernels, product, whole.bias, layer.tokens * b / blocks, 0,
+                     memory, reinterpret_cast<Token*>(memory + code_bytes), whole.padded};
+      block.tokens = layer.tokens * (b + 1) / blocks - block.first;
+      bool mine = memory != nullptr;
+      for (int64_t t = 0; mine && t < block.tokens; ++t) mine = quantize(block, t);
+      if (mine) {
+        multiply_block(block, packed, panel_words);
+      } else {
+#pragma omp atomic write
+        ok = false;
+      }
+    }
+  }
+  return ok;
+}
+
+}  // namespace mq
