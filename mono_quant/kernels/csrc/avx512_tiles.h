@@ -250,10 +250,9 @@ void dot(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void
 
 template <class Op>
 constexpr ProductKernels make() {
-  constexpr bool kBytes = Op::kCodeSize == 1;
-  return {Op::kCodeSize, kWeightSize<Op>,  kVectors * kLanes, kTileTokens,
-          kDotTokens,    kBytes ? 12 : 48, kBytes ? 40 : 48,  kBytes,
-          interleave<Op::kCodeSize>, tile<Op>, dot<Op>};
+  constexpr int kShort = Op::kCodeSize == 1 ? 16 : Op::kCodeSize == 2 ? 24 : 48;
+  return {Op::kCodeSize, kWeightSize<Op>, kVectors * kLanes, kTileTokens, kDotTokens, kShort,
+          Op::kCodeSize == 1 ? 40 : 48, Op::kCodeSize == 1, interleave<Op::kCodeSize>, tile<Op>, dot<Op>};
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ struct ProductKernels {
   int tile_tokens;
   int dot_tokens;
   // Up to this many tokens `dot` is faster than interleaving panels (measured): short rows pay more for adding up
-  // the lanes at their end.
+  // the lanes at their end, and rows from memory are fetched ahead by `dot` alone.
   int dot_limit_short, dot_limit_long;
   // With unsigned weights, w + 128, each token needs the correction -128 * sum(codes).
   bool unsigned_weights;

@@ -11,7 +11,7 @@ constexpr int64_t kBlockDepth = 2048;
 constexpr int64_t kDotRows = 32;
 constexpr int64_t kShortDepth = 1024;
 // Weights that are larger come from memory rather than from a cache near the core, and are fetched ahead.
-constexpr int64_t kFetchAhead = 2 << 20;
+constexpr int64_t kFarBytes = 2 << 20;
 // Multiply-adds below which another thread costs more than it brings.
 constexpr int64_t kThreadWork = 1 << 17;
 // Interleaved weights, all of them and one panel, that stay in the caches while blocks of tokens pass by.
@@ -29,11 +29,13 @@ int64_t panels_of(int64_t rows, const ProductKernels& product) {
 
 int64_t words_of(int64_t depth, const ProductKernels& product) { return (depth * product.code_size + 3) / 4; }
 
+bool is_far(const Linear& layer) { return layer.rows * layer.weight_stride > kFarBytes; }
+
 // `rows` weight rows from `n` on, by dot products.
 void multiply_rows(const Chunk& chunk, int64_t n, int64_t rows) {
   const Linear& layer = chunk.layer;
   alignas(64) int32_t sums[kMaxTile * kDotRows];
-  const bool far = layer.rows * layer.weight_stride > kFetchAhead;
+  const bool far = is_far(layer);
   const int64_t step = chunk.product.dot_tokens;
   for (int64_t first = 0; first < chunk.tokens; first += kMaxTile) {
     const int64_t last = std::min(first + kMaxTile, chunk.tokens);
@@ -106,7 +108,8 @@ Plan make_plan(const Chunk& chunk) {
   Plan plan;
   plan.threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(layer.threads, work / kThreadWork)));
   plan.parts = 1;
-  const int limit = layer.depth < kShortDepth ? product.dot_limit_short : product.dot_limit_long;
+  const bool is_short = layer.depth < kShortDepth && !is_far(layer);
+  const int limit = is_short ? product.dot_limit_short : product.dot_limit_long;
   plan.dot = product.panel_rows == 0 || chunk.tokens <= limit || layer.depth == 0;
   if (plan.dot) {
     plan.tasks = (layer.rows + kDotRows - 1) / kDotRows;

@@ -12,7 +12,6 @@ constexpr int kLanes = 8;
 constexpr int kPanel = 16;
 constexpr int kTileTokens = 6;
 constexpr int kDotTokens = 4;
-constexpr int kDotLimit = 16;
 
 struct Pairs {
   static constexpr int kCodeSize = 2;
@@ -256,10 +255,9 @@ void dot(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void
 }  // namespace
 
 const ProductKernels kProductAvx2 = {
-    2, 1, kPanel, kTileTokens, kDotTokens, kDotLimit, kDotLimit, false, interleave, tile<Pairs>, dot<Pairs>};
+    2, 1, kPanel, kTileTokens, kDotTokens, 16, 24, false, interleave, tile<Pairs>, dot<Pairs>};
 const ProductKernels kProductHalfAvx2 = {
-    4,         2,     kPanel,            kTileTokens,  kDotTokens, kDotLimit,
-    kDotLimit, false, interleave_halves, tile<Floats>, dot<Floats>};
+    4, 2, kPanel, kTileTokens, kDotTokens, 12, 16, false, interleave_halves, tile<Floats>, dot<Floats>};
 
 }  // namespace mq
 #endif
