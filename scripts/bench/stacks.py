@@ -62,6 +62,28 @@ def _ours(dtype: str) -> Convert:
     return convert
 
 
+def _compiled(prepare: Callable[[nn.Module], nn.Module]) -> Convert:
+    """Let torch.compile fuse what surrounds the products."""
+
+    def convert(model: nn.Module, case: Case, inputs: Inputs) -> graphs.Runner:
+        if case.decode:
+            raise Skip("torch.compile starts anew as the KV cache grows")
+        model = prepare(model)
+        model.compile()
+        runner = eager(model, case)
+        with torch.inference_mode():
+            runner.call(inputs)
+        return runner
+
+    return convert
+
+
+def _to_int8(model: nn.Module) -> nn.Module:
+    from mono_quant import dynamic_quantize  # noqa: PLC0415
+
+    return dynamic_quantize(model, "int8")[0]
+
+
 def _ours_at(bits: int) -> Convert:
     """Run int8 at a width of the activation codes, where it is not the one of `ours`."""
 
@@ -143,7 +165,9 @@ STACKS = {
     "fp32": Stack(_cast(torch.float32)),
     "bf16": Stack(_cast(torch.bfloat16)),
     "fp16": Stack(_cast(torch.float16)),
+    "fp32-compiled": Stack(_compiled(lambda model: model)),
     "ours": Stack(_ours("int8"), imports=("mono_quant",)),
+    "ours-compiled": Stack(_compiled(_to_int8), imports=("mono_quant",)),
     "ours-8bit": Stack(_ours_at(8), imports=("mono_quant",)),
     "ours-12bit": Stack(_ours_at(12), imports=("mono_quant",)),
     "ours-fp16": Stack(_ours("fp16"), imports=("mono_quant",)),
