@@ -150,8 +150,8 @@ def locate(text: str, origin: str | None = None) -> str:
     here = bool(text) and (Path(text).exists() or Path(text).is_symlink())
     if here and text.count("/") == 1 and not text.startswith((".", "/", "~")) and hub.is_repo_id(text):
         raise AmbiguousSourceError(
-            f"{text!r} is a folder here and has the form of a Hub id; write './{text}' or a pathlib.Path for the folder, "
-            f"or use quantize_from_hub / origin='hub' for the Hub"
+            f"{text!r} is a folder here and has the form of a Hub id; write './{text}' for the folder, or pass "
+            f"origin='hub' for the Hub"
         )
     if here:
         return "local"

@@ -69,7 +69,6 @@ PrOption = Annotated[
 
 # What the library calls its arguments, where the flag here is not simply the same word.
 WORDS = {
-    " or a pathlib.Path for the folder, or use quantize_from_hub / origin='hub'": " for the folder, or --origin hub",
     "private=False": "--public",
     "fidelity=False": "--no-fidelity",
 }

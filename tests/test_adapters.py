@@ -378,7 +378,7 @@ def test_P11_a_folder_that_shadows_an_id_must_be_meant(checkpoint, tmp_path, mon
     shutil.copytree(checkpoint, tmp_path / "org" / "model")
     monkeypatch.chdir(tmp_path)
     for verb in (mq.quantize, mq.plan, mq.load):
-        with pytest.raises(AmbiguousSourceError, match=r"'\./org/model' or a pathlib\.Path.*origin='hub'"):
+        with pytest.raises(AmbiguousSourceError, match=r"'\./org/model' for the folder.*origin='hub'"):
             verb("org/model")
     for source in ("./org/model", tmp_path / "org" / "model", str(tmp_path / "org" / "model")):
         assert mq.plan(source).planned

@@ -85,7 +85,7 @@ def test_an_ambiguous_source_is_settled_with_origin(run, source, tmp_path):
     (tmp_path / "org" / "model").symlink_to(source)
     for verb in ("quantize", "plan", "inspect"):
         line = refusal(run(verb, "org/model"))
-        assert "write './org/model' for the folder, or --origin hub for the Hub" in line
+        assert "write './org/model' for the folder, or pass --origin hub for the Hub" in line
     assert run("plan", "org/model", "--origin", "local")[0] == 0
     assert run("inspect", "org/model", "--origin", "local")[0] == 0
     assert run("quantize", "org/model", "--origin", "local", "--no-fidelity")[0] == 0
