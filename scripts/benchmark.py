@@ -7,8 +7,8 @@
     python scripts/benchmark.py models --models minilm --batches 1 --stacks ours onnxruntime
 
 Competitors of one row run in turn, round after round, so that a disturbance hits all of them; the numbers are medians
-(`--best` takes minima, for a machine that is shared). `models` gives every stack a process of its own. `--cpu avx2` keeps
-the libraries from using AVX-512, so that a newer machine can stand in for an AVX2 one.
+(`--best` takes minima, for a machine that is shared). `models` gives every stack a process of its own, or with `--rounds` several
+of which the fastest counts. `--cpu avx2` keeps the libraries from using AVX-512, so that a newer machine can stand in for an AVX2 one.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     command.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS), help="fp32 always runs")
     command.add_argument("--batches", type=int, nargs="+", default=[1, 32])
-    command.add_argument("--rounds", type=int, default=1, help="processes for each stack; the median counts")
+    command.add_argument("--rounds", type=int, default=1, help="processes for each stack; the fastest counts")
     command.add_argument("--timeout", type=int, default=900, help="seconds for one stack on one model")
     command = commands.add_parser("worker", parents=[common])
     command.set_defaults(run=run_worker)
