@@ -230,9 +230,44 @@ MQ_TARGET void dot_of(const int8_t* const weight[4], int64_t depth, int64_t ahea
   }
 }
 
+// How far ahead a single stream is fetched.
+constexpr int64_t kStreamAhead = 4096;
+
+// One token by four rows of codes from memory, read one after another: the fewer streams, the faster these flow.
+template <class Op>
+MQ_TARGET void dot_stream(const int8_t* const weight[4], int64_t depth, const void* codes, int32_t* sums) {
+  constexpr int64_t kStep = 64 / Op::kCodeSize;
+  const char* bytes = static_cast<const char*>(codes);
+  __m512i total[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    __m512i acc[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) acc[i] = _mm512_setzero_si512();
+    int64_t k = 0;
+    for (; k + 4 * kStep <= depth; k += 4 * kStep) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int8_t* place = weight[r] + k + i * kStep;
+        _mm_prefetch(place + kStreamAhead, _MM_HINT_T1);
+        acc[i] = Op::add(acc[i], Op::load(place, ~0ull), _mm512_loadu_si512(bytes + (k + i * kStep) * Op::kCodeSize));
+      }
+    }
+    for (; k < depth; k += kStep) {
+      const __m512i w = Op::load(weight[r] + k, first_bytes(depth - k));
+      acc[0] = Op::add(acc[0], w, _mm512_loadu_si512(bytes + k * Op::kCodeSize));
+    }
+    total[r] = _mm512_add_epi32(_mm512_add_epi32(acc[0], acc[1]), _mm512_add_epi32(acc[2], acc[3]));
+  }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), four_totals<false>(total));
+}
+
 template <class Op, bool Ahead>
 void dot_ahead(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
                int tokens, int32_t* sums, int64_t sums_stride) {
+  if constexpr (Ahead && Op::kCodeSize != 4) {
+    if (tokens == 1) return dot_stream<Op>(weight, depth, codes, sums);
+  }
   switch (tokens) {
     case 1: return dot_of<Op, 1, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
     case 2: return dot_of<Op, 2, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);

@@ -82,8 +82,8 @@ struct ProductKernels {
   // sums[t][n] (+)= codes[t] . panel[n] for `tokens` <= tile_tokens and round_up(rows, lanes) columns.
   void (*tile)(const int32_t* codes, int64_t stride, int tokens, const int32_t* panel, int rows, int64_t words,
                int32_t* sums, bool accumulate);
-  // sums[t * sums_stride + n] = codes[t] . weight[n] for four weight rows and `tokens` <= dot_tokens. Memory at
-  // `ahead` bytes behind the weights is fetched into the cache, unless `ahead` is 0.
+  // sums[t * sums_stride + n] = codes[t] . weight[n] for four weight rows and `tokens` <= dot_tokens. Unless `ahead`
+  // is 0, weights are fetched ahead: so many bytes behind the ones in use, or what suits a single token.
   void (*dot)(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
               int tokens, int32_t* sums, int64_t sums_stride);
 };

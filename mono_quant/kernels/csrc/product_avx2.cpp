@@ -230,9 +230,47 @@ MQ_AVX2 void dot_of(const int8_t* const* weight, int64_t depth, int64_t ahead, c
   store_totals<Op, T, R>(acc, sums, sums_stride);
 }
 
+// How far ahead a single stream is fetched.
+constexpr int64_t kStreamAhead = 4096;
+
+// One token by four rows of codes, read one after another: the fewer streams, the faster these flow from memory.
+template <bool Ahead>
+MQ_AVX2 void dot_stream(const int8_t* const weight[4], int64_t depth, const void* codes, int32_t* sums) {
+  __m256i total[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    const int8_t* w = weight[r];
+    const __m256i* c = static_cast<const __m256i*>(codes);
+    __m256i acc[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) acc[i] = _mm256_setzero_si256();
+    int64_t k = 0;
+    for (; k + kLineBytes <= depth; k += kLineBytes, w += kLineBytes, c += 4) {
+      if (Ahead) _mm_prefetch(w + kStreamAhead, _MM_HINT_T1);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        acc[i] = Pairs::add(acc[i], Pairs::load(w + i * kDotBytes), _mm256_loadu_si256(c + i));
+      }
+    }
+    for (; k + kDotBytes <= depth; k += kDotBytes, w += kDotBytes, ++c) {
+      acc[0] = Pairs::add(acc[0], Pairs::load(w), _mm256_loadu_si256(c));
+    }
+    if (k < depth) {
+      int8_t rest[kDotBytes] = {};
+      std::memcpy(rest, w, depth - k);
+      acc[1] = Pairs::add(acc[1], Pairs::load(rest), _mm256_loadu_si256(c));
+    }
+    total[r] = _mm256_add_epi32(_mm256_add_epi32(acc[0], acc[1]), _mm256_add_epi32(acc[2], acc[3]));
+  }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), four_totals<false>(total));
+}
+
 template <class Op, bool Ahead>
 void dot_ahead(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
                int tokens, int32_t* sums, int64_t sums_stride) {
+  if constexpr (Op::kCodeSize == 2) {
+    if (tokens == 1) return dot_stream<Ahead>(weight, depth, codes, sums);
+  }
   switch (tokens) {
     case 1: return dot_of<Op, 1, 4, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
     case 2: return dot_of<Op, 2, 4, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
