@@ -52,11 +52,17 @@ def _cast(dtype: torch.dtype) -> Convert:
     return lambda model, case, _: eager(model.to(dtype), case, dtype)
 
 
+def _quantized(model: nn.Module, dtype: str) -> nn.Module:
+    from mono_quant import dynamic_quantize  # noqa: PLC0415
+
+    return dynamic_quantize(model, dtype)[0]
+
+
 def _ours(dtype: str) -> Convert:
     def convert(model: nn.Module, case: Case, _: Inputs) -> graphs.Runner:
-        from mono_quant import dynamic_quantize, kernels  # noqa: PLC0415
+        from mono_quant import kernels  # noqa: PLC0415
 
-        runner = eager(dynamic_quantize(model, dtype)[0], case)
+        runner = eager(_quantized(model, dtype), case)
         return runner.saying(kernels.describe()) if dtype == "int8" else runner
 
     return convert
@@ -76,12 +82,6 @@ def _compiled(prepare: Callable[[nn.Module], nn.Module]) -> Convert:
         return runner
 
     return convert
-
-
-def _to_int8(model: nn.Module) -> nn.Module:
-    from mono_quant import dynamic_quantize  # noqa: PLC0415
-
-    return dynamic_quantize(model, "int8")[0]
 
 
 def _ours_at(bits: int) -> Convert:
@@ -167,7 +167,7 @@ STACKS = {
     "fp16": Stack(_cast(torch.float16)),
     "fp32-compiled": Stack(_compiled(lambda model: model)),
     "ours": Stack(_ours("int8"), imports=("mono_quant",)),
-    "ours-compiled": Stack(_compiled(_to_int8), imports=("mono_quant",)),
+    "ours-compiled": Stack(_compiled(lambda model: _quantized(model, "int8")), imports=("mono_quant",)),
     "ours-8bit": Stack(_ours_at(8), imports=("mono_quant",)),
     "ours-12bit": Stack(_ours_at(12), imports=("mono_quant",)),
     "ours-fp16": Stack(_ours("fp16"), imports=("mono_quant",)),

@@ -230,9 +230,6 @@ MQ_TARGET void dot_of(const int8_t* const weight[4], int64_t depth, int64_t ahea
   }
 }
 
-// How far ahead a single stream is fetched.
-constexpr int64_t kStreamAhead = 4096;
-
 // One token by four rows of codes from memory, read one after another: the fewer streams, the faster these flow.
 template <class Op>
 MQ_TARGET void dot_stream(const int8_t* const weight[4], int64_t depth, const void* codes, int32_t* sums) {
@@ -265,11 +262,13 @@ MQ_TARGET void dot_stream(const int8_t* const weight[4], int64_t depth, const vo
 template <class Op, bool Ahead>
 void dot_ahead(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
                int tokens, int32_t* sums, int64_t sums_stride) {
-  if constexpr (Ahead && Op::kCodeSize != 4) {
-    if (tokens == 1) return dot_stream<Op>(weight, depth, codes, sums);
-  }
   switch (tokens) {
-    case 1: return dot_of<Op, 1, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+    case 1:
+      if constexpr (Ahead && Op::kCodeSize != 4) {
+        return dot_stream<Op>(weight, depth, codes, sums);
+      } else {
+        return dot_of<Op, 1, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+      }
     case 2: return dot_of<Op, 2, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
     case 3: return dot_of<Op, 3, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
     default: return dot_of<Op, 4, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);

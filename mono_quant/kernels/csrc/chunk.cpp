@@ -43,7 +43,7 @@ bool quantize(const Chunk& chunk, int64_t t) {
   const Linear& layer = chunk.layer;
   const void* row = layer.x.at(chunk.first + t);
   if (layer.patches != nullptr) {
-    char* patch = static_cast<char*>(scratch.reserve(layer.depth * size_of(layer.x.dtype) + 1));
+    char* patch = static_cast<char*>(scratch.reserve(layer.depth * size_of(layer.x.dtype)));
     if (patch == nullptr) return false;
     gather(layer, chunk.first + t, patch);
     row = patch;

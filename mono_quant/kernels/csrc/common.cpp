@@ -7,9 +7,10 @@ namespace mq {
 Scratch::~Scratch() { std::free(data_); }
 
 void* Scratch::reserve(size_t bytes) {
-  if (bytes > size_) {
+  if (bytes > size_ || data_ == nullptr) {
     std::free(data_);
-    size_ = round_up(static_cast<int64_t>(bytes), 4096);
+    // never nothing: null means that there is no memory
+    size_ = round_up(static_cast<int64_t>(bytes) + 1, 4096);
     data_ = std::aligned_alloc(64, size_);
     if (data_ == nullptr) size_ = 0;
   }

@@ -22,6 +22,9 @@ inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 // Codes of a token are padded with zeros to a multiple of this, so that no inner loop over codes has a tail.
 constexpr int64_t kDepthAlign = 64;
 
+// How far ahead the weights of a single token are fetched, in bytes (measured).
+constexpr int64_t kStreamAhead = 4096;
+
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Elements of a row as `at(row)`; rows need not be adjacent.

@@ -67,7 +67,7 @@ bool linear(const Linear& layer) {
   const int64_t step = blocks ? 0 : std::min(layer.tokens, std::max(kFewestTokens, kChunkBytes / code_bytes));
   const bool convert_bias = layer.bias != nullptr && layer.bias_dtype != DType::f32;
   const int64_t bias_bytes = convert_bias ? round_up(layer.rows * 4, 64) : 0;
-  char* memory = static_cast<char*>(scratch.reserve(step * (code_bytes + sizeof(Token)) + bias_bytes + 1));
+  char* memory = static_cast<char*>(scratch.reserve(step * (code_bytes + sizeof(Token)) + bias_bytes));
   if (memory == nullptr) return false;
 
   if (convert_bias) to_floats(layer.bias, layer.bias_dtype, layer.rows, reinterpret_cast<float*>(memory));

@@ -53,43 +53,42 @@ void multiply_rows(const Chunk& chunk, int64_t n, int64_t rows) {
   }
 }
 
-// Tokens [first, last) pass by the panel of weights from row `n` on, which is interleaved block by block.
-void multiply_panel(const Chunk& chunk, int64_t n, int64_t first, int64_t last, int32_t* panel, int32_t* sums) {
+int rows_from(int64_t n, const Chunk& chunk) {
+  return static_cast<int>(std::min<int64_t>(chunk.product.panel_rows, chunk.layer.rows - n));
+}
+
+// The panel from row `n` on, `depth` codes of it from `k` on.
+void interleave(const Chunk& chunk, int64_t n, int64_t k, int64_t depth, int32_t* panel) {
   const Linear& layer = chunk.layer;
+  chunk.product.interleave(layer.weight + n * layer.weight_stride + k * chunk.product.weight_size, layer.weight_stride,
+                           rows_from(n, chunk), depth, panel);
+}
+
+// Tokens [first, last) pass by such a panel. The sums are finished at the end of the rows; until then each token keeps
+// its own.
+void multiply_tiles(const Chunk& chunk, int64_t first, int64_t last, int64_t n, int64_t k, int64_t depth,
+                    const int32_t* panel, int32_t* sums) {
   const ProductKernels& product = chunk.product;
-  const int rows = static_cast<int>(std::min<int64_t>(product.panel_rows, layer.rows - n));
+  const bool whole = depth == chunk.layer.depth, final = k + depth == chunk.layer.depth;
+  const int rows = rows_from(n, chunk);
   const int64_t tiles = (last - first + product.tile_tokens - 1) / product.tile_tokens;
-  for (int64_t k = 0; k < layer.depth; k += kBlockDepth) {
-    const int64_t depth = std::min(kBlockDepth, layer.depth - k);
-    product.interleave(layer.weight + n * layer.weight_stride + k * product.weight_size, layer.weight_stride, rows, depth,
-                       panel);
-    for (int64_t i = 0; i < tiles; ++i) {
-      // Tiles of nearly equal height: a last tile of one token would cost almost as much as a full one.
-      const int64_t t = first + (last - first) * i / tiles;
-      const int tokens = static_cast<int>(first + (last - first) * (i + 1) / tiles - t);
-      int32_t* tile = layer.depth <= kBlockDepth ? sums : sums + (t - first) * product.panel_rows;
-      product.tile(reinterpret_cast<const int32_t*>(chunk.code_row(t) + k * product.code_size), chunk.code_bytes() / 4,
-                   tokens, panel, rows, words_of(depth, product), tile, k > 0);
-      if (k + depth == layer.depth) finish(chunk, t, tokens, n, rows, tile, product.panel_rows);
-    }
+  for (int64_t i = 0; i < tiles; ++i) {
+    // Tiles of nearly equal height: a last tile of one token would cost almost as much as a full one.
+    const int64_t t = first + (last - first) * i / tiles;
+    const int tokens = static_cast<int>(first + (last - first) * (i + 1) / tiles - t);
+    int32_t* tile = whole ? sums : sums + (t - first) * product.panel_rows;
+    product.tile(reinterpret_cast<const int32_t*>(chunk.code_row(t) + k * product.code_size), chunk.code_bytes() / 4,
+                 tokens, panel, rows, words_of(depth, product), tile, k > 0);
+    if (final) finish(chunk, t, tokens, n, rows, tile, product.panel_rows);
   }
 }
 
-// The tokens of a block pass by all panels of weights.
-void multiply_block(const Chunk& block, const int32_t* packed, int64_t panel_words) {
-  const Linear& layer = block.layer;
-  const ProductKernels& product = block.product;
-  alignas(64) int32_t sums[kMaxTile * kMaxPanel];
-  const int64_t tiles = (block.tokens + product.tile_tokens - 1) / product.tile_tokens;
-  for (int64_t n = 0; n < layer.rows; n += product.panel_rows, packed += panel_words) {
-    const int rows = static_cast<int>(std::min<int64_t>(product.panel_rows, layer.rows - n));
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t t = block.tokens * i / tiles;
-      const int tokens = static_cast<int>(block.tokens * (i + 1) / tiles - t);
-      product.tile(reinterpret_cast<const int32_t*>(block.code_row(t)), block.code_bytes() / 4, tokens, packed, rows,
-                   words_of(layer.depth, product), sums, false);
-      finish(block, t, tokens, n, rows, sums, product.panel_rows);
-    }
+// Tokens [first, last) pass by the panel of weights from row `n` on, which is interleaved block by block.
+void multiply_panel(const Chunk& chunk, int64_t n, int64_t first, int64_t last, int32_t* panel, int32_t* sums) {
+  for (int64_t k = 0; k < chunk.layer.depth; k += kBlockDepth) {
+    const int64_t depth = std::min(kBlockDepth, chunk.layer.depth - k);
+    interleave(chunk, n, k, depth, panel);
+    multiply_tiles(chunk, first, last, n, k, depth, panel, sums);
   }
 }
 
@@ -183,10 +182,7 @@ bool multiply_blocks(const Chunk& whole) {
     char* memory = static_cast<char*>(scratch.reserve(code_bytes + kBlockTokens * sizeof(Token)));
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < panels; ++p) {
-      const int64_t n = p * product.panel_rows;
-      product.interleave(layer.weight + n * layer.weight_stride, layer.weight_stride,
-                         static_cast<int>(std::min<int64_t>(product.panel_rows, layer.rows - n)), layer.depth,
-                         packed + p * panel_words);
+      interleave(whole, p * product.panel_rows, 0, layer.depth, packed + p * panel_words);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) {
@@ -195,9 +191,11 @@ bool multiply_blocks(const Chunk& whole) {
       block.tokens = layer.tokens * (b + 1) / blocks - block.first;
       bool mine = memory != nullptr;
       for (int64_t t = 0; mine && t < block.tokens; ++t) mine = quantize(block, t);
-      if (mine) {
-        multiply_block(block, packed, panel_words);
-      } else {
+      alignas(64) int32_t sums[kMaxTile * kMaxPanel];
+      for (int64_t p = 0; mine && p < panels; ++p) {
+        multiply_tiles(block, 0, block.tokens, p * product.panel_rows, 0, layer.depth, packed + p * panel_words, sums);
+      }
+      if (!mine) {
 #pragma omp atomic write
         ok = false;
       }

@@ -230,9 +230,6 @@ MQ_AVX2 void dot_of(const int8_t* const* weight, int64_t depth, int64_t ahead, c
   store_totals<Op, T, R>(acc, sums, sums_stride);
 }
 
-// How far ahead a single stream is fetched.
-constexpr int64_t kStreamAhead = 4096;
-
 // One token by four rows of codes, read one after another: the fewer streams, the faster these flow from memory.
 template <bool Ahead>
 MQ_AVX2 void dot_stream(const int8_t* const weight[4], int64_t depth, const void* codes, int32_t* sums) {
@@ -268,11 +265,13 @@ MQ_AVX2 void dot_stream(const int8_t* const weight[4], int64_t depth, const void
 template <class Op, bool Ahead>
 void dot_ahead(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
                int tokens, int32_t* sums, int64_t sums_stride) {
-  if constexpr (Op::kCodeSize == 2) {
-    if (tokens == 1) return dot_stream<Ahead>(weight, depth, codes, sums);
-  }
   switch (tokens) {
-    case 1: return dot_of<Op, 1, 4, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+    case 1:
+      if constexpr (Op::kCodeSize == 2) {
+        return dot_stream<Ahead>(weight, depth, codes, sums);
+      } else {
+        return dot_of<Op, 1, 4, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
+      }
     case 2: return dot_of<Op, 2, 4, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
     case 3:
       dot_of<Op, 3, 2, Ahead>(weight, depth, ahead, codes, stride, sums, sums_stride);
