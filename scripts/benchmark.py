@@ -34,6 +34,13 @@ def shape(text: str) -> tuple[int, int]:
     return int(rows), int(depth)
 
 
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few; give 1 or more")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--seconds", type=float, default=0.3, help="time for each competitor of a row")
@@ -61,10 +68,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     command.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS), help="fp32 always runs")
     command.add_argument("--batches", type=int, nargs="+", default=[1, 32])
-    command.add_argument(
-        "--rounds", type=int, choices=range(1, 100), metavar="N", default=1,
-        help="processes for each stack; the fastest counts",
-    )  # fmt: skip
+    command.add_argument("--rounds", type=count, default=1, help="processes for each stack; the fastest counts")
     command.add_argument("--timeout", type=int, default=900, help="seconds for one stack on one model")
     command = commands.add_parser("worker", parents=[common])
     command.set_defaults(run=run_worker)
