@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     command.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS), help="fp32 always runs")
     command.add_argument("--batches", type=int, nargs="+", default=[1, 32])
-    command.add_argument("--rounds", type=count, default=1, help="processes for each stack; the fastest counts")
+    command.add_argument(
+        "--rounds", type=count, default=1, help="processes for each stack; the fastest counts"
+    )
     command.add_argument("--timeout", type=int, default=900, help="seconds for one stack on one model")
     command = commands.add_parser("worker", parents=[common])
     command.set_defaults(run=run_worker)
