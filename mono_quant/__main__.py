@@ -1,5 +1,5 @@
 """`python -m mono_quant` is the command line."""
 
-from mono_quant.cli import main
+from mono_quant.apps.cli import main
 
 main()

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import mono_quant
-from mono_quant import fidelity
+from mono_quant.convert import fidelity, probes
 
 TASKS = {
     "ForCausalLM": "text-generation",
@@ -40,7 +40,7 @@ def title(text: str) -> None:
 
 
 def milliseconds(
-    models: dict[str, torch.nn.Module], probe: fidelity.Probe, rounds: int = 15
+    models: dict[str, torch.nn.Module], probe: probes.Probe, rounds: int = 15
 ) -> dict[str, float]:
     """Median time of a forward pass, the models in turn."""
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -56,8 +56,8 @@ def milliseconds(
 
 def compare_speed(original: torch.nn.Module, loaded: torch.nn.Module, processor: object) -> None:
     try:
-        probe = fidelity.make_probe(original, processor)
-    except fidelity.ProbeError as e:
+        probe = probes.make_probe(original, processor)
+    except probes.ProbeError as e:
         print(f"not measured: {e}")
         return
     ms = milliseconds({"original": original, "int8": loaded}, probe)
@@ -73,7 +73,7 @@ def rank(pipe: transformers.Pipeline) -> list[tuple[float, str]]:
         return torch.tensor(pipe(text)[0]).mean(0)
 
     query = embed(QUERY)
-    scores = [(float(torch.cosine_similarity(query, embed(s), dim=0)), s) for s in fidelity.SENTENCES]
+    scores = [(float(torch.cosine_similarity(query, embed(s), dim=0)), s) for s in probes.SENTENCES]
     return sorted(scores, reverse=True)
 
 
@@ -114,7 +114,7 @@ def main() -> None:
     folder = result.save(Path("mono-quant-demo") / f"{name}-int8", overwrite=True)
     loaded = mono_quant.load(folder)
     print(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    probe = fidelity.make_probe(loaded, result.processor)
+    probe = probes.make_probe(loaded, result.processor)
     equal = torch.equal(fidelity.run(result.model, probe).values, fidelity.run(loaded, probe).values)
     print(f"the loaded {type(loaded).__name__} answers bit for bit like the one saved: {equal}")
     if not equal:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/support"))
 
 from loopback_hub import LoopbackHub
 
@@ -29,7 +29,7 @@ import transformers
 from torch import nn
 
 import mono_quant
-from mono_quant import cards, saved
+from mono_quant.artifact import cards, facts
 
 CARD = b"---\nlicense: mit\nlanguage: en\npipeline_tag: text-generation\n---\n# A tiny model with random weights\n"
 FILES = ("mono_quant.json", "mono_quant_report.json")
@@ -105,7 +105,7 @@ def keep(result: mono_quant.QuantizedModel, name: str) -> None:
         folder = result.save(Path(scratch) / "model")
         for file in FILES:
             shutil.copy(folder / file, target / file)
-    text = cards.render(saved.read_card_facts(target, f"example/{name}"))
+    text = cards.render(facts.read_card_facts(target, f"example/{name}"))
     (target / "README.md").write_text(text, encoding="utf-8")
     print(target)
 

@@ -8,55 +8,73 @@ import pytest
 import mono_quant
 
 PACKAGE = Path(mono_quant.__file__).parent
-# A room imports only from rooms above its own line; a new room has to be given a line here.
-LAYERS = [
-    {"errors", "version", "allowed"},
-    {"kernels", "reading", "selection", "numerics", "hub_client", "origin"},
-    {"report", "config", "layers", "hub", "json_reader", "disk", "forwards"},
-    {"modules", "half_modules", "cards", "fidelity", "hub_push", "headers", "manifest", "staging"},
-    {"account", "encoding"},
-    {"convert", "formats", "guards", "targets", "tensor_file", "names"},
-    {"quantizer", "files", "half", "widen"},
-    {"bridge"},
-    {"sentence", "shards"},
-    {"pickles"},
-    {"checkpoint"},
-    {"adapters"},
-    {"saved"},
-    {"saving", "loading"},
-    {"inspection", "publishing"},
-    {"result"},
-    {"api"},
-    {"cli", "__init__"},
-    {"__main__"},
-]
-INSIDE_KERNELS = [{"reference", "build"}, {"cpu"}, {"__init__"}]
+# A room imports only from lines above its own: from folders further up, and in its folder from rooms further up.
+# A new room has to be given a line here.
+ROOMS = {
+    "": [["errors", "version"]],
+    "io": [["text"]],
+    "io/disk": [
+        ["reading", "allowed"],
+        ["json_text", "disk"],
+        ["manifest", "staging"],
+        ["targets"],
+        ["output"],
+    ],
+    "io/tensors": [["headers"], ["tensor_file"], ["shards"], ["pickles"], ["checkpoint"]],
+    "io/hub": [["patience", "metadata"], ["client"], ["repo"], ["target"], ["push"]],
+    "kernels": [["reference", "weights", "build"], ["cpu"], ["choice"], ["encoding", "ops"]],
+    "planning": [["rules", "kinds", "report"], ["config", "walk"], ["layers", "rows"]],
+    "convert": [
+        ["forwards", "probes"],
+        ["int8_layers", "half_layers", "fidelity"],
+        ["surgery"],
+        ["int8", "half"],
+    ],
+    "hf": [
+        ["configs", "names", "compressed_tensors", "processors"],
+        ["quantizer"],
+        ["models"],
+        ["state", "sentence"],
+    ],
+    "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"]],
+    "artifact": [
+        ["layouts", "cards"],
+        ["facts"],
+        ["tensors"],
+        ["saving", "loading"],
+        ["inspection", "publishing"],
+    ],
+    "api": [["result"], ["recipe"], ["verbs"]],
+    "apps": [["cli"]],
+}
+# From outside, arithmetic is one room: only its definitions may be named beside it.
+KERNELS_SEEN = {"__init__", "weights"}
 # What only these rooms may name.
 EFFECTS = {
-    "print": {"cli"},
+    "print": {"apps/cli"},
     "breakpoint": set(),
-    "HfApi": {"hub", "hub_client", "hub_push"},
+    "HfApi": {"io/hub/repo", "io/hub/client"},
     "hf_hub_download": set(),
-    "snapshot_download": {"hub"},
+    "snapshot_download": {"io/hub/repo"},
     "upload_folder": set(),
-    "get_session": {"hub", "hub_client"},
+    "get_session": {"io/hub/repo", "io/hub/patience"},
     "httpx": set(),
     "requests": set(),
     "socket": set(),
     "urlopen": set(),
-    "create_commit": {"hub_push"},
-    "O_CREAT": {"disk"},
-    "fsync": {"disk"},
-    "mkdir": {"disk"},
-    "posix_fallocate": {"disk"},
-    "rmtree": {"disk"},
+    "create_commit": {"io/hub/push"},
+    "O_CREAT": {"io/disk/disk"},
+    "fsync": {"io/disk/disk"},
+    "mkdir": {"io/disk/disk"},
+    "posix_fallocate": {"io/disk/disk"},
+    "rmtree": {"io/disk/disk"},
     "chmod": set(),
     "pwrite": set(),
     "save_file": set(),
     "symlink": set(),
     "truncate": set(),
     "unlink": set(),
-    "ctypes": {"kernels", "disk"},
+    "ctypes": {"kernels/cpu", "io/disk/disk"},
     "import_module": set(),
     "__import__": set(),
     "exec": set(),
@@ -65,13 +83,19 @@ EFFECTS = {
 # `eval` is also a method of every torch module.
 METHODS = {"eval"}
 
-LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-KERNEL_LEVEL = {part: level for level, parts in enumerate(INSIDE_KERNELS) for part in parts}
+RANK = {
+    "/".join(filter(None, (folder, room))): (floor, line)
+    for floor, (folder, lines) in enumerate(ROOMS.items())
+    for line, rooms in enumerate(lines)
+    for room in rooms
+}
+# what hands on names stands above its rooms; `__main__` runs the command line
+RANK |= {"kernels/__init__": (list(ROOMS).index("kernels"), 99), "__init__": (98, 0), "__main__": (99, 0)}
 TREES = {
-    path.relative_to(PACKAGE).with_suffix("").parts: ast.parse(path.read_text(encoding="utf-8"))
+    path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-FILES = pytest.mark.parametrize("file", sorted(TREES), ids="/".join)
+FILES = pytest.mark.parametrize("file", sorted(TREES))
 
 
 def own_imports(tree):
@@ -116,28 +140,49 @@ def torch_chains(tree):
             yield from (n.split(".") for n in (a.name for a in node.names) if n.split(".")[0] == "torch")
 
 
-def test_every_room_has_a_layer():
-    rooms = {file[0] for file in TREES}
-    assert rooms - LEVEL.keys() == set(), "give the new rooms a line in LAYERS, by what they import"
-    assert LEVEL.keys() - rooms == set(), "these rooms are gone: take them out of LAYERS"
-    parts = {file[1] for file in TREES if file[0] == "kernels"}
-    assert parts == KERNEL_LEVEL.keys(), "INSIDE_KERNELS is out of date"
-    assert sum(map(len, LAYERS)) == len(LEVEL), "a room is listed twice"
+def room_of(target):
+    """Return the room that a dotted name below the package lies in: a file, or the names that a folder hands on."""
+    for end in range(len(target), 0, -1):
+        for room in ("/".join(target[:end]), "/".join((*target[:end], "__init__"))):
+            if room in TREES:
+                return room
+    return "__init__"
+
+
+def folder_of(room):
+    return room.rpartition("/")[0]
+
+
+def test_every_room_has_a_place():
+    silent = {
+        room for room, tree in TREES.items() if room.endswith("/__init__") and not list(own_imports(tree))
+    }
+    assert TREES.keys() - silent - RANK.keys() == set(), (
+        "give the new rooms a line in ROOMS, by what they import"
+    )
+    assert RANK.keys() - TREES.keys() == set(), "these rooms are gone: take them out of ROOMS"
+    assert sum(len(line) for lines in ROOMS.values() for line in lines) == len(RANK) - 3, (
+        "a room is listed twice"
+    )
+
+
+def test_a_folder_hands_on_names_and_holds_no_code():
+    for room, tree in TREES.items():
+        if room.endswith("__init__"):
+            assert isinstance(tree.body[0], ast.Expr), f"{room} has no charter"
+            rest = [node for node in tree.body[1:] if not isinstance(node, ast.ImportFrom)]
+            assert all(isinstance(n, ast.Assign) and n.targets[0].id == "__all__" for n in rest), room
 
 
 @FILES
 def test_imports_point_down(file):
     wrong = []
     for target, node in own_imports(TREES[file]):
-        room = target[0] if target and target[0] in LEVEL else "__init__"
-        if file[0] == room == "kernels":
-            part = target[1] if target[1:] and target[1] in KERNEL_LEVEL else "__init__"
-            down = KERNEL_LEVEL[part] < KERNEL_LEVEL[file[1]]
-        else:
-            # from outside, kernels is one room: its parts are its own affair
-            inner = room == "kernels" and target[1:] and target[1] in KERNEL_LEVEL
-            down = LEVEL[room] < LEVEL.get(file[0], -1) and not inner
-        if not down:
+        room = room_of(target)
+        seen = (
+            folder_of(room) != "kernels" or folder_of(file) == "kernels" or room.split("/")[1] in KERNELS_SEEN
+        )
+        if not (seen and RANK[room] < RANK[file]):
             wrong.append(f"line {node.lineno}: {'.'.join(target)}")
     assert wrong == []
 
@@ -155,9 +200,9 @@ def test_each_effect_stays_in_its_rooms(file):
     wrong = {
         name
         for name, is_attribute in identifiers(TREES[file])
-        if name in EFFECTS and file[0] not in EFFECTS[name] and not (is_attribute and name in METHODS)
+        if name in EFFECTS and file not in EFFECTS[name] and not (is_attribute and name in METHODS)
     }
-    if file == ("kernels", "build"):
+    if file == "kernels/build":
         pytest.skip("runs when the package is installed")
     assert wrong == set()
 
@@ -182,7 +227,7 @@ def test_private_torch_and_compiled_ops_are_used_in_kernels_alone(file):
         for chain in torch_chains(TREES[file])
         if any(part.startswith("_") and not part.startswith("__") for part in chain) or "ops" in chain
     }
-    assert private == set() or file[0] == "kernels"
+    assert private == set() or folder_of(file) == "kernels"
 
 
 @FILES
@@ -209,5 +254,5 @@ def test_each_check_has_something_to_find():
     assert {n for n, rooms in EFFECTS.items() if rooms} - everything == set(), (
         "an allowance that nobody needs"
     )
-    assert any("ops" in chain for chain in torch_chains(TREES["kernels", "__init__"]))
-    assert any(target[:1] == ("errors",) for target, _ in own_imports(TREES[("numerics",)]))
+    assert any("ops" in chain for chain in torch_chains(TREES["kernels/ops"]))
+    assert any(target[:1] == ("errors",) for target, _ in own_imports(TREES["kernels/weights"]))

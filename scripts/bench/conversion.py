@@ -7,6 +7,7 @@ import torch
 from bench.limits import last_level_cache
 from bench.timing import Calls, Row, measure
 from mono_quant import kernels
+from mono_quant.kernels.choice import loaded
 
 HEADER = """\
 GB/s, read + written, and the share of a copy of the same source counted the same way: the stricter way, since a conversion
@@ -30,7 +31,7 @@ def run_convert(options: argparse.Namespace) -> Row:
             **_in_place(source, half),
             "copy fresh": source.clone,
             "to half fresh": lambda s=source: kernels.cast_half(s),
-            "to int8 fresh": lambda s=source, d=dtype: kernels.encode_rows(s, d),
+            "to int8 fresh": lambda s=source: kernels.encode_rows(s),
             "torch to int8 fresh": lambda s=source: _torch_int8(s),
         }
         times = measure(calls, options.seconds, options.best)
@@ -60,7 +61,7 @@ def _torch_int8(source: torch.Tensor) -> torch.Tensor:
 
 def _in_place(source: torch.Tensor, half: torch.Tensor) -> Calls:
     """The two loops writing to memory that is there already, called through the C interface."""
-    library = kernels._loaded.library  # noqa: SLF001
+    library = loaded.library
     if library is None:
         return {}
     rows, depth = source.shape

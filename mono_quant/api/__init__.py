@@ -1,0 +1,1 @@
+"""The public verbs as straight-line recipes."""

@@ -1,0 +1,175 @@
+"""The object that a verb returns: the converted model with everything that belongs to it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mono_quant.artifact import loading
+from mono_quant.artifact.facts import read_report
+from mono_quant.artifact.publishing import publish
+from mono_quant.artifact.saving import MAX_SHARD_SIZE, render_card, save
+from mono_quant.errors import ConfigError, MonoQuantError, UnsupportedModelError
+from mono_quant.hf.processors import pipeline
+from mono_quant.io.disk.output import temporary_folder
+from mono_quant.io.hub.client import Hub
+from mono_quant.io.hub.push import PushResult
+from mono_quant.planning.config import QuantizationConfig
+from mono_quant.planning.report import QuantReport
+from mono_quant.sources.source import Source
+
+
+@dataclass(repr=False)
+class QuantizedModel:
+    """A converted model.
+
+    Attributes:
+        model: the module itself, of the class it was.
+        report: what became of every parameter, and how close the output is.
+        config: the request.
+    """
+
+    model: nn.Module
+    report: QuantReport
+    config: QuantizationConfig
+    _source: Source
+
+    def __repr__(self) -> str:
+        return f"<QuantizedModel {type(self.model).__name__}: {self.report.summary}>"
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer or processor: the one given, else the one of the source folder; None when there is none."""
+        return self._source.find_processor()
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+    ) -> Path:
+        """Write the model as a folder that appears whole or not at all.
+
+        Args:
+            folder: must not exist, unless `overwrite` and mono_quant wrote it.
+            overwrite: replace an older result.
+            max_shard_size: of one weight file, in bytes or text such as `5GB`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OutputError: it could not be written; what was there before is untouched.
+        """
+        return save(
+            folder,
+            self._source,
+            self.report,
+            self.config,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        overwrite: bool = False,
+        create_pr: bool = False,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+    ) -> PushResult:
+        """Save, load back, compare, and push in one commit.
+
+        Args:
+            repo_id: target; the token's account when it has no owner. Created when missing.
+            private: visibility of a new repository; None makes it as private as the source.
+            overwrite: replace weights that mono_quant did not push.
+            create_pr: open a pull request instead of changing the branch.
+            revision: branch to push to.
+            commit_message: one line.
+            token: the saved login when None.
+
+        Returns:
+            The commit that holds the files.
+
+        Raises:
+            HubError: the Hub refused; nothing was changed, or it says what was.
+        """
+        with temporary_folder() as scratch:
+            return publish(
+                self.save(scratch / "model"),
+                repo_id,
+                model=self.model,
+                private=private,
+                overwrite=overwrite,
+                create_pr=create_pr,
+                revision=revision,
+                commit_message=commit_message,
+                client=Hub(token=token),
+            )
+
+    def card(self) -> str:
+        """Return the README that `save` writes."""
+        return render_card(self._source, self.report, self.config)
+
+    def pipeline(self, task: str) -> Any:
+        """Return a transformers pipeline around the model and its processor.
+
+        Args:
+            task: a transformers task, e.g. `text-classification` or `feature-extraction`.
+
+        Raises:
+            ConfigError: transformers has no such task.
+            UnsupportedModelError: the model is not a transformers model, or not one for this task.
+        """
+        if not isinstance(task, str):
+            raise ConfigError(f"task is {task!r}; give the name of one, such as 'feature-extraction'")
+        if self._source.kind != "transformers":
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} is no transformers model, so it has no pipeline; call .model itself"
+            )
+        try:
+            return pipeline(task, self.model, self.processor)
+        except MonoQuantError:
+            raise
+        except KeyError as e:
+            raise ConfigError(
+                f"task {task!r}: {e.args[0]}. Choose one that this version of transformers has"
+            ) from e
+        except Exception as e:
+            # transformers raises a bare Exception when a tokenizer or processor is missing
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} makes no {task!r} pipeline ({type(e).__name__}: {e}). Choose the task that the "
+                f"model was made for, quantize it with processor=, or call .model itself"
+            ) from e
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        model: nn.Module | Callable[[], nn.Module] | None = None,
+        *,
+        verify: bool = True,
+    ) -> "QuantizedModel":
+        """Load a saved folder with its report and processor; see `mono_quant.load` for the model alone.
+
+        Args:
+            folder: that `save` wrote.
+            model: for a plain module, an instance or a function that makes one.
+            verify: compare every file with the manifest's sha256 first.
+
+        Raises:
+            MonoQuantError: a typed error for a missing, tampered, foreign or newer folder.
+        """
+        path = Path(folder)
+        loaded, manifest = loading.load(path, model, verify=verify)
+        report = read_report(path)
+        settings: Mapping[str, Any] = manifest.get("settings", {})
+        source = loading.loaded_source(path, loaded, manifest)
+        return cls(loaded, report, QuantizationConfig.from_dict(settings), source)

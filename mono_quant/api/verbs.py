@@ -1,0 +1,292 @@
+"""The public verbs, as straight-line recipes."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mono_quant.api.recipe import convert_source, layers_of
+from mono_quant.api.result import QuantizedModel
+from mono_quant.artifact import loading
+from mono_quant.artifact.facts import is_result_file
+from mono_quant.artifact.publishing import after_saving, publish
+from mono_quant.convert import half
+from mono_quant.convert.int8 import decide, planned
+from mono_quant.errors import ConfigError
+from mono_quant.io.disk.output import check_target
+from mono_quant.io.hub.client import Hub
+from mono_quant.io.hub.push import PushResult
+from mono_quant.io.hub.repo import download, resolve
+from mono_quant.io.hub.target import check_push
+from mono_quant.planning.config import QuantizationConfig, merge
+from mono_quant.planning.report import QuantReport
+from mono_quant.planning.rows import account, int8_notes, layer_reasons, survey
+from mono_quant.sources.opening import locate, open_source
+from mono_quant.sources.source import Access
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "<as in config>"
+
+
+UNSET: Any = _Unset()
+
+
+def quantize(
+    source: nn.Module | str | Path,
+    dtype: str | torch.dtype = UNSET,
+    *,
+    config: QuantizationConfig | Mapping[str, Any] | None = None,
+    inplace: bool = False,
+    processor: Any = None,
+    probe: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    origin: str | None = None,
+    **options: Any,
+) -> QuantizedModel:
+    """Convert a model to INT8 or FP16.
+
+    Args:
+        source: an `nn.Module`, a transformers model, a SentenceTransformer, a local folder, or a Hub id.
+        dtype: `int8` (the default) or `fp16`; torch.int8, torch.qint8 and torch.float16 work too.
+        config: a request to start from; arguments win over it.
+        inplace: convert the given module itself; it is put back when that fails. Otherwise it is not touched.
+        processor: tokenizer or processor of a model in memory: measured with it, and saved beside the model.
+        probe: inputs to measure the output with: a tensor, a tuple of arguments or a dict of keyword arguments.
+        revision: branch, tag or commit of a Hub id.
+        token: for a private or gated Hub id; the saved login when None.
+        trust_remote_code: run the repository's own model code. Read it first.
+        allow_pickle: read pickle weights, as plain tensors in a guarded process.
+        origin: `hub` or `local`, to say what an ambiguous text means.
+        **options: fields of `QuantizationConfig`.
+
+    Returns:
+        The converted model with its report.
+
+    Raises:
+        MonoQuantError: a typed error for everything that cannot be converted, naming the remedy.
+    """
+    request = _request(config, dtype, options)
+    access = Access(revision, Hub(token=token), trust_remote_code, allow_pickle, origin)
+    opened = open_source(source, access, processor=processor)
+    return convert_source(opened, request, inplace=inplace or opened.owned, probe=probe)
+
+
+def dynamic_quantize(
+    model: nn.Module,
+    dtype: str | torch.dtype = UNSET,
+    config: QuantizationConfig | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[nn.Module, list[str]]:
+    """Convert a model in memory; the given one is not changed.
+
+    Args:
+        model: any module.
+        dtype: `int8` (the default) or `fp16`.
+        config: a request to start from; arguments win over it.
+        **options: fields of `QuantizationConfig`.
+
+    Returns:
+        The converted model, and the names of the layers that were left as they were.
+
+    Raises:
+        MonoQuantError: as `quantize`.
+    """
+    # nothing is measured: this verb returns no report
+    request = _request(config, dtype, {"fidelity": False, **options})
+    result = convert_source(open_source(model), request, inplace=False, probe=None)
+    return result.model, [row.module or row.name for row in result.report.skipped]
+
+
+def quantize_from_hub(
+    repo_id: str,
+    dtype: str | torch.dtype = UNSET,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    private: bool | None = None,
+    overwrite: bool = False,
+    create_pr: bool = False,
+    config: QuantizationConfig | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> QuantizedModel:
+    """Download a model, convert it, and save and push it where asked.
+
+    Args:
+        repo_id: `owner/name`; never a local folder.
+        dtype: `int8` (the default) or `fp16`.
+        revision: branch, tag or commit; resolved to one commit that everything is read from.
+        token: for a private or gated source; the saved login when None.
+        output: folder to save to.
+        push_to: repository to push to, in one commit, after the saved model was loaded back and compared.
+        private: visibility of a new repository; None makes it as private as the source.
+        overwrite: replace an older `output`, and weights in `push_to` that mono_quant did not push.
+        create_pr: open a pull request in `push_to` instead of changing its branch.
+        config: a request to start from; arguments win over it.
+        **options: fields of `QuantizationConfig`, and `trust_remote_code`, `allow_pickle`, `probe`.
+
+    Returns:
+        The converted model with its report.
+
+    Raises:
+        HubError: the Hub refused or did not answer.
+        MonoQuantError: as `quantize`.
+    """
+    client = Hub(token=token)
+    if output is not None:
+        check_target(output, overwrite=overwrite)
+    if push_to is not None:
+        facts = resolve(repo_id, revision=revision, hub=client)
+        check_push(push_to, client, source=facts, private=private, overwrite=overwrite, create_pr=create_pr)
+        revision = facts.sha
+    result = quantize(repo_id, dtype, config=config, revision=revision, token=token, origin="hub", **options)
+    if output is not None:
+        result.save(output, overwrite=overwrite)
+    if push_to is not None:
+        with after_saving(None if output is None else Path(output), push_to):
+            result.push_to_hub(
+                push_to, private=private, overwrite=overwrite, create_pr=create_pr, token=token
+            )
+    return result
+
+
+def push_to_hub(
+    folder_or_result: str | Path | QuantizedModel,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    overwrite: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> PushResult:
+    """Publish a saved folder or a converted model in one commit: all files or none.
+
+    The folder is loaded back first; the card is written for the repository it goes to; what the Hub holds afterwards is
+    read back and compared.
+
+    Args:
+        folder_or_result: a folder that `save` wrote, or what `quantize` returned.
+        repo_id: target; the token's account when it has no owner. Created when missing.
+        private: visibility of a new repository; None makes it as private as the source.
+        overwrite: replace weights that mono_quant did not push.
+        create_pr: open a pull request instead of changing the branch.
+        revision: branch to push to.
+        commit_message: one line.
+        token: the saved login when None.
+
+    Returns:
+        The commit that holds the files, with the page of the repository.
+
+    Raises:
+        HubError: the Hub refused; nothing was changed, or it says what was.
+        ConfigError: the folder's card was edited and contradicts the report.
+    """
+    options: dict[str, Any] = {
+        "private": private,
+        "overwrite": overwrite,
+        "create_pr": create_pr,
+        "revision": revision,
+        "commit_message": commit_message,
+    }
+    if isinstance(folder_or_result, QuantizedModel):
+        return folder_or_result.push_to_hub(repo_id, token=token, **options)
+    return publish(Path(folder_or_result), repo_id, client=Hub(token=token), **options)
+
+
+def plan(
+    source: nn.Module | str | Path,
+    dtype: str | torch.dtype = UNSET,
+    *,
+    config: QuantizationConfig | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    origin: str | None = None,
+    **options: Any,
+) -> QuantReport:
+    """Say what `quantize` would do, without converting or reading any weight.
+
+    Args:
+        source: as for `quantize`; of a Hub id only the config and the headers of the weight files are fetched.
+        dtype: `int8` (the default) or `fp16`.
+        config: a request to start from; arguments win over it.
+        revision, token, trust_remote_code, origin: as for `quantize`.
+        **options: fields of `QuantizationConfig`.
+
+    Returns:
+        A report with `planned=True`: every parameter, its fate and the sizes. What only the values can tell
+        (non-finite weights, float16 overflow) is not in it.
+
+    Raises:
+        MonoQuantError: as `quantize`.
+    """
+    request = _request(config, dtype, options)
+    access = Access(revision, Hub(token=token), trust_remote_code, origin=origin)
+    opened = open_source(source, access, weights=False)
+    layers = layers_of(opened)
+    decisions = decide(layers, request.rules(), opened.model)
+    rows = survey(opened.model, layers)
+    if request.dtype == "int8":
+        done, reasons = planned(opened.model, decisions), layer_reasons(rows, decisions)
+    else:
+        reasons, done = half.planned_half(opened.model, request.rules(), opened.core_name)
+    complete = account(rows, done, reasons)
+    found = int8_notes(complete) if request.dtype == "int8" else ()
+    return QuantReport(request.dtype, complete, notes=(*opened.notes, *found), planned=True)
+
+
+def load(
+    folder: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    verify: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    origin: str | None = None,
+) -> nn.Module:
+    """Load a saved model, as the class it was, with int8 kept in memory and executed.
+
+    Also loads compressed-tensors int8 (W8A8, dynamic per token) checkpoints that others made.
+
+    Args:
+        folder: that `save` wrote, or a Hub id.
+        model: for a plain module, an instance of its class (left untouched) or a function that makes one.
+        verify: compare every file with the manifest's sha256 first.
+        revision, token, origin: for a Hub id, as for `quantize`.
+
+    Returns:
+        The model in evaluation mode; its outputs equal those of the model that was saved, bit for bit.
+
+    Raises:
+        MonoQuantError: a typed error for a missing, tampered, foreign or newer folder.
+    """
+    path = Path(folder)
+    if isinstance(folder, str) and locate(folder, origin) == "hub":
+        client = Hub(token=token)
+        facts = resolve(folder, revision=revision, hub=client)
+        path = download(facts, wanted=is_result_file, hub=client)
+    elif revision is not None:
+        raise ConfigError(
+            f"revision is {revision!r}, but {folder} is a local folder, which has none; leave it out"
+        )
+    loaded, _ = loading.load(path, model, verify=verify)
+    return loaded
+
+
+def _request(
+    config: QuantizationConfig | Mapping[str, Any] | None, dtype: Any, options: Mapping[str, Any]
+) -> QuantizationConfig:
+    given = {k: v for k, v in options.items() if v is not UNSET}
+    if dtype is not UNSET:
+        given["dtype"] = dtype
+    return merge(config, given)

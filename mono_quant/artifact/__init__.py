@@ -1,0 +1,1 @@
+"""The saved folder: its layouts and card, writing, reading, checking and publishing it."""

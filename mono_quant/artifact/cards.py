@@ -1,0 +1,404 @@
+"""The card of a saved model: a pure function of the report and the source's facts, and a check that a card is true.
+
+Every string that comes from outside (names, licences, tags) is put on one line, cut, and set in a code span or written by the YAML
+library, so that it cannot become structure. There is no template that could be filled with code.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from keyword import iskeyword
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from mono_quant.planning.report import QuantReport, TensorReport, gap_text, human_bytes
+from mono_quant.sources.origin import Origin
+
+_FACTS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+# What the forward of a transformers model takes, as far as a card speaks of it.
+INPUTS = ("input_ids", "pixel_values", "input_features", "input_values", "inputs", "past_values")
+_MAX_KEPT_LINES = 60
+# Characters of a gated repository's terms.
+_MAX_TERMS = 100_000
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything a card is made from.
+
+    Attributes:
+        report: of the conversion.
+        origin: of the model.
+        layout: `compressed-tensors`, `mono_quant` or `plain`.
+        kind: `module`, `transformers` or `sentence_transformer`.
+        settings: options of the request that differ from the defaults.
+        versions: of mono_quant, torch and transformers.
+        has_tokenizer: the folder brings a tokenizer.
+        inputs: what the model's forward takes, of `input_ids`, `pixel_values` and the like; empty when that is not known.
+        generates: it has `generate`.
+        repo_id: where the model is published; None for a folder.
+    """
+
+    report: QuantReport
+    origin: Origin
+    layout: str
+    kind: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    has_tokenizer: bool = False
+    repo_id: str | None = None
+    inputs: tuple[str, ...] = ()
+    generates: bool = False
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """Return text without line breaks, control and direction characters, cut at `limit`."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def render(facts: CardFacts) -> str:
+    """Return the card as Markdown with a YAML head."""
+    sections = [
+        _head(facts),
+        _summary(facts),
+        _section("What is quantized and what is not", _account_lines(facts.report)),
+        _section("How close it is to the original", _fidelity_lines(facts.report)),
+        _section("How to load it", _loading_lines(facts)),
+        _section("How to make it again", _recipe_lines(facts)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def lint(text: str, facts: CardFacts) -> list[str]:
+    """Compare a card with the facts it should state.
+
+    Args:
+        text: the card, perhaps edited by hand.
+        facts: of the model.
+
+    Returns:
+        One line per contradiction; empty when the card is true. Text that was added is not judged.
+    """
+    try:
+        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError) as e:
+        return [f"its YAML head cannot be read: {one_line(str(e))}"]
+    problems = []
+    expected = metadata(facts).to_dict()
+    for key in ("base_model", "base_model_relation", "library_name", *_FACTS):
+        # of a local model nothing is known: what its owner adds is no contradiction
+        is_open = facts.origin.repo_id is None and expected.get(key) is None
+        if not is_open and _listed(data.get(key)) != _listed(expected.get(key)):
+            problems.append(f"{key} is {data.get(key)!r}, but the model's is {expected.get(key)!r}")
+    lost = [tag for tag in expected["tags"] if tag not in _listed(data.get("tags"))]
+    if lost:
+        problems.append(f"the tags lack {', '.join(lost)}")
+    own = {x.casefold() for x in (facts.repo_id,) if x}
+    if str(data.get("base_model", "")).casefold() in own:
+        problems.append(f"base_model is {data.get('base_model')!r}, the repository itself")
+    shown = re.sub(r"(?<!`)<!--.*?(?:-->|\Z)", "", text, flags=re.DOTALL)
+    lines = [line.rstrip() for line in shown.splitlines()]
+    for part in (
+        _summary(facts).split("\n")[1:],
+        _account_lines(facts.report),
+        _fidelity_lines(facts.report),
+        _loading_lines(facts),
+        _recipe_lines(facts),
+    ):
+        missing = [line for line in part if line.strip() and line.rstrip() not in lines]
+        problems += [f"this line is missing or differs: {line[:160]}" for line in missing[:5]]
+        if not missing:
+            problems += _mixed(part, lines)
+    return problems
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _mixed(part: list[str], lines: list[str]) -> Iterator[str]:
+    """Find the tables and code blocks that hold other lines than they should."""
+    for block in re.findall(r"^```.*?^```|(?:^\|[^\n]*\n?)+", "\n".join(part), re.DOTALL | re.MULTILINE):
+        wanted = block.rstrip().split("\n")
+        size = len(wanted)
+        found = [i for i in range(len(lines)) if lines[i : i + size] == wanted]
+        if not found or (
+            wanted[-1].startswith("|") and any("".join(lines[i + size : i + size + 1]) for i in found)
+        ):
+            yield f"there are other lines in the block that starts with: {wanted[0][:80]}"
+
+
+def metadata(facts: CardFacts) -> ModelCardData:
+    """Return the YAML head's fields."""
+    origin, report = facts.origin, facts.report
+    known = {k: _clean(getattr(origin, k)) for k in _FACTS}
+    if origin.repo_id is not None and origin.repo_id.casefold() != (facts.repo_id or "").casefold():
+        known |= {"base_model": origin.repo_id, "base_model_relation": "quantized"}
+    return ModelCardData(
+        library_name=library_of(facts),
+        tags=["mono_quant", "int8", "w8a8"] if report.dtype == "int8" else ["mono_quant", "fp16"],
+        **{k: v for k, v in known.items() if v},
+        **{
+            k: _clean(v, _clean_text)
+            for k, v in sorted(origin.extra_gated.items())
+            if re.fullmatch(r"extra_gated_[a-z_]+", k)
+        },
+    )
+
+
+def library_of(facts: CardFacts) -> str:
+    """Return the library whose own loader really loads the model."""
+    if facts.kind == "sentence_transformer":
+        return "sentence-transformers" if facts.layout == "plain" else "mono_quant"
+    fused = any(row.kind == "experts" and row.action == "quantized" for row in facts.report.rows)
+    return (
+        "transformers"
+        if facts.kind == "transformers" and facts.layout != "mono_quant" and not fused
+        else "mono_quant"
+    )
+
+
+def _clean(value: Any, text: Callable[[str], str] = one_line) -> Any:
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, (list, tuple)):
+        return [_clean(v, text) for v in value]
+    if isinstance(value, Mapping):
+        return {one_line(str(k)): _clean(v, text) for k, v in value.items()}
+    return value
+
+
+def _clean_text(text: str) -> str:
+    """Keep the lines of a text, such as the terms of a gated repository, without control and direction characters."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)[:_MAX_TERMS]
+
+
+def _head(facts: CardFacts) -> str:
+    return f"---\n{metadata(facts).to_yaml()}\n---"
+
+
+def _summary(facts: CardFacts) -> str:
+    report, origin = facts.report, facts.origin
+    title = facts.repo_id.rpartition("/")[2] if facts.repo_id else f"{one_line(origin.name)} {report.dtype}"
+    what = "INT8 (W8A8, dynamic)" if report.dtype == "int8" else "FP16"
+    if origin.repo_id:
+        source = f"[{_code(origin.repo_id)}](https://huggingface.co/{origin.repo_id}) at commit {_code(str(origin.sha))}"
+    else:
+        files = ", ".join(f"{_code(n)} with sha256 {_code(h)}" for n, h in list(origin.files.items())[:4])
+        more = f" and {len(origin.files) - 4} more files" if len(origin.files) > 4 else ""
+        source = f"a local {_code(origin.name)}" + (f" ({files}{more})" if files else "")
+    if report.dtype == "int8":
+        how = "Weights are int8 with one scale per output channel; activations are quantized per token at run time. "
+    else:
+        how = "Weights are float16. "
+    return (
+        f"# {_escape(title)}\n\n{what} version of {source}. {how}No calibration data was used.\n\n"
+        f"- **{report.quantized_parameters:,} of {report.parameters:,} parameters ({report.coverage:.1%})** are {report.dtype}\n"
+        f"- **{human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)}** of weights "
+        f"({report.bytes_before / max(report.bytes_after, 1):.2f}x smaller)"
+    )
+
+
+def _section(name: str, lines: Iterable[str]) -> str:
+    return "\n".join([f"## {name}", "", *lines])
+
+
+def _account_lines(report: QuantReport) -> list[str]:
+    lines = ["| | kind or reason | tensors | parameters | before | after |", "|---|---|---:|---:|---:|---:|"]
+    for action, label, rows in report.groups():
+        what = report.dtype if action == "quantized" else action
+        lines.append(
+            f"| {what} | {_cell(label)} | {len(rows)} | {sum(r.numel for r in rows):,} | "
+            f"{human_bytes(sum(r.bytes_before for r in rows))} | {human_bytes(sum(r.bytes_after for r in rows))} |"
+        )
+    return lines + list(_kept_lines(report.skipped))
+
+
+def _kept_lines(skipped: Iterable[TensorReport]) -> Iterator[str]:
+    groups: dict[tuple[str, str, str], list[TensorReport]] = defaultdict(list)
+    for row in skipped:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.module or row.name)
+        groups[pattern, row.dtype_after, row.reason].append(row)
+    if not groups:
+        return
+    yield ""
+    yield "Layers that stay in float, each with its reason (`*` stands for layer numbers):"
+    yield ""
+    yield "| layer | count | dtype | weights | reason |"
+    yield "|---|---:|---|---:|---|"
+    for i, ((pattern, dtype, reason), rows) in enumerate(groups.items()):
+        if i == _MAX_KEPT_LINES:
+            rest = list(groups.values())[i:]
+            yield f"| and {len(rest)} more kinds, listed in `mono_quant_report.json` | {sum(map(len, rest))} | | | |"
+            return
+        name = pattern if len(rows) > 1 else rows[0].module or rows[0].name
+        yield f"| {_cell(_code(name))} | {len(rows)} | {_cell(dtype)} | {sum(r.numel for r in rows):,} | {_cell(reason)} |"
+
+
+def _fidelity_lines(report: QuantReport) -> list[str]:
+    lines = []
+    if report.fidelity is None:
+        lines.append(f"The output was not measured: {_escape(report.fidelity_note)}.")
+    else:
+        lines += [
+            f"{_code(str(report.fidelity['output']))} of this model against the original, on {_escape(str(report.fidelity['probe']))} "
+            f"({report.fidelity['positions']:,} positions), measured when it was made (kernel: {_escape(report.kernel)}):",
+            "",
+            "| measure | value |",
+            "|---|---:|",
+            *(f"| {name} | {value} |" for name, value in report.measured()),
+        ]
+        if "given" not in str(report.fidelity["probe"]):
+            lines += [
+                "",
+                "A synthetic probe says how close the arithmetic is; it is no benchmark of the model's abilities.",
+            ]
+        if report.fidelity.get("relative_error_8_bit") is not None:
+            lines += [
+                "",
+                f"The kernel that was used gives activations {report.activation_bits} bits. Where they get 8, as on other "
+                f"processors and in other engines, the relative error is the one for 8 bits.",
+            ]
+    if report.overflow_warning:
+        lines += ["", f"Warning: {_escape(report.overflow_warning)}."]
+    worst = report.worst
+    if worst is not None and worst.sqnr_db is not None:
+        lines += [
+            "",
+            f"Lowest weight SQNR: {worst.sqnr_db:.1f} dB ({_code(worst.name)}), {gap_text(worst)}.",
+        ]
+    flushed = sum(r.flushed for r in report.rows)
+    if flushed:
+        lines += [
+            "",
+            f"{flushed:,} non-zero weights ({flushed / report.parameters:.2%}) became zero in float16.",
+        ]
+    return lines + [line for note in report.notes for line in ("", f"Note: {_escape(note)}.")]
+
+
+def _loading_lines(facts: CardFacts) -> list[str]:
+    where = facts.repo_id or "path/to/this/folder"
+    if facts.kind == "module":
+        body = [
+            "import mono_quant",
+            "",
+            f'model = mono_quant.load("{where}", model={_code_name(facts)}(...))  # your own class',
+        ]
+    elif facts.has_tokenizer and facts.kind == "transformers" and facts.inputs == ("input_ids",):
+        body = [
+            "import mono_quant",
+            "from transformers import AutoTokenizer",
+            "",
+            f'model = mono_quant.load("{where}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
+            'inputs = tokenizer("Hello, world.", return_tensors="pt")',
+        ]
+        if facts.generates:
+            body += [
+                "output = model.generate(**inputs, max_new_tokens=20)",
+                "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+            ]
+        else:
+            body.append("output = model(**inputs)")
+    elif facts.kind == "sentence_transformer":
+        body = [
+            "import mono_quant",
+            "",
+            f'model = mono_quant.load("{where}")',
+            'embedding = model.encode("Hello, world.")',
+        ]
+    else:
+        takes = f"  # takes {' and '.join(facts.inputs)}" if facts.inputs else ""
+        body = ["import mono_quant", "", f'model = mono_quant.load("{where}"){takes}']
+    return ["```python", *body, "```", "", *_reader_lines(facts)]
+
+
+def _reader_lines(facts: CardFacts) -> Iterator[str]:
+    if facts.layout == "plain":
+        yield "This is a plain float16 checkpoint: every loader of the original reads it."
+        kept = [r for r in facts.report.rows if r.action == "kept" and "float16 cannot hold" in r.reason]
+        if kept:
+            yield ""
+            yield (
+                f"{len(kept)} tensors do not fit float16 and are stored in their own dtype. `mono_quant.load` keeps them so; a loader "
+                f"that casts everything to float16 turns their largest values into infinity."
+            )
+    elif facts.layout == "mono_quant":
+        yield (
+            "The int8 codes are stored in mono_quant's own layout, because the standard one cannot hold all of these layers. "
+            "Other loaders refuse the file rather than read codes as weights."
+        )
+    elif facts.kind == "sentence_transformer":
+        yield (
+            "The transformer in it is a standard compressed-tensors checkpoint. sentence-transformers by itself stops with an error "
+            "at the first call (it does not let compressed-tensors unpack the weights); mono_quant keeps them in int8."
+        )
+    elif library_of(facts) == "mono_quant":
+        yield (
+            "The files are a standard compressed-tensors checkpoint with one int8 matrix per expert. transformers by itself cannot load "
+            "int8 experts; mono_quant keeps them in int8."
+        )
+    else:
+        yield (
+            "The files are a standard compressed-tensors checkpoint: transformers loads them too (with `compressed-tensors` "
+            "installed; it turns the weights back into float at the first call). It is the layout that vLLM documents for int8 "
+            "W8A8; this model was not run there."
+        )
+
+
+def _recipe_lines(facts: CardFacts) -> list[str]:
+    options = "".join(f", {k}={v!r}" for k, v in sorted(facts.settings.items()))
+    options += "".join(f", {name}=True" for name in facts.origin.access)
+    dtype = facts.report.dtype
+    if facts.origin.repo_id:
+        call = f'mono_quant.quantize_from_hub("{facts.origin.repo_id}", "{dtype}", revision="{facts.origin.sha}"{options})'
+        lines = [f"result = {call}"]
+    else:
+        lines = [
+            f"model = ...  # the original {_code_name(facts)}"
+            + (", or its folder" if facts.origin.files else ""),
+            f'result = mono_quant.quantize(model, "{dtype}"{options})',
+        ]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(facts.versions.items()))
+    return [
+        "```python",
+        "import mono_quant",
+        "",
+        *lines,
+        'result.save("output-folder")',
+        "```",
+        "",
+        f"Made with {_escape(versions)}. `mono_quant_report.json` lists every tensor; `mono_quant.json` has the sha256 of "
+        f"every file.",
+    ]
+
+
+def _code_name(facts: CardFacts) -> str:
+    """Return the class of the model as a word of Python."""
+    name = facts.origin.name
+    return name if name.isidentifier() and not iskeyword(name) else "YourModel"
+
+
+def _code(text: str) -> str:
+    """Set foreign text in a code span that it cannot leave."""
+    line = one_line(text)
+    ticks = "`" * (max((len(run) for run in re.findall(r"`+", line)), default=0) + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{ticks}{pad}{line}{pad}{ticks}"
+
+
+def _escape(text: str) -> str:
+    """Escape what Markdown and HTML would take for structure."""
+    escaped = re.sub(r"([\\`*_\[\]<>{}|#!~])", r"\\\1", one_line(text, 400))
+    # bare addresses would become links
+    return re.sub(r"(?i)(www)\.", r"\1\\.", escaped.replace("://", ":\\//"))
+
+
+def _cell(text: str) -> str:
+    """Make text safe inside a table cell: a bar ends a cell even inside a code span."""
+    if text.startswith("`"):
+        return text.replace("|", "\\|")
+    return _escape(text)

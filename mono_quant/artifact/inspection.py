@@ -1,0 +1,205 @@
+"""What a saved folder says about itself, from its files alone, and whether that is true."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mono_quant.artifact import loading
+from mono_quant.artifact.facts import REPORT, check_manifest, read_report, verified_manifest
+from mono_quant.artifact.tensors import read_tensors
+from mono_quant.errors import ConfigError, CorruptCheckpointError, MissingFileError, SourceNotFoundError
+from mono_quant.io.disk.json_text import read_json_object
+from mono_quant.io.disk.manifest import MANIFEST, read_manifest
+from mono_quant.io.hub.client import HUB, Hub
+from mono_quant.io.hub.repo import download, resolve
+from mono_quant.io.tensors.checkpoint import open_checkpoint
+from mono_quant.planning.report import human_bytes
+from mono_quant.sources.guards import Shapes
+from mono_quant.sources.opening import locate
+from mono_quant.sources.remote import remote_headers
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the headers of a folder's weight files hold.
+
+    Attributes:
+        folder: that was read.
+        facts: kind, layout, class, source and versions, as far as the files say.
+        quantized: shape of every tensor held as int8 codes, by name.
+        kept: dtype and shape of every other tensor that is no scale, by name.
+        reasons: why a tensor was kept, where the folder says so, by name.
+        weight_bytes: size of all tensors.
+    """
+
+    folder: Path
+    facts: Mapping[str, Any]
+    quantized: Mapping[str, tuple[int, ...]]
+    kept: Mapping[str, tuple[str, tuple[int, ...]]]
+    reasons: Mapping[str, str]
+    weight_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        kept = {
+            n: {"dtype": d, "shape": list(s), "reason": self.reasons.get(n, "")}
+            for n, (d, s) in self.kept.items()
+        }
+        return {
+            **self.facts,
+            "quantized": {n: {"dtype": "int8", "shape": list(s)} for n, s in self.quantized.items()},
+            "kept": kept,
+            "weight_bytes": self.weight_bytes,
+        }
+
+    def table(self) -> str:
+        """Return the inspection as text for a terminal."""
+        lines = [f"{key:<9} {value}" for key, value in self.facts.items() if value not in (None, "")]
+        lines.append(f"{'weights':<9} {human_bytes(self.weight_bytes)} in the files")
+        lines += ["", f"int8      {len(self.quantized)} tensors"]
+        lines += [f"  {name}  {_shape(shape)}" for name, shape in self.quantized.items()]
+        lines += ["", f"float     {len(self.kept)} tensors"]
+        for name, (dtype, shape) in self.kept.items():
+            reason = self.reasons.get(name, "")
+            lines.append(f"  {name}  {_shape(shape)} {dtype}{f'  ({reason})' if reason else ''}")
+        return "\n".join(lines)
+
+
+def inspect(folder: str | Path) -> Inspection:
+    """Read what is quantized and what is not from the headers of a folder, ours or anybody's.
+
+    Args:
+        folder: a saved model, or any model folder with safetensors weights.
+
+    Raises:
+        MonoQuantError: a typed error for a folder that is missing or broken.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise SourceNotFoundError(f"{path} is no folder; give the folder of a model")
+    manifest = read_manifest(path) if (path / MANIFEST).exists() else {}
+    if manifest:
+        check_manifest(path, manifest)
+    with open_checkpoint(path) as checkpoint:
+        headers = {name: (header.dtype, header.shape) for name, header in checkpoint.headers.items()}
+        return _inspection(path, manifest, headers, checkpoint.total_bytes, {})
+
+
+def _inspection(
+    path: Path, manifest: Mapping[str, Any], headers: Shapes, size: int, facts: Mapping[str, Any]
+) -> Inspection:
+    table: Mapping[str, Any] = manifest.get("tensors", {})
+    quantized, kept = {}, {}
+    for name, (dtype, shape) in sorted(headers.items()):
+        if dtype == torch.int8 and f"{name}_scale" in headers:
+            quantized[name] = tuple(table[name]["shape"]) if name in table else shape
+        elif not (name.endswith("_scale") and name.removesuffix("_scale") in headers):
+            kept[name] = (str(dtype).removeprefix("torch."), shape)
+    return Inspection(path, {**_facts(path, manifest), **facts}, quantized, kept, _reasons(path), size)
+
+
+def inspect_any(
+    place: str | Path,
+    *,
+    revision: str | None = None,
+    client: Hub = HUB,
+    origin: str | None = None,
+) -> Inspection:
+    """Inspect a folder, or a repository by its small files and headers.
+
+    Args:
+        place: a folder or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+        client: where the Hub is and who asks.
+        origin: `hub` or `local`, to say what an ambiguous text means.
+
+    Raises:
+        MonoQuantError: a typed error for a place that is missing or broken.
+    """
+    if isinstance(place, Path) or locate(place, origin) == "local":
+        if revision is not None:
+            raise ConfigError(f"{place} is a local folder, which has no revision {revision!r}; leave it out")
+        return inspect(place)
+    facts = resolve(place, revision=revision, hub=client)
+    small = ("config.json", MANIFEST, REPORT)
+    folder = download(facts, wanted=lambda name: name in small, hub=client)
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
+    headers, size = remote_headers(facts, client)
+    if not headers:
+        raise MissingFileError(
+            f"{facts.repo_id!r} has no safetensors weights at commit {facts.sha}; give a repository that has"
+        )
+    return _inspection(
+        folder, manifest, headers, size, {"folder": None, "repository": f"{facts.repo_id}@{facts.sha}"}
+    )
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Check a saved folder: every file against the manifest, the report against the weights, and that it loads.
+
+    Args:
+        folder: that mono_quant saved.
+
+    Returns:
+        One line for each check that passed.
+
+    Raises:
+        MonoQuantError: the first check that failed.
+    """
+    path = Path(folder)
+    manifest = verified_manifest(path)
+    passed = [f"{len(manifest['files'])} files have the size and sha256 of the manifest"]
+    report, seen = read_report(path), inspect(path)
+    # by values: fused experts are one parameter in memory and one matrix per expert in the file
+    found = sum(math.prod(shape) for shape in seen.quantized.values())
+    expected = sum(row.numel for row in report.quantized) if report.dtype == "int8" else 0
+    if found != expected:
+        raise CorruptCheckpointError(
+            f"{path}: the report lists {expected:,} int8 values, the weight files hold {found:,}; save the model again"
+        )
+    codes = len(seen.quantized)
+    passed.append(
+        f"{codes} int8 tensors, {len(seen.kept)} others, as the report says"
+        if codes
+        else "no int8 tensors, as the report says"
+    )
+    if manifest.get("kind") == "module":
+        read_tensors(path, manifest)
+        passed.append(
+            f"codes and scales are sound; {manifest.get('class')} itself can only be built by your code"
+        )
+    else:
+        model = loading.load(path, verify=False)[0]
+        passed.append(f"loads as {type(model).__name__}")
+    return passed
+
+
+def _facts(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    config = read_json_object(path / "config.json") if (path / "config.json").exists() else {}
+    block = config.get("quantization_config") or {}
+    source = manifest.get("source") or {}
+    return {
+        "folder": path.name,
+        "class": manifest.get("class") or ", ".join(config.get("architectures") or []),
+        "kind": manifest.get("kind"),
+        "dtype": manifest.get("dtype"),
+        "layout": manifest.get("layout") or block.get("quant_method"),
+        "source": f"{source['repo_id']}@{source['sha']}" if source.get("repo_id") else None,
+        "made by": f"mono_quant {manifest['mono_quant_version']}"
+        if "mono_quant_version" in manifest
+        else None,
+    }
+
+
+def _reasons(path: Path) -> dict[str, str]:
+    if not (path / REPORT).exists():
+        return {}
+    return {row.name: row.reason for row in read_report(path).rows if row.action == "kept"}
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(d) for d in shape) or "scalar"

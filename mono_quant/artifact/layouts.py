@@ -1,0 +1,59 @@
+"""The three layouts of a saved model, as pure functions: which one a model needs, and what goes into it.
+
+`compressed-tensors`: int8 linear layers of a transformers model, in the `int-quantized` format that transformers and vLLM read.
+`mono_quant`: everything else in int8. The codes lie flat (1-D) under the original names, so that every other loader stops at the
+shape instead of taking codes for weights. `plain`: float16.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant.convert.int8_layers import Int8Module
+from mono_quant.errors import UnsupportedModelError
+from mono_quant.hf.compressed_tensors import STANDARD
+from mono_quant.io.disk.manifest import FORMAT
+from mono_quant.planning.kinds import PORTABLE_KINDS
+from mono_quant.planning.report import QuantReport
+
+PLAIN = "plain"
+LAYOUTS = (STANDARD, FORMAT, PLAIN)
+
+
+def layout_of(kind: str, report: QuantReport, state: Mapping[str, Tensor], obstacle: str = "") -> str:
+    """Return the layout that a converted model needs.
+
+    Args:
+        kind: of the source: `module`, `transformers` or `sentence_transformer`.
+        report: of the conversion.
+        state: the tensors by the names they have in the file.
+        obstacle: why transformers cannot load the standard layout of this model; empty when it can.
+
+    Raises:
+        UnsupportedModelError: a SentenceTransformer holds layers that its format cannot.
+    """
+    if report.dtype == "fp16":
+        return PLAIN
+    portable = not obstacle and all(row.kind in PORTABLE_KINDS for row in report.quantized)
+    # experts that lie in one tensor in the file, too, have no standard form
+    portable = portable and all(t.dim() == 2 for t in state.values() if t.dtype == torch.int8)
+    if kind == "module" or not portable:
+        if kind == "sentence_transformer":
+            kinds = sorted({row.kind for row in report.quantized} - PORTABLE_KINDS) or [
+                f"layers here: {obstacle}"
+            ]
+            raise UnsupportedModelError(
+                f"a SentenceTransformer is saved in the standard format, which cannot hold int8 {', '.join(kinds)}; "
+                f"leave them in float (skip_types=[...], embeddings=False), or quantize model[0].auto_model by itself"
+            )
+        return FORMAT
+    return STANDARD
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the float part: what a quantized weight would read as, or of the other tensors."""
+    for module in model.modules():
+        if isinstance(module, Int8Module):
+            return module.float_dtype
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -1,0 +1,268 @@
+"""Reading a saved folder back, bit for bit, or a compressed-tensors int8 checkpoint of somebody else."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant.artifact.facts import check_manifest
+from mono_quant.artifact.layouts import LAYOUTS, PLAIN
+from mono_quant.artifact.tensors import read_tensors
+from mono_quant.convert.half import compute_in_float_
+from mono_quant.convert.int8 import install_
+from mono_quant.convert.int8_layers import Int8Module
+from mono_quant.convert.surgery import structural_copy
+from mono_quant.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    FormatVersionError,
+    MissingFileError,
+    UnsupportedModelError,
+)
+from mono_quant.hf.compressed_tensors import check_ct
+from mono_quant.hf.configs import dtype_of
+from mono_quant.hf.models import load_float, load_int8, model_class
+from mono_quant.hf.sentence import load_modules
+from mono_quant.io.disk.json_text import read_json_object
+from mono_quant.io.disk.manifest import FORMAT, MANIFEST, read_manifest, verify_manifest
+from mono_quant.io.tensors.checkpoint import open_checkpoint
+from mono_quant.planning.walk import weight_owners
+from mono_quant.sources.folder import find_side_files
+from mono_quant.sources.guards import check_proportion
+from mono_quant.sources.origin import Origin
+from mono_quant.sources.source import Source
+from mono_quant.version import __version__
+
+
+def load(
+    folder: Path, model: nn.Module | Callable[[], nn.Module] | None = None, *, verify: bool = True
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Read a saved model back, or a compressed-tensors int8 checkpoint of somebody else.
+
+    Args:
+        folder: to read.
+        model: for a plain module, an instance or a function that makes one; its weights are not used.
+        verify: compare every file with the manifest's sha256 first.
+
+    Returns:
+        The model in evaluation mode, and the manifest (empty for a foreign checkpoint).
+
+    Raises:
+        MonoQuantError: a typed error for a missing, tampered, foreign or newer folder.
+    """
+    if not folder.is_dir():
+        raise MissingFileError(f"{folder} is no folder; give the folder that save() wrote")
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        verify_manifest(folder, hashes=verify, extras=True)
+        return _load_own(folder, manifest, model), manifest
+    return _load_foreign(folder), {}
+
+
+def loaded_source(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -> Source:
+    """Return the source that a loaded model stands for, so that it can be saved again."""
+    kind = str(manifest.get("kind", "transformers"))
+    core: Any = model[0].auto_model if kind == "sentence_transformer" else model  # type: ignore[index]
+    name = next(path for path, module in model.named_modules() if module is core)
+    origin = Origin.from_dict(manifest.get("source") or {"name": type(core).__name__})
+    side = find_side_files(folder) if kind == "transformers" else ()
+    return Source(model, core, kind, name, folder=folder, side_files=side, owned=True, origin=origin)
+
+
+def _load_own(
+    folder: Path, manifest: Mapping[str, Any], model: nn.Module | Callable[[], nn.Module] | None
+) -> nn.Module:
+    check_manifest(folder, manifest)
+    kind, layout = manifest.get("kind"), manifest.get("layout")
+    if kind == "module":
+        return _load_plain(folder, manifest, model)
+    if model is not None:
+        raise ConfigError(f"{folder} holds a {manifest.get('class')} that builds itself; leave out model=")
+    if kind not in ("transformers", "sentence_transformer") or layout not in LAYOUTS:
+        raise FormatVersionError(
+            f"{folder}: {MANIFEST} names kind {kind!r} and layout {layout!r}, which this version ({__version__}) does not "
+            f"know; update mono_quant"
+        )
+    if kind == "sentence_transformer":
+        return _load_sentence(folder, manifest)
+    raw = _checked_config(folder)
+    cls, config = model_class(raw, folder, trust_remote_code=False)
+    tensors = read_tensors(folder, manifest)
+    if layout == PLAIN:
+        _refuse_codes(folder, tensors)
+        loaded = load_float(cls, config, tensors, str(folder), torch.float16)
+        kept = manifest.get("kept", {})
+        _restore_kept(loaded, kept, lambda: load_float(cls, config, tensors, str(folder), torch.float32))
+    else:
+        loaded = load_int8(cls, config, tensors, str(folder), dtype_of(raw))
+    _recast_buffers(loaded, manifest)
+    _set_generation(loaded, folder)
+    return _settled(loaded, layout == PLAIN)
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """Read config.json and hold it against the headers of the weights before a model of its size is built."""
+    raw = read_json_object(folder / "config.json")
+    with open_checkpoint(folder) as checkpoint:
+        check_proportion(folder, raw, {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()})
+    return raw
+
+
+def _refuse_codes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    codes = [n for n, t in tensors.items() if t.dtype == torch.int8 and f"{n}_scale" in tensors]
+    if codes:
+        raise CorruptCheckpointError(
+            f"{folder}: {codes[0]} holds int8 codes, but {MANIFEST} says that the layout is {PLAIN!r}; save the model again"
+        )
+
+
+def _settled(model: nn.Module, is_half: bool, within: str = "") -> nn.Module:
+    """Bring a model that was filled from files into the form that runs."""
+    if is_half:
+        compute_in_float_(model, within)
+    for module in model.modules():
+        if isinstance(module, Int8Module):
+            module.settle_()
+    return model
+
+
+def _load_sentence(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
+    half = manifest.get("layout") == PLAIN
+    _checked_config(folder)
+    model: Any = load_modules(folder, _codes(folder), half)
+    kept = manifest.get("kept", {})
+    if kept:
+        cls, config = model_class(read_json_object(folder / "config.json"), folder, trust_remote_code=False)
+        tensors = read_tensors(folder, {})
+        core = model[0].auto_model
+        _restore_kept(core, kept, lambda: load_float(cls, config, tensors, str(folder), torch.float32))
+    core = model[0].auto_model
+    _recast_buffers(core, manifest)
+    return _settled(model, half, next(path for path, module in model.named_modules() if module is core))
+
+
+def _load_plain(
+    folder: Path, manifest: Mapping[str, Any], model: nn.Module | Callable[[], nn.Module] | None
+) -> nn.Module:
+    if model is None:
+        raise ConfigError(
+            f"{folder} holds a {manifest.get('class')}, which only your code can build; pass it: "
+            f"load({str(folder)!r}, model={manifest.get('class')}(...)) or a function that makes it"
+        )
+    if not isinstance(model, nn.Module) and not callable(model):
+        raise ConfigError(
+            f"model= is a {type(model).__name__}; give an nn.Module or a function that makes one"
+        )
+    built = structural_copy(model) if isinstance(model, nn.Module) else model()
+    if not isinstance(built, nn.Module):
+        raise ConfigError(f"model= made a {type(built).__name__}, not an nn.Module")
+    tensors = read_tensors(folder, manifest)
+    codes = {
+        name for name, tensor in tensors.items() if tensor.dtype == torch.int8 and f"{name}_scale" in tensors
+    }
+    owners = weight_owners(built)
+    stray = sorted(codes - owners.keys())
+    if stray:
+        raise CorruptCheckpointError(
+            f"{folder}: {stray[0]} is int8, but {type(built).__name__} has no layer there that can hold it; pass the same "
+            f"architecture that was saved"
+        )
+    install_(built, sorted({owners[name] for name in codes}))
+    _fill_plain(built, tensors, folder)
+    _recast_buffers(built, manifest)
+    return _settled(built, manifest.get("layout") == PLAIN).eval()
+
+
+def _fill_plain(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    expected = model.state_dict(keep_vars=True)
+    by_identity: dict[int, str] = {}
+    for name, tensor in expected.items():
+        first = by_identity.setdefault(id(tensor), name)
+        if name not in tensors and first in tensors:
+            tensors[name] = tensors[first]
+    missing, left = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    wrong = [n for n in expected if n in tensors and not _fits(tensors[n], expected[n])]
+    if missing or left or wrong:
+        raise CorruptCheckpointError(
+            f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, left over {left[:3]}, "
+            f"other shape {wrong[:3]}; pass the same architecture that was saved"
+        )
+    fresh: dict[int, nn.Parameter] = {}
+    for name, old in expected.items():
+        if old.is_meta:
+            owner, _, last = name.rpartition(".")
+            # one Parameter for all names it has, so that ties stay ties
+            new = fresh.setdefault(id(old), nn.Parameter(tensors[name], requires_grad=old.requires_grad))
+            model.get_submodule(owner)._parameters[last] = new
+        else:
+            old.data = tensors[name]
+
+
+def _fits(stored: Tensor, expected: Tensor) -> bool:
+    same_kind = stored.is_floating_point() == expected.is_floating_point()
+    return stored.shape == expected.shape and same_kind
+
+
+def _load_foreign(folder: Path) -> nn.Module:
+    if not (folder / "config.json").exists():
+        raise MissingFileError(f"{folder} has neither {MANIFEST} nor config.json; it is no saved model")
+    raw = read_json_object(folder / "config.json")
+    block = raw.get("quantization_config")
+    if not isinstance(block, Mapping):
+        raise UnsupportedModelError(
+            f"{folder} is not quantized; use quantize({str(folder)!r}) first, or transformers to load it"
+        )
+    if block.get("quant_method") == FORMAT:
+        raise MissingFileError(
+            f"{folder} is a mono_quant model without its {MANIFEST}; download the whole folder again"
+        )
+    check_ct(folder, block)
+    _checked_config(folder)
+    cls, config = model_class(raw, folder, trust_remote_code=False)
+    loaded = load_int8(cls, config, read_tensors(folder, {}), str(folder), dtype_of(raw))
+    _set_generation(loaded, folder)
+    return _settled(loaded, is_half=False)
+
+
+def _codes(folder: Path) -> list[str]:
+    with open_checkpoint(folder) as checkpoint:
+        return sorted(name for name, header in checkpoint.headers.items() if header.dtype == torch.int8)
+
+
+def _restore_kept(model: nn.Module, kept: Mapping[str, str], full: Callable[[], nn.Module]) -> None:
+    """Give tensors that were not cast their own dtype back, which transformers' loader takes from them."""
+    if not kept:
+        return
+    wide = dict(full().named_parameters()) | dict(full().named_buffers())
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, dtype in kept.items():
+        _known(own, name, model).data = _known(wide, name, model).data.to(getattr(torch, dtype))
+
+
+def _recast_buffers(core: nn.Module, manifest: Mapping[str, Any]) -> None:
+    buffers = dict(core.named_buffers())
+    for name, dtype in manifest.get("buffers", {}).items():
+        buffer = _known(buffers, name, core)
+        buffer.data = buffer.data.to(getattr(torch, dtype))
+
+
+def _known(found: Mapping[str, Tensor], name: str, model: nn.Module) -> Tensor:
+    if name not in found:
+        raise CorruptCheckpointError(
+            f"{MANIFEST} names {name}, which {type(model).__name__} does not have; save it again"
+        )
+    return found[name]
+
+
+def _set_generation(model: nn.Module, folder: Path) -> None:
+    path = folder / "generation_config.json"
+    current = getattr(model, "generation_config", None)
+    if path.exists() and current is not None:
+        try:
+            model.generation_config = type(current).from_dict(read_json_object(path))
+        except (ValueError, TypeError, AttributeError) as e:
+            raise CorruptCheckpointError(
+                f"{path}: transformers cannot use it ({e}); save the model again"
+            ) from e

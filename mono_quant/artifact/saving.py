@@ -1,0 +1,225 @@
+"""Writing a converted model as one folder that appears whole or not at all; the layouts are in `formats`."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant.artifact.cards import render
+from mono_quant.artifact.facts import REPORT, card_facts
+from mono_quant.artifact.layouts import PLAIN, float_dtype, layout_of
+from mono_quant.convert.int8_layers import Int8TransposedLinear
+from mono_quant.errors import (
+    UnsupportedModelError,
+)
+from mono_quant.hf.compressed_tensors import STANDARD, ct_block
+from mono_quant.hf.configs import clean_config, plain_config
+from mono_quant.hf.names import standard_obstacle
+from mono_quant.hf.sentence import write_modules
+from mono_quant.hf.state import checkpoint_state
+from mono_quant.io.disk.json_text import read_json_object
+from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION
+from mono_quant.io.disk.output import OutputFolder, new_folder
+from mono_quant.io.tensors.shards import write_checkpoint
+from mono_quant.io.tensors.tensor_file import TensorEntry
+from mono_quant.planning.config import QuantizationConfig
+from mono_quant.planning.report import QuantReport
+from mono_quant.planning.rules import DEFAULTS
+from mono_quant.sources.source import Source
+
+MAX_SHARD_SIZE = 5 * 10**9
+
+
+def save(
+    target: str | Path,
+    source: Source,
+    report: QuantReport,
+    config: QuantizationConfig,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> Path:
+    """Write a converted model as a folder that appears whole or not at all.
+
+    Args:
+        target: the folder; it must not exist, unless `overwrite` and mono_quant wrote it.
+        source: the converted model and what belongs to it.
+        report: of the conversion.
+        config: the request.
+        overwrite: replace an older result.
+        max_shard_size: in bytes, or text such as `5GB`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: it could not be written; nothing was changed.
+    """
+    state = state_of(source, report)
+    layout = _layout(source, report, state)
+    with new_folder(target, overwrite=overwrite, sources=[source.folder] if source.folder else []) as folder:
+        table = _write_tensors(folder, source, state, layout, max_shard_size)
+        if source.kind != "module":
+            _write_configs(folder, source, state, layout)
+        _write_side_files(folder, source)
+        about = card_facts(source, report, config, layout, "tokenizer_config.json" in folder.files)
+        folder.write_text("README.md", render(about))
+        folder.write_text(REPORT, report.to_json())
+        folder.manifest |= {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "class": type(source.core).__name__,
+            "kind": source.kind,
+            "layout": layout,
+            "dtype": report.dtype,
+            "tensors": table,
+            "kept": _kept(source, report),
+            "buffers": _cast_buffers(source.core),
+            "source": source.origin.to_dict(),
+            "settings": config.to_dict(),
+            "inputs": list(about.inputs),
+            "generates": about.generates,
+            "versions": dict(about.versions),
+        }
+    return Path(target)
+
+
+def render_card(source: Source, report: QuantReport, config: QuantizationConfig) -> str:
+    """Return the card that `save` would write."""
+    layout = _layout(source, report, state_of(source, report))
+    has_tokenizer = "tokenizer_config.json" in source.side_files or source.processor is not None
+    return render(card_facts(source, report, config, layout, has_tokenizer))
+
+
+def _layout(source: Source, report: QuantReport, state: Mapping[str, Tensor]) -> str:
+    obstacle = "" if source.kind == "module" else standard_obstacle(source.core)
+    return layout_of(source.kind, report, state, obstacle)
+
+
+def state_of(source: Source, report: QuantReport) -> dict[str, Tensor]:
+    """Return the tensors of a converted model by the names they have in the file."""
+    prefix = f"{source.core_name}." if source.core_name else ""
+    # some of a float16 model is float32 in memory, with values that float16 holds
+    halves = {row.name.removeprefix(prefix) for row in report.rows if row.dtype_after == "float16"}
+    if source.kind == "module":
+        first: dict[tuple[int, torch.Size], str] = {}
+        state = source.model.state_dict()
+        for name, tensor in list(state.items()):
+            if not isinstance(tensor, Tensor):
+                raise UnsupportedModelError(
+                    f"{name} in the state dict is a {type(tensor).__name__}, not a tensor"
+                )
+            key = (tensor.data_ptr(), tensor.shape)
+            if tensor.numel() and first.setdefault(key, name) != name:
+                del state[name]
+        return {name: tensor.half() if name in halves else tensor for name, tensor in state.items()}
+    return checkpoint_state(source.core, halves)
+
+
+def _write_tensors(
+    folder: OutputFolder, source: Source, state: Mapping[str, Tensor], layout: str, max_shard_size: int | str
+) -> dict[str, Any]:
+    """Write the weights and return the table of int8 codes; see `formats.shaped_codes`."""
+    transposed = {
+        f"{name}.weight".lstrip(".")
+        for name, module in source.core.named_modules()
+        if isinstance(module, Int8TransposedLinear)
+    }
+    table: dict[str, Any] = {}
+    entries = []
+    for name, tensor in sorted(state.items()):
+        scale = state.get(f"{name}_scale")
+        is_code = tensor.dtype == torch.int8 and scale is not None and layout != PLAIN
+        if is_code and scale is not None:
+            facts = {
+                "shape": list(tensor.shape),
+                "transposed": name in transposed,
+                "scale": list(scale.shape),
+            }
+            table[name] = facts
+        if is_code and layout == FORMAT:
+            rows = tensor.t() if name in transposed else tensor
+            entries.append(_entry(name, (tensor.numel(),), torch.int8, _flat(rows)))
+        else:
+            entries.append(_entry(name, tuple(tensor.shape), tensor.dtype, _as_is(tensor)))
+    write_checkpoint(folder, entries, max_shard_size)
+    return table
+
+
+def _entry(name: str, shape: tuple[int, ...], dtype: torch.dtype, get: Callable[[], Tensor]) -> TensorEntry:
+    return TensorEntry(name, dtype, shape, get)
+
+
+def _flat(rows: Tensor) -> Callable[[], Tensor]:
+    return lambda: rows.detach().cpu().contiguous().view(-1)
+
+
+def _as_is(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor.detach().cpu()
+
+
+def _write_configs(folder: OutputFolder, source: Source, state: Mapping[str, Tensor], layout: str) -> None:
+    core: Any = source.core
+    data, _ = clean_config(plain_config(core.config))
+    dtype = "float16" if layout == PLAIN else str(float_dtype(core)).removeprefix("torch.")
+    data |= {"architectures": [type(core).__name__], "dtype": dtype}
+    if layout == STANDARD:
+        data["quantization_config"] = ct_block(core, state)
+    elif layout == FORMAT:
+        data["quantization_config"] = {"quant_method": FORMAT, "format_version": FORMAT_VERSION}
+    folder.write_json("config.json", data)
+    generation = getattr(core, "generation_config", None)
+    if generation is not None and core.can_generate():
+        folder.write_json("generation_config.json", clean_config(generation.to_diff_dict())[0])
+
+
+def _write_side_files(folder: OutputFolder, source: Source) -> None:
+    if source.folder is not None:
+        for name in source.side_files:
+            _copy_side_file(folder, name, source.folder / name)
+    if source.kind == "sentence_transformer":
+        write_modules(folder, source.model, source.core)
+    elif source.folder is None and source.processor is not None:
+        folder.adopt(source.processor.save_pretrained)
+
+
+def _copy_side_file(folder: OutputFolder, name: str, path: Path) -> None:
+    if name.endswith("_config.json") and "/" not in name:
+        raw = read_json_object(path)
+        clean, dropped = clean_config(raw)
+        paths = [k for k in clean if k.endswith("_file")]
+        if dropped or paths:
+            folder.write_json(name, {k: v for k, v in clean.items() if k not in paths})
+            return
+    folder.copy(name, path)
+
+
+def _kept(source: Source, report: QuantReport) -> dict[str, str]:
+    """Name the tensors of `core` that stay in another dtype inside a float16 model."""
+    if report.dtype != "fp16":
+        return {}
+    prefix = f"{source.core_name}." if source.core_name else ""
+    return {
+        row.name.removeprefix(prefix): row.dtype_after
+        for row in report.rows
+        if row.action == "kept" and row.dtype_after in ("float32", "bfloat16", "float64")
+        if row.name.startswith(prefix) and row.reason != DEFAULTS["keep_in_fp32"]
+    }
+
+
+def _cast_buffers(core: nn.Module) -> dict[str, str]:
+    """Name the float buffers that are not saved (rotary tables) and are not in float32, with their dtype.
+
+    They are computed when a model is built, in float32; a model that was cast in memory has them in another dtype.
+    """
+    saved = core.state_dict(keep_vars=True).keys()
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in core.named_buffers()
+        if name not in saved
+        and buffer.numel()
+        and buffer.is_floating_point()
+        and buffer.dtype != torch.float32
+    }

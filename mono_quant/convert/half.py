@@ -1,0 +1,258 @@
+"""Casting a model to float16, module by module, with everything that does not fit kept and named; and making it run.
+
+Its large matrices stay float16 in memory, its arithmetic is float32.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant.convert.forwards import StoredModule
+from mono_quant.convert.half_layers import HALF_LAYERS
+from mono_quant.convert.surgery import Progress, disable_float_fast_paths_, put_
+from mono_quant.errors import Fp16RangeError, NonFiniteWeightError
+from mono_quant.kernels import cast_half
+from mono_quant.kernels.weights import HalfCast
+from mono_quant.planning.kinds import WEIGHTS, kind_of, obstacle
+from mono_quant.planning.layers import fp32_patterns
+from mono_quant.planning.rows import Converted
+from mono_quant.planning.rules import DEFAULTS, Rules, container_reason, user_reason
+from mono_quant.planning.walk import below, module_aliases, own_floats
+
+
+def to_half_(
+    model: nn.Module,
+    rules: Rules,
+    *,
+    within: str = "",
+    on_nonfinite: str = "error",
+    on_overflow: str = "keep",
+    progress: Progress | None = None,
+) -> tuple[dict[str, str], dict[str, Converted]]:
+    """Cast the floating tensors of `model` to float16, in place.
+
+    A module is cast or kept as a whole, so that its arithmetic stays in one dtype. Buffers that are not saved (rotary
+    tables and such) stay as they are. `widen.compute_in_float_` then makes the model run.
+
+    Args:
+        model: is changed.
+        rules: only what the user skips counts here.
+        within: name of the part to cast; everything when empty.
+        on_nonfinite, on_overflow: `error` or `keep`.
+        progress: called as (module name, done, total).
+
+    Returns:
+        Reasons for the kept tensors, and what became of the others, both by tensor name.
+
+    Raises:
+        Fp16RangeError: a value does not fit and `on_overflow` is `error`.
+        NonFiniteWeightError: a tensor holds NaN or infinity and `on_nonfinite` is `error`.
+    """
+    modules = {n: m for n, m in model.named_modules() if own_floats(m) and below(n, within)}
+    keep = _kept_in_float(model, within, modules, rules)
+    halves: dict[int, HalfCast] = {}
+    for count, (name, module) in enumerate(modules.items()):
+        if progress:
+            progress(name, count, len(modules))
+        if name not in keep:
+            reason = _cast_all(name, module, halves, on_nonfinite, on_overflow)
+            if reason:
+                keep[name] = reason
+    _keep_partners(modules, keep)
+    reasons: dict[str, str] = {}
+    done: dict[str, Converted] = {}
+    for name, module in modules.items():
+        for own, tensor in own_floats(module).items():
+            full = f"{name}.{own}".lstrip(".")
+            if name in keep:
+                reasons[full] = keep[name]
+            else:
+                half = halves[id(tensor)]
+                tensor.data = half.value
+                done[full] = Converted(half.value.numel() * 2, torch.float16, flushed=half.flushed)
+    return reasons, done
+
+
+def planned_half(
+    model: nn.Module, rules: Rules, within: str = ""
+) -> tuple[dict[str, str], dict[str, Converted]]:
+    """Return what `to_half_` would do, as far as it can be told without the values."""
+    modules = {n: m for n, m in model.named_modules() if own_floats(m) and below(n, within)}
+    keep = _kept_in_float(model, within, modules, rules)
+    _keep_partners(modules, keep)
+    reasons, done = {}, {}
+    for name, module in modules.items():
+        for own, tensor in own_floats(module).items():
+            full = f"{name}.{own}".lstrip(".")
+            if name in keep:
+                reasons[full] = keep[name]
+            else:
+                done[full] = Converted(tensor.numel() * 2, torch.float16)
+    return reasons, done
+
+
+def _kept_in_float(
+    model: nn.Module, within: str, modules: Mapping[str, nn.Module], rules: Rules
+) -> dict[str, str]:
+    core = model.get_submodule(within)
+    patterns = fp32_patterns(core) if "keep_in_fp32" not in rules.disable_defaults else []
+    aliases = module_aliases(model)
+    classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    keep = {}
+    for name, module in modules.items():
+        weights = sum(p.numel() for p in module.parameters(recurse=False)) if kind_of(module) else None
+        every = (name, *aliases[id(module)])
+        reason = user_reason(every, type(module).__name__, weights, rules) or container_reason(
+            every, classes, rules
+        )
+        if not reason and any(p.search(name) for p in patterns):
+            reason = DEFAULTS["keep_in_fp32"]
+        if reason:
+            keep[name] = reason
+    return keep
+
+
+def _cast_all(
+    prefix: str, module: nn.Module, halves: dict[int, HalfCast], on_nonfinite: str, on_overflow: str
+) -> str:
+    """Cast all own tensors of a module into `halves` by id, or say why the module is kept."""
+    for name, tensor in own_floats(module).items():
+        if id(tensor) not in halves:
+            half, reason = _cast(f"{prefix}.{name}".lstrip("."), tensor, on_nonfinite, on_overflow)
+            if half is None:
+                return reason
+            halves[id(tensor)] = half
+    return ""
+
+
+def _keep_partners(modules: Mapping[str, nn.Module], keep: dict[str, str]) -> None:
+    """Keep every module that shares a tensor with a kept one."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        for tensor in own_floats(module).values():
+            owners[id(tensor)].append(name)
+    groups = [names for names in owners.values() if len(names) > 1]
+    for _ in groups:
+        for names in groups:
+            kept = next((n for n in names if n in keep), None)
+            for name in names if kept else ():
+                keep.setdefault(name, f"tied to {kept}, which is kept")
+
+
+def _cast(name: str, tensor: Tensor, on_nonfinite: str, on_overflow: str) -> tuple[HalfCast | None, str]:
+    try:
+        half = cast_half(tensor)
+    except NonFiniteWeightError as e:
+        if on_nonfinite == "error":
+            raise NonFiniteWeightError(
+                f"{name}: {e}. Repair the checkpoint, or use on_nonfinite='keep'"
+            ) from e
+        return None, f"{name} holds NaN or infinity"
+    if half.overflowed:
+        largest = float(tensor.detach().abs().max())
+        if on_overflow == "error":
+            raise Fp16RangeError(
+                f"{name}: {half.overflowed} values do not fit float16 (largest {largest:.6g}, limit 65504); "
+                f"use int8, or keep the layer with on_overflow='keep'"
+            )
+        return None, f"{name} has values up to {largest:.4g}, which float16 cannot hold"
+    return half, ""
+
+
+def compute_in_float_(model: nn.Module, within: str = "") -> None:
+    """Make a float16 model compute in float32, with its large matrices in float16.
+
+    Layers of the kinds in `HALF_LAYERS` are replaced; every other float16 tensor becomes float32 with the same values.
+    A module in another dtype gets its inputs in it, and answers in float32, by hooks.
+
+    Args:
+        model: is changed.
+        within: name of the part that is float16; everything when empty.
+    """
+    modules = {n: m for n, m in model.named_modules() if below(n, within)}
+    layers = {n: m for n, m in modules.items() if _can_hold_half(m)}
+    inside = {f"{n}.out_proj".lstrip(".") for n, m in layers.items() if kind_of(m) == "attention"}
+    held = {id(m.get_parameter(w)) for m in layers.values() for w in WEIGHTS[kind_of(m)]}
+    wide: set[int] = set()
+    for name, module in modules.items():
+        for own, tensor in own_floats(module).items():
+            is_weight = (
+                own in WEIGHTS[kind_of(module)] if name in layers else name in inside and own == "weight"
+            )
+            if tensor.dtype == torch.float16 and not is_weight:
+                tensor.data = tensor.data.float()
+                wide.add(id(tensor))
+    # a tensor that something else uses too is float32 for all who hold it
+    free = held - wide
+    shared: dict[int, nn.Parameter] = {}
+    aliases = module_aliases(model)
+    for name, module in layers.items():
+        if all(id(module.get_parameter(w)) in free for w in WEIGHTS[kind_of(module)]):
+            new = HALF_LAYERS[kind_of(module)](module, lambda p: _frozen(p, shared))
+            put_(model, (name, *aliases[id(module)]), module, new)
+    for module in model.get_submodule(within).modules():
+        if not isinstance(module, StoredModule):
+            _cast_inputs_(module)
+    disable_float_fast_paths_(model)
+
+
+def widened(model: nn.Module, report_names: Iterable[str]) -> tuple[int, list[str]]:
+    """Count the values that a file holds as float16 and `model` as float32, and name the classes that hold matrices of them.
+
+    Args:
+        model: after `compute_in_float_`.
+        report_names: of the tensors that are float16 in the file.
+    """
+    names = set(report_names)
+    count, classes = 0, set()
+    for name, module in model.named_modules():
+        for own, tensor in own_floats(module).items():
+            if f"{name}.{own}".lstrip(".") in names and tensor.dtype == torch.float32:
+                count += tensor.numel()
+                classes |= {type(module).__name__} if tensor.dim() > 1 else set()
+    return count, sorted(classes)
+
+
+def _can_hold_half(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    if kind not in HALF_LAYERS or obstacle(module, kind):
+        return False
+    return all(module.get_parameter(w).dtype == torch.float16 for w in WEIGHTS[kind])
+
+
+def _frozen(parameter: nn.Parameter, shared: dict[int, nn.Parameter]) -> nn.Parameter:
+    """Return one Parameter without gradient for all layers that share `parameter`."""
+    return shared.setdefault(id(parameter), nn.Parameter(parameter.data, requires_grad=False))
+
+
+def _cast_inputs_(module: nn.Module) -> None:
+    """Let a module with matrices, or in a dtype of its own, take float inputs of any dtype."""
+    own = own_floats(module).values()
+    if any(t.dim() > 1 or t.dtype != torch.float32 for t in own):
+        module.register_forward_pre_hook(_inputs_to_own_dtype, with_kwargs=True)
+    if any(t.dtype != torch.float32 for t in own):
+        module.register_forward_hook(_output_to_float)
+
+
+def _own_dtype(module: nn.Module) -> torch.dtype | None:
+    return next((t.dtype for t in module.parameters(recurse=False) if t.is_floating_point()), None)
+
+
+def _inputs_to_own_dtype(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    own = _own_dtype(module)
+    return (args, kwargs) if own is None else (_cast_tree(args, own), _cast_tree(kwargs, own))
+
+
+def _output_to_float(module: nn.Module, args: Any, output: Any) -> Any:
+    return output if _own_dtype(module) == torch.float16 else _cast_tree(output, torch.float32)
+
+
+def _cast_tree(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: _cast_tree(v, dtype) for k, v in value.items()}
+    return type(value)(_cast_tree(v, dtype) for v in value) if type(value) in (tuple, list) else value

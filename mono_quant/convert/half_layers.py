@@ -1,0 +1,142 @@
+"""The layers of a float16 model that keep their weight in float16 and compute in float32.
+
+A processor without float16 arithmetic runs a float16 model several times slower than a float32 one. These layers hold
+the float16 weight, widen it in registers, and pass float32 on; everything else in the model is small and is float32 in
+memory with values that float16 holds. `.half()` gives a model that computes in float16 throughout, for a GPU.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mono_quant import kernels
+from mono_quant.convert.forwards import AttentionForward, ExpertsForward, StoredModule
+
+Share = Callable[[Tensor], nn.Parameter]
+
+
+class HalfModule(StoredModule):
+    """A layer that holds float16 weights.
+
+    Outputs follow the dtype of the input; what follows no input is float32, until `.half()` or `.to(dtype)` says otherwise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32)
+
+    def _hold(self, name: str, parameter: nn.Parameter) -> None:
+        # Not `register_parameter`: it refuses names that the class answers itself.
+        self._parameters[name] = parameter
+
+    def _take_bias(self, bias: nn.Parameter | None) -> None:
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
+
+    def stored(self, name: str = "weight") -> Tensor:
+        """Return the parameter `name` as it lies in memory: float16."""
+        held = self._parameters[name]
+        assert held is not None
+        return held
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a tensor of the dtype that the model computes in."""
+        return self.stored().to(self.float_dtype)
+
+    def _product(self, x: Tensor, name: str, rows: int | slice, bias: Tensor | None) -> Tensor:
+        return kernels.half_linear(x, self.stored(name)[rows], bias)
+
+
+class HalfLinear(HalfModule):
+    """`nn.Linear` with float16 weights [out, in]."""
+
+    def __init__(self, source: nn.Linear, share: Share) -> None:
+        super().__init__()
+        self._hold("weight", share(source.weight))
+        self._take_bias(source.bias)
+        self.in_features, self.out_features = source.in_features, source.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., in] to [..., out] in the dtype of `input`."""
+        return kernels.half_linear(input, self.stored(), self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+class HalfTransposedLinear(HalfModule):
+    """GPT-2's `Conv1D`: a linear layer whose weight is [in, out]."""
+
+    def __init__(self, source: nn.Module, share: Share) -> None:
+        super().__init__()
+        weight = source.get_parameter("weight")
+        held = share(weight)
+        # the kernel reads rows of length `in`
+        held.data = held.data.t().contiguous().t()
+        self._hold("weight", held)
+        self._take_bias(source.get_parameter("bias"))
+        self.nx, self.nf = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out] in the dtype of `x`."""
+        return kernels.half_linear(x, self.stored().t(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}"
+
+
+class HalfEmbedding(HalfModule):
+    """`nn.Embedding` with float16 rows."""
+
+    def __init__(self, source: nn.Embedding, share: Share) -> None:
+        super().__init__()
+        self._hold("weight", share(source.weight))
+        self.num_embeddings, self.embedding_dim = source.num_embeddings, source.embedding_dim
+        self.padding_idx = source.padding_idx
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map integer indices [...] to rows [..., D] in the dtype that the model computes in."""
+        return F.embedding(input, self.stored(), self.padding_idx).to(self.float_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class HalfExperts(ExpertsForward, HalfModule):
+    """The fused experts of transformers 5: `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I]."""
+
+    def __init__(self, source: nn.Module, share: Share) -> None:
+        super().__init__()
+        for name in ("gate_up_proj", "down_proj"):
+            self._hold(name, share(source.get_parameter(name)))
+        self._take_routing(source, self.stored("gate_up_proj").shape[0])
+
+
+class HalfMultiheadAttention(AttentionForward, HalfModule):
+    """`nn.MultiheadAttention` with float16 projections: `in_proj_weight` [3E, E] and `out_proj`."""
+
+    def __init__(self, source: nn.MultiheadAttention, share: Share) -> None:
+        super().__init__()
+        self._hold("in_proj_weight", share(source.get_parameter("in_proj_weight")))
+        self.register_parameter("in_proj_bias", source.in_proj_bias)
+        self.out_proj = HalfLinear(source.out_proj, share)
+        self._take_heads(source)
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """The input projection [3E, E] in the dtype that the model computes in."""
+        return self.stored("in_proj_weight").to(self.float_dtype)
+
+
+# By kind of layer. Convolutions are not among them: nothing here is faster for them than torch's float32 ones.
+HALF_LAYERS: Mapping[str, Callable[..., HalfModule]] = {
+    "linear": HalfLinear,
+    "transposed_linear": HalfTransposedLinear,
+    "embedding": HalfEmbedding,
+    "experts": HalfExperts,
+    "attention": HalfMultiheadAttention,
+}

@@ -1,0 +1,1 @@
+"""Everything that knows the inside of transformers and its neighbours, and nothing else does."""

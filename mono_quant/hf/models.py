@@ -1,0 +1,217 @@
+"""Model classes, skeletons and loading.
+
+Models are always built from a config and a mapping of tensors that our own reader has checked; transformers never opens
+a file of the checkpoint itself. transformers is imported when a function here is first called.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+
+from mono_quant.errors import (
+    CorruptCheckpointError,
+    MonoQuantError,
+    RemoteCodeError,
+    UnsupportedModelError,
+)
+from mono_quant.hf.configs import clean_config
+from mono_quant.hf.names import renamer
+from mono_quant.hf.quantizer import METHOD, classes, mark_int8_
+
+# What transformers raises for a config or a state that it cannot use.
+_BUILD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    StrictDataclassError,
+)
+
+
+def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> tuple[type[Any], Any]:
+    """Return the class that `config.architectures` names, and the config object.
+
+    Args:
+        raw: the parsed `config.json`.
+        folder: where it came from, for remote code.
+        trust_remote_code: run the repository's own code where its config asks for it.
+
+    Raises:
+        RemoteCodeError: the class is not part of transformers and remote code was not allowed.
+        UnsupportedModelError: no architecture is named, or it is unknown.
+    """
+    import transformers
+
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise UnsupportedModelError(
+            f"{folder}: config.json names no architecture (architectures is {names!r}), so the model class is unknown. "
+            f"Load it with the class you want and pass the object: quantize(TheClass.from_pretrained(...))"
+        )
+    auto_map = raw.get("auto_map") or {}
+    if trust_remote_code and auto_map:
+        return _remote_class(auto_map, names[0], folder)
+    cls: Any = getattr(transformers, names[0], None)
+    kind = raw.get("model_type")
+    if not _is_model_class(cls) or not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        if auto_map:
+            raise RemoteCodeError(
+                f"{folder}: {names[0]} is not part of transformers {transformers.__version__} and its repository brings "
+                f"its own code. Read that code, then pass trust_remote_code=True to run it"
+            )
+        raise UnsupportedModelError(
+            f"{folder}: transformers {transformers.__version__} has no model class {names[0]} "
+            f"(model_type {raw.get('model_type')!r}). Update transformers, or load the model yourself and pass the object"
+        )
+    clean, _ = clean_config(raw)
+    try:
+        config_class = transformers.CONFIG_MAPPING[raw["model_type"]]
+        config = config_class.from_dict(config_class._decode_special_floats(clean))  # noqa: SLF001
+    except _BUILD_ERRORS as e:
+        raise CorruptCheckpointError(
+            f"{folder / 'config.json'}: transformers cannot use it ({_line(e)})"
+        ) from e
+    return cls, config
+
+
+def _is_model_class(cls: Any) -> bool:
+    import transformers
+
+    return isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+
+
+def _remote_class(auto_map: Mapping[str, Any], name: str, folder: Path) -> tuple[type[Any], Any]:
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    references = [r for r in auto_map.values() if isinstance(r, str) and r.rpartition(".")[2] == name]
+    if not references:
+        raise RemoteCodeError(f"{folder}: auto_map of config.json names no class {name}; correct auto_map")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    return get_class_from_dynamic_module(references[0], str(folder)), config
+
+
+def load_float(
+    cls: type[Any],
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    subject: str,
+    dtype: torch.dtype | str = "auto",
+) -> nn.Module:
+    """Build a model and fill it from a checkpoint, every weight accounted for.
+
+    Args:
+        cls: the model class.
+        config: its config object.
+        tensors: by checkpoint name.
+        subject: what to call the checkpoint in errors.
+        dtype: of the model; `auto` takes it from the config, else from the tensors.
+
+    Raises:
+        CorruptCheckpointError: weights are missing or have other shapes than the config says.
+    """
+    return _load(cls, config, dict(tensors), subject, dtype=dtype)
+
+
+def load_int8(
+    cls: type[Any], config: Any, tensors: Mapping[str, Tensor], subject: str, dtype: torch.dtype
+) -> nn.Module:
+    """Build a model with int8 layers where the checkpoint has int8 weights, and fill it.
+
+    Args:
+        cls: the model class.
+        config: its config object.
+        tensors: by checkpoint name; int8 codes in the shape of the float weight, scales fp32 [N, 1].
+        subject: what to call the checkpoint in errors.
+        dtype: of the float part of the model.
+
+    Raises:
+        CorruptCheckpointError: weights are missing, left over, or have other shapes than the config says.
+    """
+    classes()
+    config = copy.deepcopy(config)
+    codes = sorted(name for name, tensor in tensors.items() if tensor.dtype == torch.int8)
+    named = dict(tensors)
+    # of what the file holds in one tensor per matrix, transformers renames the scales as well
+    stacked = [key for key in codes if tensors[key].dim() > 2]
+    if stacked:
+        rename = renamer(skeleton(cls, config, dtype, subject))
+        for key in stacked:
+            name, merged = rename(key)
+            if not merged and f"{key}_scale" in named and rename(f"{key}_scale")[0] != f"{name}_scale":
+                named[f"{name}_scale"] = named.pop(f"{key}_scale")
+    config.quantization_config = {"quant_method": METHOD, "codes": codes}
+    model = _load(cls, config, named, subject, dtype=dtype)
+    mark_int8_(model)
+    return model
+
+
+def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> nn.Module:
+    """Build a model without data, on the meta device, as a checkpoint in `dtype` would fill it.
+
+    Raises:
+        CorruptCheckpointError: the config describes no model.
+    """
+    try:
+        with torch.device("meta"), quiet():
+            model: nn.Module = cls._from_config(config, dtype=dtype)
+    except _BUILD_ERRORS as e:
+        raise CorruptCheckpointError(
+            f"{subject}: its config.json describes no {cls.__name__} ({_line(e)})"
+        ) from e
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and load reports for the block; what matters is raised instead."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load(cls: type[Any], config: Any, tensors: dict[str, Tensor], subject: str, **options: Any) -> nn.Module:
+    try:
+        # transformers draws random numbers for weights that it then overwrites
+        with quiet(), torch.random.fork_rng(devices=[]):
+            model, info = cls.from_pretrained(
+                None, config=config, state_dict=tensors, output_loading_info=True, **options
+            )
+    except MonoQuantError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as e:
+        raise CorruptCheckpointError(
+            f"{subject}: transformers cannot fill {cls.__name__} from it ({_line(e)})"
+        ) from e
+    missing = sorted(info["missing_keys"])
+    wrong = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    left = sorted(n for n in info["unexpected_keys"] if tensors.get(n, torch.empty(0)).dtype == torch.int8)
+    for names, what in ((missing, "are missing"), (wrong, "have another shape than config.json says"),
+                        (left, "are int8 but belong to no layer")):  # fmt: skip
+        if names:
+            raise CorruptCheckpointError(
+                f"{subject}: {len(names)} weights of {cls.__name__} {what}: {', '.join(names[:5])}"
+                f"{' ...' if len(names) > 5 else ''}. If that is intended, load the model yourself and pass the object"
+            )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

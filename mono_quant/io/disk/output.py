@@ -1,0 +1,276 @@
+"""A folder that appears whole under its name, or not at all.
+
+::
+
+    with new_folder("out") as folder:
+        folder.write_json("config.json", config)
+        folder.copy("tokenizer.json", "source/tokenizer.json")
+
+Everything is built in a hidden sibling, `.<name>.mq-<run>.partial`, and renamed once every byte is on the disk.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mono_quant.errors import OutputError
+from mono_quant.io.disk import disk, staging
+from mono_quant.io.disk.allowed import is_allowed
+from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST
+from mono_quant.io.disk.reading import open_regular, read_chunks, tree
+from mono_quant.io.disk.targets import (
+    holds_old_result,
+    refuse_cache,
+    refuse_current_folder,
+    refuse_sources,
+    resolve_place,
+)
+from mono_quant.io.text import printable
+from mono_quant.version import __version__
+
+
+class OutputFolder:
+    """The folder under construction; `new_folder` hands it out.
+
+    Attributes:
+        path: where it is being built; the target once it is finished.
+        manifest: facts to be written into `mono_quant.json`, beside the list of files.
+        files: size and sha256 of every file written so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = {}
+        self.files: dict[str, dict[str, Any]] = {}
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
+        """Write a new file whose content is made while it is written.
+
+        Args:
+            name: relative to the folder, on the list of allowed files.
+            chunks: its content; whatever making them raises comes through.
+            size: of all of them together.
+
+        Raises:
+            OutputError: the name is not allowed or was written already, or the chunks are more or less than announced.
+            OutputWriteError: the file system refused.
+        """
+        if not is_allowed(name) or name == MANIFEST:
+            raise OutputError(
+                f"{printable(name)} may not be written: it is not a model file; see mono_quant.io.disk.allowed.ALLOWED"
+            )
+        if name in self.files:
+            raise OutputError(f"{printable(name)} was written already; write each file once")
+        path = self.path / name
+        if path.parent != self.path and not path.parent.is_dir():
+            disk.make_folder(path.parent)
+        self.files[name] = disk.write_new(path, chunks, size)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a new file.
+
+        Args:
+            name: relative to the folder, on the list of allowed files.
+            data: its content.
+
+        Raises:
+            OutputError: the name is not allowed or was written already.
+            OutputWriteError: the file system refused.
+        """
+        self.write(name, [data], len(data))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a new UTF-8 file; see `write_bytes`."""
+        self.write_bytes(name, text.encode("utf-8"))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write JSON with sorted keys, indent 2 and a last newline; see `write_bytes`."""
+        self.write_bytes(name, _canonical_json(name, value))
+
+    def copy(self, name: str, source: str | os.PathLike[str], *, follow: bool = False) -> None:
+        """Copy a regular file byte for byte.
+
+        Args:
+            name: its name here; see `write_bytes`.
+            source: the file. Links of the Hugging Face cache are followed.
+            follow: follow any other link too.
+
+        Raises:
+            MissingFileError: there is no such file.
+            UnsafeInputError: it is a foreign link or no regular file.
+            CorruptCheckpointError: it changed while it was copied.
+            OutputError: see `write_bytes`.
+        """
+        descriptor = open_regular(Path(source), allow_symlinks=follow)
+        try:
+            size = os.fstat(descriptor).st_size
+            self.write(name, read_chunks(descriptor, size, source), size)
+        finally:
+            os.close(descriptor)
+
+    def adopt(self, write: Callable[[Path], object]) -> list[str]:
+        """Let a third party write into a scratch folder and take over what is allowed.
+
+        Args:
+            write: called with the scratch folder, such as `tokenizer.save_pretrained`.
+
+        Returns:
+            The names that were left behind: not allowed, not regular files, or written here already.
+
+        Raises:
+            OutputWriteError: the file system refused.
+        """
+        scratch = self.path / ".scratch"
+        disk.make_folder(scratch)
+        try:
+            with disk.writing(scratch, foreign=True):
+                write(scratch)
+            dropped = []
+            for name, regular in tree(scratch):
+                if regular and is_allowed(name) and name not in self.files and name != MANIFEST:
+                    self.copy(name, scratch / name)
+                else:
+                    dropped.append(name)
+        finally:
+            disk.remove_tree(scratch)
+        return dropped
+
+
+@contextmanager
+def new_folder(
+    target: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    sources: Iterable[str | os.PathLike[str]] = (),
+) -> Iterator[OutputFolder]:
+    """Build a folder that appears under its name only when it is complete.
+
+    Args:
+        target: the folder; missing parents are made. It must not exist, or be empty.
+        overwrite: replace a folder that mono_quant wrote, as a whole and in one step.
+        sources: folders being read, which the target must not touch.
+
+    Yields:
+        The folder under construction. After an exception the target is what it was before.
+
+    Raises:
+        OutputExistsError: something that is not ours to replace is there.
+        OutputBusyError: another run is writing there.
+        OutputWriteError: the file system refused.
+    """
+    place = resolve_place(target)
+    refuse_cache(place)
+    refuse_current_folder(place)
+    refuse_sources(place, sources)
+    partial = staging.partial_beside(place)
+    parents: list[Path] = []
+    lock = -1
+    try:
+        staging.make_parents(place.parent, parents)
+        staging.recover(place)
+        holds_old_result(place, overwrite)
+        lock = staging.make_partial(partial)
+        folder = OutputFolder(partial)
+        yield folder
+        _seal(folder)
+        staging.swap_in(partial, place, holds_old_result(place, overwrite), parents)
+        folder.path = place
+        staging.clean(partial, place)
+    except BaseException:
+        staging.clean(partial, place)
+        for path in reversed(parents):
+            disk.remove_empty(path)
+        raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Refuse early what `new_folder` would refuse after long work.
+
+    Args:
+        target: the folder to be written.
+        overwrite: replace a folder that mono_quant wrote.
+
+    Raises:
+        ConfigError: the target is no path.
+        OutputExistsError: something that is not ours to replace is there.
+        OutputWriteError: no folder can be made there.
+    """
+    place = resolve_place(target)
+    refuse_cache(place)
+    refuse_current_folder(place)
+    holds_old_result(place, overwrite)
+    staging.try_place(place)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a private folder that is removed at the end."""
+    path = disk.make_private_folder()
+    try:
+        yield path
+    finally:
+        disk.discard(path)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file durably; for files in a `temporary_folder`.
+
+    Raises:
+        OutputWriteError: the file system refused.
+    """
+    disk.write_new(path, [data], len(data))
+
+
+def record(data: bytes) -> dict[str, Any]:
+    """Return what the manifest says about a file with this content."""
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _canonical_json(name: str, value: Any) -> bytes:
+    try:
+        text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+        return (text + "\n").encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OutputError(f"{printable(name)} cannot be written as JSON: {error}") from error
+
+
+def _seal(folder: OutputFolder) -> None:
+    """Check that the folder holds what was written through it and nothing else; then write the manifest."""
+    with disk.writing(folder.path):
+        present = tree(folder.path)
+    strange = [name for name, regular in present if name not in folder.files or not regular]
+    lost = [
+        name
+        for name, facts in folder.files.items()
+        if (name, True) not in present or _size(folder.path / name) != facts["size"]
+    ]
+    if strange or lost:
+        raise OutputError(
+            f"{printable(folder.path, 400)} was changed from outside: "
+            f"{', '.join(printable(name) for name in strange + lost)}; "
+            "write through the folder's methods, and let other libraries write through adopt()"
+        )
+    manifest = {
+        "mono_quant_version": __version__,
+        **folder.manifest,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "files": folder.files,
+    }
+    data = _canonical_json(MANIFEST, manifest)
+    disk.write_new(folder.path / MANIFEST, [data], len(data))
+    for inner in sorted({(folder.path / name).parent for name in folder.files} - {folder.path}):
+        disk.fsync_folder(inner)
+    disk.fsync_folder(folder.path)
+
+
+def _size(path: Path) -> int:
+    with disk.writing(path):
+        return path.stat().st_size

@@ -1,0 +1,95 @@
+"""Reading what strangers left in a folder: regular files only, and whole."""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from mono_quant.errors import CorruptCheckpointError, MissingFileError, UnsafeInputError
+from mono_quant.io.text import printable
+
+_CHUNK = 64 << 20
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def is_cache_link(path: Path) -> bool:
+    """Tell whether a link is one of the Hugging Face cache: snapshots/<commit>/… to blobs/<hash> of the same repo."""
+    where = path.parent.resolve()
+    target = path.resolve()
+    for folder in (where, *where.parents):
+        if folder.parent.name == "snapshots":
+            blobs = folder.parent.parent / "blobs"
+            return target.parent == blobs and _BLOB.fullmatch(target.name) is not None
+    return False
+
+
+def open_regular(path: Path, *, allow_symlinks: bool = False) -> int:
+    """Open a regular file for reading; the caller closes the descriptor.
+
+    Args:
+        path: the file; its folder is trusted, its last part is not.
+        allow_symlinks: follow a link wherever it goes. Links of the Hugging Face cache always pass.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UnsafeInputError: it is a link that leaves its place, or no regular file.
+        CorruptCheckpointError: the file system does not let it be read.
+    """
+    shown = printable(path, 400)
+    try:
+        if path.is_symlink():
+            if not allow_symlinks and not is_cache_link(path):
+                raise UnsafeInputError(f"{shown} is a symbolic link; put a copy of the file there")
+            path = path.resolve(strict=True)
+        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{shown} is missing; fetch the checkpoint again") from error
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: pathlib's word for a link loop
+        raise CorruptCheckpointError(f"{shown} cannot be opened ({error}); fetch it again") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnsafeInputError(f"{shown} is not a regular file; remove it or fetch the checkpoint again")
+    return descriptor
+
+
+def read_all(descriptor: int, size: int, offset: int = 0) -> bytes:
+    """Read exactly `size` bytes, or fewer where the file ends."""
+    return b"".join(_pieces(descriptor, size, offset))
+
+
+def read_chunks(descriptor: int, size: int, source: str | os.PathLike[str]) -> Iterator[bytes]:
+    """Yield the first `size` bytes in pieces; a file that ends earlier is an error."""
+    reached = 0
+    for chunk in _pieces(descriptor, size, 0):
+        reached += len(chunk)
+        yield chunk
+    if reached < size:
+        raise CorruptCheckpointError(
+            f"{printable(source, 400)} became shorter while it was read; fetch it again"
+        )
+
+
+def _pieces(descriptor: int, size: int, offset: int) -> Iterator[bytes]:
+    end = offset + size
+    while offset < end:
+        piece = os.pread(descriptor, min(_CHUNK, end - offset), offset)
+        if not piece:
+            return
+        offset += len(piece)
+        yield piece
+
+
+def tree(folder: Path) -> list[tuple[str, bool]]:
+    """List everything but folders: its relative name, and whether it is a regular file."""
+    found = []
+    for where, folders, names in os.walk(folder):
+        links = [name for name in folders if (Path(where) / name).is_symlink()]
+        for name in names + links:
+            path = Path(where) / name
+            found.append((path.relative_to(folder).as_posix(), stat.S_ISREG(path.lstat().st_mode)))
+    return sorted(found)

@@ -1,0 +1,304 @@
+"""A folder of safetensors files, read without trust; nothing here knows model classes.
+
+::
+
+    with open_checkpoint("folder") as checkpoint:
+        checkpoint.headers["lm_head.weight"].shape
+        checkpoint["lm_head.weight"]
+"""
+
+import hashlib
+import os
+import re
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+
+from mono_quant.errors import (
+    CorruptCheckpointError,
+    LimitExceededError,
+    MissingFileError,
+    UnsafeInputError,
+)
+from mono_quant.io.disk.json_text import read_json_object
+from mono_quant.io.disk.reading import open_regular, read_chunks
+from mono_quant.io.tensors.headers import Span, collisions, parse_header
+from mono_quant.io.tensors.pickles import converted
+from mono_quant.io.tensors.shards import index_name
+from mono_quant.io.text import SHOWN, listed, printable
+
+# The index of the largest known model has 9 MB, so it gets more room than other JSON.
+MAX_INDEX_BYTES = 64 << 20
+
+_STEMS = ("model", "diffusion_pytorch_model")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}\.safetensors")
+
+
+class TensorHeader(NamedTuple):
+    """What a checkpoint says about a tensor before its data is read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+
+
+class _Shard(NamedTuple):
+    name: str
+    descriptor: int
+    identity: tuple[int, ...]
+    spans: dict[str, Span]
+    data_start: int
+
+
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """The tensors of an open checkpoint; each is read anew, alone, when it is asked for.
+
+    Attributes:
+        folder: where it was opened.
+        headers: dtype, shape, size and file of every tensor.
+        files: the weight files, sorted.
+        total_bytes: size of all tensors together.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[_Shard], resources: ExitStack) -> None:
+        self.folder = folder
+        self.files = tuple(shard.name for shard in shards)
+        self.headers: dict[str, TensorHeader] = {}
+        self._shards = {shard.name: shard for shard in shards}
+        # Runs at the latest when the object or the process ends, so that no temporary folder stays.
+        self._release = weakref.finalize(self, resources.close)
+        for shard in shards:
+            for name, span in shard.spans.items():
+                self.headers[name] = TensorHeader(span.dtype, span.shape, span.end - span.start, shard.name)
+        self.total_bytes = sum(header.nbytes for header in self.headers.values())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Read one tensor into memory of its own.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CorruptCheckpointError: the file changed since it was opened, or a boolean is neither 0 nor 1.
+            LimitExceededError: the tensor does not fit into memory.
+            ValueError: the checkpoint is closed.
+        """
+        header = self.headers[name]
+        shard = self._shards[header.file]
+        if not self._release.alive:
+            raise ValueError(f"the checkpoint {printable(self.folder, 400)} is closed; open it again")
+        span = shard.spans[name]
+        data = _empty(header.nbytes, name)
+        self._check_unchanged(shard)
+        _fill(data, shard.descriptor, shard.data_start + span.start, shard.name)
+        self._check_unchanged(shard)
+        if header.dtype is torch.bool and header.nbytes and int(data.max()) > 1:
+            raise CorruptCheckpointError(
+                f"{shard.name}: the boolean tensor {printable(name)} holds the byte {int(data.max())}; "
+                "fetch the file again"
+            )
+        return data.view(header.dtype).reshape(header.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.headers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; the headers stay."""
+        self._release()
+
+    def sha256s(self) -> dict[str, str]:
+        """Return the sha256 of every weight file, by name; reads every byte."""
+        found = {}
+        for shard in self._shards.values():
+            digest = hashlib.sha256()
+            for piece in read_chunks(shard.descriptor, os.fstat(shard.descriptor).st_size, shard.name):
+                digest.update(piece)
+            found[shard.name] = digest.hexdigest()
+        return dict(sorted(found.items()))
+
+    def _check_unchanged(self, shard: _Shard) -> None:
+        if _identity(shard.descriptor) != shard.identity:
+            raise CorruptCheckpointError(
+                f"{shard.name} in {printable(self.folder, 400)} changed while it was read; "
+                "stop whatever writes there and start again"
+            )
+
+
+def open_checkpoint(
+    folder: str | os.PathLike[str], *, allow_symlinks: bool = False, allow_pickle: bool = False
+) -> Checkpoint:
+    """Open a folder of safetensors files and prove it whole before any weight is read.
+
+    Args:
+        folder: the folder, with one file or with shards and their index.
+        allow_symlinks: follow links that leave the folder. Links of the Hugging Face cache always pass.
+        allow_pickle: where there are only pickle files, convert them in a process of limited memory that
+            builds plain tensors and nothing else.
+
+    Returns:
+        The open checkpoint; close it, or use it in a `with`.
+
+    Raises:
+        MissingFileError: no weights, or a shard is missing.
+        PickleOnlyError: there are only pickle files.
+        UnsafeInputError: a shard lies elsewhere, is a foreign link or no regular file, or a pickle holds more
+            than tensors.
+        CorruptCheckpointError: index, headers and files contradict each other.
+        LimitExceededError: unreasonable sizes.
+        UnsupportedModelError: a dtype that torch cannot hold.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise MissingFileError(f"{printable(root, 400)} is not a folder; give the folder of a checkpoint")
+    with ExitStack() as resources:
+        where = root
+        stems = [stem for stem in _STEMS if _has(root, f"{stem}.safetensors") or _has(root, index_name(stem))]
+        if not stems:
+            where = converted(root, allow_symlinks, allow_pickle, resources)
+            stems = [_STEMS[0]]
+        if len(stems) > 1:
+            raise CorruptCheckpointError(
+                f"{printable(root, 400)} holds the weights of two models, {' and '.join(stems)}; "
+                "keep one of them"
+            )
+        weight_map = _weight_map(where, stems[0], allow_symlinks)
+        names = sorted(set(weight_map.values())) or [f"{stems[0]}.safetensors"]
+        missing = [name for name in names if not _has(where, name)]
+        if missing:
+            raise MissingFileError(
+                f"{printable(root, 400)} lacks {listed(missing)}, which its index names; fetch them again"
+            )
+        shards = [_open_shard(where, name, allow_symlinks, resources) for name in names]
+        _check_agreement(shards, weight_map)
+        _check_tensors(shards)
+        return Checkpoint(root, shards, resources.pop_all())
+
+
+def _has(folder: Path, name: str) -> bool:
+    # A link that leads nowhere counts as present: it is refused when it is opened.
+    return os.path.lexists(folder / name)
+
+
+def _weight_map(folder: Path, stem: str, allow_symlinks: bool) -> dict[str, str]:
+    """Tensor name -> shard; empty where there is one file without an index."""
+    index_file, single = index_name(stem), f"{stem}.safetensors"
+    if not _has(folder, index_file):
+        return {}
+    index = read_json_object(
+        folder / index_file, what=index_file, max_bytes=MAX_INDEX_BYTES, allow_symlinks=allow_symlinks
+    )
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CorruptCheckpointError(f"{index_file}: 'weight_map' must map names to files; fetch it again")
+    if not isinstance(index.get("metadata", {}), dict):
+        raise CorruptCheckpointError(f"{index_file}: 'metadata' must be an object; fetch it again")
+    # Judged by the name alone, so that the answer tells nothing about what lies outside.
+    unsafe = sorted({name for name in weight_map.values() if not _SHARD_NAME.fullmatch(name)})
+    if unsafe:
+        raise UnsafeInputError(
+            f"{index_file} names {listed(unsafe)}, which is no plain name of a safetensors file; "
+            "do not use this checkpoint"
+        )
+    if not weight_map:
+        raise CorruptCheckpointError(f"{index_file}: 'weight_map' is empty; fetch it again")
+    if _has(folder, single) and set(weight_map.values()) != {single}:
+        raise CorruptCheckpointError(
+            f"{printable(folder, 400)} holds both {single} and {index_file}, and other programs disagree on which "
+            f"counts; delete {single} if the shards are newer, or the index and its shards if they are older"
+        )
+    return weight_map
+
+
+def _open_shard(folder: Path, name: str, allow_symlinks: bool, resources: ExitStack) -> _Shard:
+    descriptor = open_regular(folder / name, allow_symlinks=allow_symlinks)
+    resources.callback(os.close, descriptor)
+    identity = _identity(descriptor)
+    spans, data_start = parse_header(descriptor, name)
+    return _Shard(name, descriptor, identity, spans, data_start)
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    facts = os.fstat(descriptor)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _check_agreement(shards: Sequence[_Shard], weight_map: Mapping[str, str]) -> None:
+    """Index and headers must say the same, in both directions."""
+    if not weight_map:
+        return
+    holders: dict[str, list[str]] = {}
+    for shard in shards:
+        for name in shard.spans:
+            holders.setdefault(name, []).append(shard.name)
+    problems = [
+        f"{printable(name)} is in {' and '.join(files)}" for name, files in holders.items() if len(files) > 1
+    ]
+    problems += [f"{printable(name)} is not in the index" for name in holders.keys() - weight_map.keys()]
+    problems += [
+        f"{printable(name)} is not in {file}"
+        for name, file in weight_map.items()
+        if file not in holders.get(name, [])
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:SHOWN])
+        raise CorruptCheckpointError(
+            f"index and shards disagree on {len(problems)} tensors: {shown}; fetch the checkpoint again"
+        )
+
+
+def _check_tensors(shards: Sequence[_Shard]) -> None:
+    colliding = collisions(name for shard in shards for name in shard.spans)
+    if colliding:
+        raise CorruptCheckpointError(
+            f"tensor names differ only by case or Unicode form: {listed(colliding)}; rename them"
+        )
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for shard in shards:
+        for name, span in shard.spans.items():
+            if span.end - span.start > memory:
+                raise LimitExceededError(
+                    f"{shard.name}: tensor {printable(name)} has {span.end - span.start} bytes and this machine "
+                    f"{memory} of memory; use a larger machine or check the file"
+                )
+
+
+def _empty(size: int, name: str) -> torch.Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except (RuntimeError, MemoryError) as error:
+        raise LimitExceededError(
+            f"tensor {printable(name)} needs {size} bytes and there is not so much memory; use a larger machine"
+        ) from error
+
+
+def _fill(data: torch.Tensor, descriptor: int, offset: int, file: str) -> None:
+    # Read, never mapped: a mapped file that shrinks kills the process.
+    rest = data.numpy().data
+    while rest:
+        try:
+            count = os.preadv(descriptor, [rest], offset)
+        except OSError as error:
+            raise CorruptCheckpointError(
+                f"{file} cannot be read ({error.strerror}); check the disk"
+            ) from error
+        if count == 0:
+            raise CorruptCheckpointError(f"{file} became shorter while it was read; fetch it again")
+        rest, offset = rest[count:], offset + count

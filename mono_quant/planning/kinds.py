@@ -1,0 +1,151 @@
+"""What kind of layer a module is, which of its parameters become int8, and why it cannot be replaced."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+# The float parameters that become int8, by kind of layer.
+WEIGHTS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("weight",),
+    "transposed_linear": ("weight",),
+    "conv1d": ("weight",),
+    "conv2d": ("weight",),
+    "embedding": ("weight",),
+    "experts": ("gate_up_proj", "down_proj"),
+    "attention": ("in_proj_weight", "out_proj.weight"),
+}
+
+# What compressed-tensors and vLLM can hold.
+PORTABLE_KINDS = frozenset({"linear", "experts"})
+
+_KINDS: Mapping[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Embedding: "embedding",
+    nn.MultiheadAttention: "attention",
+}
+_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+
+
+def kind_of(module: nn.Module) -> str:
+    """Return the kind of layer `module` is, or an empty string.
+
+    Subclasses do not count, except those of transformers that compute exactly what `nn.Linear` does (Falcon's).
+    """
+    if type(module) in _KINDS:
+        return _KINDS[type(module)]
+    if _computes_linear(type(module)):
+        return "linear"
+    # by name: transformers is not imported for models that do not come from it
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return "transposed_linear"
+    return "experts" if _is_fused_experts(module) else ""
+
+
+def matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the module's own parameters that are more than a vector."""
+    for parameter in module.parameters(recurse=False):
+        if (
+            isinstance(parameter, nn.parameter.UninitializedParameter)
+            or parameter.dim() >= 2
+            and parameter.numel() > max(parameter.shape)
+        ):
+            yield parameter
+
+
+def matrix_shape(module: nn.Module, kind: str) -> tuple[int, int]:
+    if kind == "experts":
+        shapes = [p.shape for p in module.parameters(recurse=False)]
+        # rows of gate_up have H values, rows of down have I: count them as rows of the longer kind
+        depth = max(shape[-1] for shape in shapes)
+        return sum(shape.numel() for shape in shapes) // depth, depth
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if kind == "transposed_linear":
+        return weight.shape[1], weight.shape[0]
+    return weight.shape[0], weight[0].numel()
+
+
+def obstacle(module: nn.Module, kind: str) -> str:
+    """Return why a layer of a known kind cannot be replaced; empty when it can."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_problem(module)
+    if any(name not in module._parameters for name in WEIGHTS[kind]):
+        return "its weight is computed at every forward (weight norm or similar)"
+    weights = [module._parameters[name] for name in WEIGHTS[kind]]
+    dtypes = {w.dtype for w in weights if w is not None}
+    if not dtypes <= _FLOATS:
+        return f"its weight is {', '.join(sorted(str(d) for d in dtypes - _FLOATS))}, not a float matrix"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "its forward renormalises the table (max_norm)"
+    return ""
+
+
+def _attention_problem(module: nn.MultiheadAttention) -> str:
+    if not module._qkv_same_embed_dim:
+        return "attention with different key or value sizes"
+    if module.bias_k is not None or module.add_zero_attn:
+        return "attention with bias_k, bias_v or add_zero_attn"
+    if parametrize.is_parametrized(module) or parametrize.is_parametrized(module.out_proj):
+        return "parametrized: its weight is computed at every forward"
+    return ""
+
+
+def foreign_reason(module: nn.Module) -> str:
+    cls = type(module).__name__
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{cls} has no weights yet: run the model once first"
+    if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
+        return "parametrized: its weight is computed at every forward"
+    for base in _KINDS:
+        if isinstance(module, base):
+            return f"{cls} is a subclass of {base.__name__} and may compute something else"
+    if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+        return f"{cls}: experts of a layout that is not known here"
+    return f"no int8 form of {cls}"
+
+
+def _product_and_bias(self: nn.Linear, input: Tensor) -> Tensor:
+    hidden_states = input @ self.weight.T
+    if self.bias is None:
+        return hidden_states
+    return hidden_states + self.bias
+
+
+def _computes_linear(cls: type[nn.Module]) -> bool:
+    """True for a transformers class that adds to `nn.Linear` only a `forward` of the same meaning."""
+    if cls.__bases__ != (nn.Linear,) or not cls.__module__.startswith("transformers."):
+        return False
+    own = {name for name, value in vars(cls).items() if callable(value) or isinstance(value, property)}
+    return own == {"forward"} and _code(cls.forward) == _code(_product_and_bias)
+
+
+def _is_fused_experts(module: nn.Module) -> bool:
+    """True for experts that compute exactly what transformers' `MixtralExperts` does.
+
+    The layout cannot be told from the shapes alone (gpt_oss is transposed, others clamp or interleave), so the code of
+    `forward` has to be the same.
+    """
+    parameters = dict(module.named_parameters(recurse=False))
+    if parameters.keys() != {"gate_up_proj", "down_proj"} or any(p.dim() != 3 for p in parameters.values()):
+        return False
+    if not type(module).__module__.startswith("transformers."):
+        return False
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    own_gate = getattr(type(module), "_apply_gate", None)
+    return (
+        own_gate is getattr(MixtralExperts, "_apply_gate", None)
+        and not getattr(module, "is_transposed", False)
+        and getattr(module, "is_concatenated", True)
+        and _code(type(module).forward) == _code(MixtralExperts.forward)
+    )
+
+
+def _code(function: Callable[..., object]) -> tuple[object, ...]:
+    code = inspect.unwrap(function).__code__
+    return (code.co_code, code.co_names, tuple(c for c in code.co_consts if not isinstance(c, str)))

@@ -1,0 +1,126 @@
+"""Finding the layers of a model: what kind each is, how large, and which default rules apply to it.
+
+Works on real and on meta modules alike, so that a plan and a conversion see the same layers.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import replace
+
+from torch import nn
+
+from mono_quant.kernels import MAX_IN_FEATURES
+from mono_quant.planning.kinds import (
+    PORTABLE_KINDS,
+    WEIGHTS,
+    foreign_reason,
+    kind_of,
+    matrices,
+    matrix_shape,
+    obstacle,
+)
+from mono_quant.planning.rules import Layer
+from mono_quant.planning.walk import is_transformers_model, module_aliases, owners_of
+
+# What a model made of portable layers holds beside them, and can keep in float at a small price.
+_COSTLY_KINDS = ("conv1d", "conv2d", "attention")
+_HEADS = frozenset({"lm_head", "classifier", "score", "qa_outputs", "proj_out", "classification_head"})
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """Return every layer of `model` that holds a weight matrix, in module order.
+
+    Args:
+        model: any module, on any device, meta included.
+    """
+    aliases = module_aliases(model)
+    owners = owners_of(model)
+    covered: set[str] = set()
+    layers = []
+    for name, module in model.named_modules():
+        if name in covered:
+            continue
+        kind = kind_of(module)
+        if kind == "attention":
+            covered.add(f"{name}.out_proj" if name else "out_proj")
+        layer = _layer(name, module, kind)
+        if layer is not None:
+            own = dict(module.named_parameters())
+            weights = [own[w] for w in WEIGHTS.get(kind, ()) if w in own] or list(matrices(module))
+            tied = any(len(owners[id(p)]) > 1 for p in weights)
+            rules = _router_rule(name, module) | _fp32_rule(model, name) | ({"tied"} if tied else set())
+            rules |= {"embedding"} if kind == "embedding" else set()
+            layers.append(replace(layer, defaults=frozenset(rules), aliases=aliases[id(module)]))
+    return _with_portable_rule(model, _with_heads(model, layers))
+
+
+def _layer(name: str, module: nn.Module, kind: str) -> Layer | None:
+    found = list(matrices(module))
+    cls = type(module).__name__
+    if isinstance(module, nn.MultiheadAttention) and kind:
+        size = module.embed_dim
+        return Layer(name, kind, cls, 4 * size, size, unsupported=obstacle(module, kind))
+    if not found:
+        return None
+    if not kind:
+        lazy = any(isinstance(p, nn.parameter.UninitializedParameter) for p in found)
+        total = 0 if lazy else sum(p.numel() for p in found)
+        return Layer(name, cls, cls, 1, total, unsupported=foreign_reason(module))
+    rows, depth = matrix_shape(module, kind)
+    problem = obstacle(module, kind)
+    if not problem and depth > MAX_IN_FEATURES:
+        problem = f"{depth} inputs: an int32 sum could overflow above {MAX_IN_FEATURES}"
+    return Layer(name, kind, cls, rows, depth, unsupported=problem)
+
+
+def _router_rule(name: str, module: nn.Module) -> set[str]:
+    # the matrix may lie inside the router: router.proj (Gemma 4), router.layer (JetMoe), gate.wg (HunYuan)
+    is_router = not _ROUTERS.isdisjoint(name.split(".")[-2:]) or "Router" in type(module).__name__
+    return {"router"} if is_router else set()
+
+
+def _fp32_rule(model: nn.Module, name: str) -> set[str]:
+    return {"keep_in_fp32"} if any(p.search(name) for p in fp32_patterns(model)) else set()
+
+
+def fp32_patterns(model: nn.Module) -> list[re.Pattern[str]]:
+    """Return expressions for the module names that a transformers model keeps in float32."""
+    names: set[str] = set()
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        names |= set(getattr(model, attribute, None) or ())
+    return [re.compile(rf"(^|\.){n.replace('*', '.*')}($|\.)") for n in sorted(names)]
+
+
+def _with_heads(model: nn.Module, layers: list[Layer]) -> list[Layer]:
+    """Mark the output embeddings, and the last layer below every name that heads have."""
+    heads = {name for name, module in model.named_modules() if _is_output(model, module)}
+    last: dict[tuple[str, ...], str] = {}
+    for layer in layers:
+        parts = layer.name.split(".")
+        for i, part in enumerate(parts):
+            pooled = part == "pooler" and parts[i + 1 :] == ["dense"]
+            if part in _HEADS or pooled or (part == "head" and i == 0):
+                last[tuple(parts[: i + 1])] = layer.name
+                break
+    heads |= set(last.values())
+    return [replace(x, defaults=x.defaults | {"head"}) if x.name in heads else x for x in layers]
+
+
+def _is_output(model: nn.Module, module: nn.Module) -> bool:
+    get = getattr(model, "get_output_embeddings", None) if is_transformers_model(model) else None
+    return get is not None and get() is module
+
+
+def _with_portable_rule(model: nn.Module, layers: list[Layer]) -> list[Layer]:
+    """In a transformers model made of linear layers, convolutions and `nn.MultiheadAttention` would cost the standard format."""
+    if not is_transformers_model(model):
+        return layers
+    kinds: dict[str, int] = defaultdict(int)
+    for layer in layers:
+        kinds[layer.kind] += 0 if layer.unsupported else layer.weights
+    portable = sum(kinds[kind] for kind in PORTABLE_KINDS)
+    costly = sum(kinds[kind] for kind in _COSTLY_KINDS)
+    if kinds["transposed_linear"] or costly >= portable:
+        return layers
+    return [replace(x, defaults=x.defaults | {"portable"}) if x.kind in _COSTLY_KINDS else x for x in layers]

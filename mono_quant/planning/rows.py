@@ -1,0 +1,131 @@
+"""The rows of a report: what a model holds before, and what became of it."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant.io.text import listed
+from mono_quant.planning.kinds import WEIGHTS
+from mono_quant.planning.report import TensorReport
+from mono_quant.planning.rules import Decision, Layer
+from mono_quant.planning.walk import tensor_names
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of one float tensor."""
+
+    bytes_after: int
+    dtype_after: torch.dtype
+    sqnr_db: float | None = None
+    gap_db: float | None = None
+    flushed: int = 0
+
+
+def account(
+    original: Mapping[str, TensorReport], done: Mapping[str, Converted], reasons: Mapping[str, str]
+) -> tuple[TensorReport, ...]:
+    """Complete the rows of `survey` with what was done."""
+    rows = []
+    for name, row in original.items():
+        if row.action == "shared":
+            rows.append(row)
+        elif name in done:
+            c = done[name]
+            rows.append(
+                replace(
+                    row,
+                    action="quantized",
+                    reason="",
+                    bytes_after=c.bytes_after,
+                    dtype_after=str(c.dtype_after).removeprefix("torch."),
+                    sqnr_db=c.sqnr_db,
+                    gap_db=c.gap_db,
+                    flushed=c.flushed,
+                )
+            )
+        else:
+            rows.append(replace(row, reason=reasons.get(name, row.reason)))
+    return tuple(rows)
+
+
+def survey(model: nn.Module, layers: Sequence[Layer]) -> dict[str, TensorReport]:
+    """Return one row per tensor of a float model, all of them kept or shared so far."""
+    by_tensor = {f"{x.name}.{w}".lstrip("."): x for x in layers for w in WEIGHTS.get(x.kind, ())}
+    by_module = {x.name: x for x in layers}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first: dict[int, str] = {}
+    rows = {}
+    for name, tensor, is_buffer in tensor_names(model):
+        owner, _, _ = name.rpartition(".")
+        layer = by_tensor.get(name) or (by_module.get(owner) if tensor.dim() > 1 else None)
+        shared_with = first.setdefault(id(tensor), name)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        size = 0 if shared_with != name else tensor.numel() * tensor.element_size()
+        rows[name] = TensorReport(
+            name=name,
+            module=layer.name if layer else owner,
+            kind=layer.kind if layer else type(modules[owner]).__name__,
+            shape=tuple(tensor.shape),
+            dtype_before=dtype,
+            dtype_after=dtype,
+            bytes_before=size,
+            bytes_after=size,
+            action="kept" if shared_with == name else "shared",
+            reason=_plain_reason(name, tensor, is_buffer) if shared_with == name else shared_with,
+            is_buffer=is_buffer,
+            is_layer=layer is not None,
+        )
+    return rows
+
+
+def _plain_reason(name: str, tensor: Tensor, is_buffer: bool) -> str:
+    if not tensor.is_floating_point():
+        return f"{str(tensor.dtype).removeprefix('torch.')} values, not floating point"
+    if is_buffer:
+        return "buffer"
+    last = name.rpartition(".")[2]
+    return "bias" if last == "bias" or last.endswith("_bias") else "vector (norm, gain or offset)"
+
+
+def layer_reasons(rows: Mapping[str, TensorReport], decisions: Mapping[str, Decision]) -> dict[str, str]:
+    """Return the reasons of kept layers by tensor name."""
+    kept = {name: d.reason for name, d in decisions.items() if d.reason}
+    return {name: kept[row.module] for name, row in rows.items() if row.is_layer and row.module in kept}
+
+
+def int8_notes(rows: Sequence[TensorReport], model: nn.Module | None = None) -> Iterator[str]:
+    """Yield what a user must not overlook in an int8 conversion.
+
+    Args:
+        rows: complete, as `account` gives them.
+        model: the converted model; None for a plan, which knows no values.
+    """
+    if not any(row.action == "quantized" for row in rows):
+        reasons = Counter(row.reason for row in rows if row.is_layer and row.action == "kept")
+        total = reasons.total()
+        reason, count = next(iter(reasons.most_common(1)), ("it holds no layer with a weight matrix", 0))
+        yield f"NO LAYER BECAME INT8: {f'{count} of {total} layers kept: ' if count else ''}{reason}"
+    bad = _non_finite(rows, model) if model is not None else []
+    if bad:
+        yield f"NaN or infinity in tensors that stay in float: {listed(bad)}; check the original model"
+
+
+def _non_finite(rows: Sequence[TensorReport], model: nn.Module) -> list[str]:
+    kept = {row.name for row in rows if row.action == "kept"}
+    return [
+        name
+        for name, tensor, is_buffer in tensor_names(model)
+        if name in kept and tensor.is_floating_point() and tensor.numel()
+        if not _is_sound(tensor.detach(), is_buffer)
+    ]
+
+
+def _is_sound(values: Tensor, is_buffer: bool) -> bool:
+    # the extremes need no copy of a large table, and NaN is both
+    extremes = torch.stack((values.float() if values.element_size() == 1 else values).aminmax())
+    # a buffer may be a mask, where infinity is meant
+    return not bool(extremes.isnan().any() if is_buffer else (~extremes.isfinite()).any())

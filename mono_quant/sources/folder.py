@@ -1,0 +1,172 @@
+"""A folder of a transformers model becomes a source, with its weights or as a skeleton for a plan."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mono_quant.errors import (
+    CorruptCheckpointError,
+    UnsafeInputError,
+)
+from mono_quant.hf.configs import clean_config
+from mono_quant.hf.models import load_float, model_class, skeleton
+from mono_quant.hf.names import check_fit, renamer, split_names
+from mono_quant.io.disk.allowed import is_allowed
+from mono_quant.io.disk.json_text import read_json_object
+from mono_quant.io.disk.manifest import MANIFEST
+from mono_quant.io.hub.metadata import local_card
+from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
+from mono_quant.sources.guards import (
+    Shapes,
+    check_dtypes,
+    check_float,
+    check_proportion,
+    read_config,
+)
+from mono_quant.sources.origin import Origin
+from mono_quant.sources.source import Access, Source
+
+
+def _local_origin(name: str, folder: Path) -> Origin:
+    """Take over what the card beside a local checkpoint says about licence and data; its `base_model` is another one."""
+    return Origin(name, **local_card(folder / "README.md"))
+
+
+def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool = False) -> Source:
+    raw = read_config(folder)
+    pickled = access.allow_pickle and not any(folder.glob("*.safetensors"))
+    with open_checkpoint(folder, allow_pickle=access.allow_pickle) as checkpoint:
+        shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
+        check_float(folder, shapes)
+        if not weights:
+            return check_complete(skeleton_of(folder, access, shapes), shapes)
+        bare = skeleton_of(folder, access, shapes)
+        cls, config = model_class(raw, folder, access.trust_remote_code)
+        model = load_float(cls, config, _read_all(checkpoint), str(folder))
+        # a commit says already what the files are
+        files = {} if pickled or is_cache else checkpoint.sha256s()
+    source = _of_folder(model, folder)
+    used = {
+        "allow_pickle": pickled,
+        "trust_remote_code": access.trust_remote_code and bool(raw.get("auto_map")),
+    }
+    source.origin = replace(source.origin, files=files, access=tuple(name for name, on in used.items() if on))
+    source.notes = bare.notes
+    if pickled:
+        source.notes.append("read from pickle weights (allow_pickle=True)")
+    _note_generation(model, folder)
+    return source
+
+
+def skeleton_of(folder: Path, access: Access, shapes: Shapes) -> Source:
+    raw = read_config(folder)
+    check_float(folder, shapes)
+    check_proportion(folder, raw, shapes)
+    cls, config = model_class(raw, folder, access.trust_remote_code)
+    sizes: dict[torch.dtype, int] = {}
+    for dtype, shape in shapes.values():
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
+    dtype = max(sizes, key=lambda d: sizes[d], default=torch.float32)
+    model = skeleton(cls, config, dtype, str(folder))
+    left = check_fit(model, {name: shape for name, (_, shape) in shapes.items()}, str(folder))
+    check_dtypes(folder, shapes, model, left)
+    source = _of_folder(model, folder)
+    if left:
+        source.notes.append(f"left out, because no layer of {cls.__name__} uses them: {_grouped(left)}")
+    return source
+
+
+def check_complete(source: Source, shapes: Shapes) -> Source:
+    """Refuse a skeleton that the checkpoint does not fill, as loading would.
+
+    Raises:
+        CorruptCheckpointError: weights are missing.
+    """
+    model = source.core
+    state = model.state_dict(keep_vars=True)
+    filled, short = _filled(model, shapes)
+    # a tied tensor has several names, of which a checkpoint holds one
+    present = {id(state[name]) for name in filled if name in state}
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    absent = [name for name, tensor in state.items() if id(tensor) not in present]
+    missing = [name for name in absent if not any(re.search(p, name) for p in optional)] + short
+    if missing:
+        raise CorruptCheckpointError(
+            f"{source.folder}: {len(missing)} weights of {type(model).__name__} are missing: {_grouped(missing)}. "
+            f"If that is intended, load the model yourself and pass the object"
+        )
+    return source
+
+
+def _filled(model: nn.Module, shapes: Shapes) -> tuple[set[str], list[str]]:
+    """Return the names in the model that a checkpoint has tensors for, and those that are made of too few values."""
+    rename, state = renamer(model), model.state_dict()
+    filled, short = set(), []
+    values: dict[str, int] = {}
+    for key, (_, shape) in shapes.items():
+        name, merged = rename(key)
+        filled.add(name)
+        if merged:
+            values[name] = values.get(name, 0) + math.prod(shape)
+    for name, count in values.items():
+        parts = [part for part in split_names(model, name) if part in state]
+        filled.update(parts)
+        if count < sum(state[part].numel() for part in parts):
+            short += parts
+    return filled, short
+
+
+def _grouped(names: list[str]) -> str:
+    """List names; of many, those below one numbered layer as one."""
+    if len(names) <= 8:
+        return ", ".join(names)
+    groups = dict.fromkeys(re.sub(r"^(.*\.\d+)\..*$", r"\1.*", name) for name in names)
+    return ", ".join(list(groups)[:8]) + (" ..." if len(groups) > 8 else "")
+
+
+def _of_folder(model: nn.Module, folder: Path) -> Source:
+    source = Source(
+        model,
+        model,
+        "transformers",
+        folder=folder,
+        side_files=find_side_files(folder),
+        origin=_local_origin(type(model).__name__, folder),
+        owned=True,
+    )
+    if "modules.json" in source.side_files:
+        source.notes.append(
+            f"a SentenceTransformer: only the {type(model).__name__} inside it was converted, and load() gives that alone; "
+            f"quantize(SentenceTransformer(...)) keeps the pooling"
+        )
+    return source
+
+
+def _read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return {name: checkpoint[name] for name in checkpoint}
+
+
+def find_side_files(folder: Path) -> tuple[str, ...]:
+    """Return the files beside the weights that belong to a model, by the list of what an output may hold."""
+    own = ("config.json", "generation_config.json", "README.md", MANIFEST, "mono_quant_report.json")
+    names = [p.relative_to(folder).as_posix() for p in [*folder.glob("*"), *folder.glob("*/*")]]
+    # the weights of sentence-transformers' dense modules lie in folders of their own
+    chosen = [n for n in names if is_allowed(n) and n not in own and ("/" in n or ".safetensors" not in n)]
+    for below in {n.partition("/")[0] for n in chosen if "/" in n}:
+        if (folder / below).is_symlink():
+            raise UnsafeInputError(
+                f"{folder / below} is a symbolic link to another folder; put a copy of the folder there"
+            )
+    return tuple(sorted(chosen))
+
+
+def _note_generation(model: nn.Module, folder: Path) -> None:
+    path = folder / "generation_config.json"
+    if path.exists() and hasattr(model, "generation_config"):
+        clean, _ = clean_config(read_json_object(path))
+        model.generation_config = type(model.generation_config).from_dict(clean)  # type: ignore[union-attr]

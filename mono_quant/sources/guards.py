@@ -1,0 +1,242 @@
+"""What cannot be converted as it is given: one typed error each, saying what to do instead."""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mono_quant.convert.forwards import StoredModule
+from mono_quant.errors import (
+    AdapterAttachedError,
+    AlreadyQuantizedError,
+    CorruptCheckpointError,
+    LimitExceededError,
+    MetaTensorError,
+    MissingFileError,
+    PickleOnlyError,
+    SourceNotFoundError,
+    StateDictError,
+    TorchScriptError,
+    UnsupportedModelError,
+    WrappedModelError,
+)
+from mono_quant.io.disk.json_text import read_json_object
+from mono_quant.io.disk.manifest import MANIFEST
+from mono_quant.planning.kinds import kind_of
+from mono_quant.planning.walk import is_transformers_model
+
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+PICKLES = re.compile(r"(pytorch_model|model|adapter_model)[^/]*\.(bin|pt|pth|ckpt)|.*\.(pt|pth|ckpt|pkl)")
+_SIZES = re.compile(
+    r"hidden_size|intermediate_size|vocab_size|d_model|d_ff|d_kv|n_embd|n_inner|.*ffn_dim|dim|embed_dim|head_dim|"
+    r"n_head|num_(.*_)?heads|num_labels|.*_head_dim"
+)
+_DEPTHS = re.compile(
+    r"num_hidden_layers|num_layers|n_layers?|.*_layers|num_experts|num_local_experts|n_routed_experts"
+)
+
+
+def check_module(model: nn.Module) -> None:
+    """Refuse modules that cannot be converted as they are, each with its remedy."""
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TorchScriptError(
+            f"{name} is TorchScript, whose layers are frozen; convert the Python module before scripting it"
+        )
+    if name == "OptimizedModule" and hasattr(model, "_orig_mod"):
+        raise TorchScriptError(
+            f"{name} is compiled; convert the model inside it (._orig_mod) and compile the result"
+        )
+    if isinstance(model, nn.DataParallel) or name in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        raise WrappedModelError(f"{name} wraps the model; pass the model inside it (.module)")
+    if any("DTensor" in type(p.data).__name__ for p in model.parameters()) or name.startswith("FSDP"):
+        raise WrappedModelError(
+            f"{name} is sharded over processes (FSDP); gather it into one plain model first"
+        )
+    for path, module in model.named_modules():
+        _check_part(path or name, module)
+    if kind_of(model):
+        raise UnsupportedModelError(
+            f"{name} is a single layer, which cannot be replaced inside itself; wrap it: nn.Sequential(layer)"
+        )
+    if (
+        is_transformers_model(model)
+        and getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    ):
+        raise AlreadyQuantizedError(
+            f"{name} was loaded quantized (config.quantization_config); pass the float model"
+        )
+
+
+def _check_part(path: str, module: nn.Module) -> None:
+    home = type(module).__module__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TorchScriptError(
+            f"{path} ({type(module).__name__}) is TorchScript, whose layers are frozen; put the Python module there"
+        )
+    if home.startswith("peft.") or getattr(module, "_hf_peft_config_loaded", False):
+        raise AdapterAttachedError(
+            f"{path}: PEFT adapters are attached; call merge_and_unload() first and pass the result"
+        )
+    if isinstance(module, StoredModule) or getattr(module, "hf_quantizer", None) is not None:
+        raise AlreadyQuantizedError(
+            f"{path} ({type(module).__name__}) is quantized already; pass the float model"
+        )
+    if home.startswith((
+        "torchao.",
+        "bitsandbytes.",
+        "optimum.quanto",
+        "gptqmodel.",
+        "torch.ao.nn.quantized",
+        "auto_gptq.",
+    )):
+        raise AlreadyQuantizedError(
+            f"{path} ({home}.{type(module).__name__}) is quantized already; pass the float model"
+        )
+    for name, tensor in module.named_parameters(recurse=False):
+        if isinstance(tensor, nn.parameter.UninitializedParameter):
+            raise MetaTensorError(
+                f"{path}.{name} has no weights yet; run the model once before converting it"
+            )
+        if type(tensor.data) is not torch.Tensor or tensor.is_quantized or tensor.layout != torch.strided:
+            raise AlreadyQuantizedError(
+                f"{path}.{name} is of type {type(tensor.data).__name__} ({tensor.layout}), not a plain float tensor; pass the "
+                f"float model"
+            )
+        if tensor.device.type == "meta":
+            raise MetaTensorError(
+                f"{path}.{name} is on the meta device and has no data; load the weights first, without offloading"
+            )
+    if getattr(module, "_hf_hook", None) is not None:
+        raise WrappedModelError(
+            f"{path} carries an accelerate hook (device_map or offload); load the model onto one device, or remove the hooks "
+            f"with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise SourceNotFoundError(
+            f"{folder} does not exist; check the path, or give a Hub id like 'org/model'"
+        )
+    if not folder.is_dir():
+        _refuse_file(folder)
+    names = {p.name for p in folder.iterdir()}
+    if MANIFEST in names:
+        raise AlreadyQuantizedError(
+            f"{folder} was written by mono_quant; use load({str(folder)!r}) to run it"
+        )
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise AdapterAttachedError(
+            f"{folder} holds a PEFT adapter; merge it into its base model first and pass the result"
+        )
+    if "model_index.json" in names:
+        raise UnsupportedModelError(
+            f"{folder} is a diffusers pipeline; load it with diffusers and quantize a component, e.g. quantize(pipe.unet)"
+        )
+    if "config.json" not in names:
+        if not any(n.endswith(".safetensors") for n in names):
+            refuse_pickles(sorted(names), str(folder))
+        raise MissingFileError(
+            f"{folder} has no config.json, so its architecture is unknown; give a folder written by save_pretrained, or "
+            f"load the model yourself and pass the object"
+        )
+    raw = read_json_object(folder / "config.json")
+    if "_class_name" in raw:
+        raise UnsupportedModelError(
+            f"{folder} is a diffusers {raw['_class_name']}; load it with diffusers and pass the object"
+        )
+    block = raw.get("quantization_config")
+    if block is not None:
+        method = block.get("quant_method") if isinstance(block, Mapping) else block
+        raise AlreadyQuantizedError(
+            f"{folder} is quantized already (quant_method {method!r}); quantize the original model, or use load() to run it"
+        )
+    return raw
+
+
+def _refuse_file(path: Path) -> None:
+    if path.suffix == ".safetensors":
+        raise StateDictError(
+            f"{path} is weights without an architecture; pass the folder that also holds config.json"
+        )
+    if PICKLES.fullmatch(path.name) or path.suffix == ".bin":
+        raise PickleOnlyError(
+            f"{path} is a pickle, which can run code when read; load it yourself if you trust it and pass the model object"
+        )
+    raise UnsupportedModelError(f"{path} is a file of a kind that cannot be quantized; pass a model folder")
+
+
+def refuse_pickles(names: list[str], subject: str) -> None:
+    pickles = [n for n in names if PICKLES.fullmatch(n)]
+    if pickles:
+        raise PickleOnlyError(
+            f"{subject} has only pickle weights ({pickles[0]}), which can run code when read; convert them to safetensors, "
+            f"or pass allow_pickle=True to read plain tensors from them in a guarded process"
+        )
+
+
+def check_dtypes(folder: Path, shapes: Shapes, model: nn.Module, unused: Collection[str]) -> None:
+    """Refuse integer, boolean and complex tensors for float parameters, which loading would cast without a word.
+
+    Args:
+        folder: of the checkpoint.
+        shapes: of its tensors.
+        model: the skeleton they are for.
+        unused: names of tensors that no layer takes.
+    """
+    state = dict(model.state_dict())
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    floats = {name.rpartition(".")[2] for name, tensor in state.items() if tensor.is_floating_point()}
+    wrong = [
+        f"{name} is {dtype}"
+        for name, (dtype, _) in shapes.items()
+        if not dtype.is_floating_point and name not in unused
+        if not any(re.search(pattern, name) for pattern in ignored)
+        # renamed tensors keep the last part of their names
+        if (state[name].is_floating_point() if name in state else name.rpartition(".")[2] in floats)
+    ]
+    if wrong:
+        raise UnsupportedModelError(
+            f"{folder}: {len(wrong)} tensors are not in floating point, as {type(model).__name__} needs them: "
+            f"{', '.join(wrong[:3])}; save the checkpoint in float32, bfloat16 or float16"
+        )
+
+
+def check_float(folder: Path, shapes: Shapes) -> None:
+    packed = [
+        n
+        for n, (d, s) in shapes.items()
+        if len(s) > 1 and (d in (torch.int8, torch.uint8) or d.itemsize == 1 and d.is_floating_point)
+    ]
+    if packed:
+        raise AlreadyQuantizedError(
+            f"{folder}: {packed[0]} is {shapes[packed[0]][0]}: the weights are quantized already; pass the original model"
+        )
+
+
+def check_proportion(folder: Path, raw: Mapping[str, Any], shapes: Shapes) -> None:
+    """Refuse a config that asks for a model out of all proportion to the checkpoint, before building it."""
+    widest = max((d for _, shape in shapes.values() for d in shape), default=0)
+    for key, value in _integers(raw):
+        if value < 0 and (_SIZES.fullmatch(key) or _DEPTHS.fullmatch(key)):
+            raise CorruptCheckpointError(
+                f"{folder / 'config.json'}: {key} is {value}; a size cannot be negative"
+            )
+        too_wide = _SIZES.fullmatch(key) and value > 16 * max(widest, 4096)
+        too_deep = _DEPTHS.fullmatch(key) and value > 16 * max(len(shapes), 64)
+        if too_wide or too_deep:
+            raise LimitExceededError(
+                f"{folder / 'config.json'}: {key} is {value}, but the checkpoint has {len(shapes)} tensors with no dimension "
+                f"above {widest}; the config does not belong to these weights"
+            )
+
+
+def _integers(value: Any, key: str = "") -> list[tuple[str, int]]:
+    if isinstance(value, Mapping):
+        return [found for k, v in value.items() for found in _integers(v, str(k))]
+    return [(key, value)] if isinstance(value, int) and not isinstance(value, bool) else []

@@ -1,0 +1,82 @@
+"""A repository on the Hub becomes a source: pinned to a commit, with only the files that are needed."""
+
+from dataclasses import replace
+
+import torch
+
+from mono_quant.errors import (
+    HubOfflineError,
+)
+from mono_quant.io.disk.allowed import is_allowed
+from mono_quant.io.hub.client import Hub
+from mono_quant.io.hub.repo import RepoFacts, download, read_headers, resolve
+from mono_quant.io.tensors.headers import parse_header_bytes
+from mono_quant.sources.folder import check_complete, from_folder, skeleton_of
+from mono_quant.sources.guards import PICKLES, Shapes, refuse_pickles
+from mono_quant.sources.origin import Origin
+from mono_quant.sources.source import Access, Source
+
+
+def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
+    facts = resolve(repo_id, revision=access.revision, hub=access.client)
+    names = {f.path for f in facts.files}
+    safe = any(n.endswith(".safetensors") for n in names)
+    if access.client.is_offline and not safe and not any(PICKLES.fullmatch(n) for n in names):
+        raise HubOfflineError(
+            f"the weights of {repo_id!r} at {facts.sha[:12]} are not in the cache and the network is off; unset "
+            f"HF_HUB_OFFLINE, or fetch the model once while online"
+        )
+    if not safe and not access.allow_pickle:
+        refuse_pickles(sorted(names), f"{repo_id} at {facts.sha[:12]}")
+
+    def wanted(name: str) -> bool:
+        if name.endswith((".safetensors", ".safetensors.index.json")):
+            return weights and is_allowed(name)
+        if not safe and access.allow_pickle and PICKLES.fullmatch(name):
+            return weights
+        if not weights and name != "config.json":
+            return access.trust_remote_code and name.endswith(".py")
+        return is_allowed(name) or (access.trust_remote_code and name.endswith(".py"))
+
+    folder = download(facts, wanted=wanted, hub=access.client)
+    if weights or not safe:
+        opened = from_folder(folder, access, weights, is_cache=True)
+    else:
+        shapes = remote_headers(facts, access.client)[0]
+        opened = check_complete(skeleton_of(folder, access, shapes), shapes)
+    opened.origin = replace(_hub_origin(opened.origin.name, facts), access=opened.origin.access)
+    if facts.gated:
+        opened.notes.append("the source repository is gated; its terms apply to the result")
+    return opened
+
+
+def _hub_origin(name: str, facts: RepoFacts) -> Origin:
+    return Origin(
+        name,
+        facts.repo_id,
+        facts.sha,
+        facts.private,
+        facts.gated,
+        facts.license,
+        facts.license_name,
+        facts.license_link,
+        facts.language,
+        facts.datasets,
+        facts.pipeline_tag,
+        facts.extra_gated,
+    )
+
+
+def remote_headers(facts: RepoFacts, client: Hub) -> tuple[Shapes, int]:
+    """Fetch dtype and shape of every tensor of a repository, and the size of its weights in bytes."""
+
+    def is_weight(name: str) -> bool:
+        return "/" not in name and is_allowed(name)
+
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    size = 0
+    for name, head in read_headers(facts, wanted=is_weight, hub=client).items():
+        spans, _ = parse_header_bytes(head, facts.file(name).size, f"{facts.repo_id}/{name}")
+        shapes.update({key: (span.dtype, span.shape) for key, span in spans.items()})
+        size += sum(span.end - span.start for span in spans.values())
+    return shapes, size

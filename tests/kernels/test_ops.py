@@ -1,0 +1,781 @@
+"""Every path of the kernels against an oracle in int64 and against each other, bit for bit."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from mono_quant import kernels
+from mono_quant.kernels import build, choice, cpu, ops, reference
+
+NATIVE = kernels.environment()["isa_paths"]
+
+
+def encode_rows(weight: torch.Tensor, scale_dtype: torch.dtype) -> cpu.EncodedRows | None:
+    return None if choice.active.cpu is None else choice.active.cpu.encode_rows(weight, scale_dtype)
+
+
+def cast_half(tensor: torch.Tensor) -> cpu.HalfValues | None:
+    return None if choice.active.cpu is None else choice.active.cpu.cast_half(tensor)
+
+
+assert isinstance(NATIVE, list)
+PATHS = ["reference", *NATIVE]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+native_only = pytest.mark.skipif(not NATIVE, reason="the native library is not built")
+
+
+def oracle(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, qmax: int = 127) -> Tensor:
+    """The definition once more, with exact sums in int64."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    absmax = rows.abs().amax(1) if rows.shape[1] else torch.zeros(rows.shape[0])
+    limit = torch.full_like(absmax, qmax)
+    scale = absmax / limit
+    inverse = limit / absmax
+    zero = absmax < qmax * 2.0**-126
+    scale[zero] = inverse[zero] = 0.0
+    broken = ~torch.isfinite(absmax)
+    codes = torch.round(rows * inverse[:, None])
+    codes[broken] = 0
+    scale[broken] = float("nan")
+    assert codes.abs().max() <= qmax if codes.numel() else True
+    total = codes.to(torch.int64) @ weight.to(torch.int64).t()
+    assert total.abs().max() < 2**31 if total.numel() else True
+    out = total.to(torch.int32).float() * (scale[:, None] * weight_scale.view(1, -1))
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bits, any NaN equal to any other."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
+    )
+
+
+def layer(rows: int, depth: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-127, 128, (rows, depth), dtype=torch.int8, generator=generator)
+    return weight, torch.rand(rows, 1, generator=generator) + 0.1, torch.randn(rows, generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def _native() -> Iterator[None]:
+    """Undo a path chosen by the environment, such as MONO_QUANT_ISA=reference for the whole run; draw the same numbers."""
+    torch.manual_seed(0)
+    with kernels.using():
+        yield
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kernels.using(request.param, 8):
+        yield request.param
+
+
+# ---- the linear layer
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tokens=st.integers(0, 70),
+    rows=st.integers(1, 70),
+    depth=st.sampled_from([1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 384, 1025, 2049]),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.sampled_from([None, *DTYPES]),
+    bits=st.sampled_from([8, 10, 12]),
+    count=st.sampled_from([1, 2, 5]),
+    path=st.sampled_from(PATHS),
+    magnitude=st.sampled_from([1e-30, 1.0, 1e4]),
+    seed=st.integers(0, 2**31),
+)
+def test_every_path_has_the_bits_of_the_oracle(
+    tokens: int,
+    rows: int,
+    depth: int,
+    dtype: torch.dtype,
+    bias: torch.dtype | None,
+    bits: int,
+    count: int,
+    path: str,
+    magnitude: float,
+    seed: int,
+) -> None:
+    weight, scale, offset = layer(rows, depth, seed)
+    weight[seed % rows, seed % depth] = -128
+    x = (torch.randn(tokens, depth, generator=torch.Generator().manual_seed(seed)) * magnitude).to(dtype)
+    if tokens > 3:
+        x[1, seed % depth] = float("nan")
+        x[2, seed % depth] = float("-inf")
+        x[3] = 0
+    b = None if bias is None else offset.to(bias)
+    qmax = 127 if path == "reference" else cpu.widest_code(depth, bits)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with kernels.using(path, bits):
+            y = kernels.int8_linear(x, weight, scale, b)
+    finally:
+        torch.set_num_threads(before)
+    assert same(y, oracle(x, weight, scale, b, qmax))
+
+
+def extreme_rows(depth: int, qmax: int) -> Tensor:
+    """Tokens whose codes are the largest, alternate, or have one value apart."""
+    rows = torch.ones(6, depth)
+    rows[1] = -1
+    rows[2, 1::2] = -1
+    rows[3, 1:] = 0
+    rows[4, :-1] = 1 / (2 * qmax)
+    rows[5] = 2.0**-130
+    return rows
+
+
+def extreme_weights(depth: int) -> Tensor:
+    weight = torch.full((7, depth), 127, dtype=torch.int8)
+    weight[1] = -127
+    weight[2, 1::2] = -127
+    weight[3] = -128
+    weight[4, 1:] = 0
+    weight[5, :-1] = 0
+    weight[6, depth // 2] = -128
+    return weight
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12])
+@pytest.mark.parametrize("depth", [1, 2, 15, 16, 17, 31, 2047, 2048, 2049, 8191, 8192, 8193, 16385, 132104])
+@pytest.mark.parametrize("path", NATIVE)
+def test_extreme_codes_sum_exactly(path: str, depth: int, bits: int) -> None:
+    qmax = cpu.widest_code(depth, bits)
+    weight, x = extreme_weights(depth), extreme_rows(depth, qmax)
+    scale = torch.ones(7, 1)
+    with kernels.using(path, bits):
+        few = kernels.int8_linear(x, weight, scale, None)
+        many = kernels.int8_linear(x.repeat(11, 1), weight, scale, None)
+    expected = oracle(x, weight, scale, None, qmax)
+    assert same(few, expected)
+    assert same(many, expected.repeat(11, 1))
+
+
+def test_rows_up_to_the_limit_without_minus_128_are_exact(path: str) -> None:
+    depth = 133_144
+    weight = torch.full((1, depth), -127, dtype=torch.int8)
+    x = torch.ones(17, depth)
+    assert kernels.int8_linear(x, weight, torch.ones(1, 1), None).eq(-127.0 * depth).all()
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 47, 48, 49, 97])
+@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize("path", NATIVE)
+def test_a_token_does_not_depend_on_its_batch(path: str, bits: int, rows: int, threads: None) -> None:
+    weight, scale, bias = layer(rows, 131)
+    x = torch.randn(300, 131)
+    with kernels.using(path, bits):
+        alone = torch.cat([kernels.int8_linear(x[i : i + 1], weight, scale, bias) for i in range(300)])
+        for tokens in (2, 5, 6, 7, 11, 13, 41, 49, 60, 61, 300):
+            for count in (1, 2, 7):
+                torch.set_num_threads(count)
+                assert same(kernels.int8_linear(x[:tokens], weight, scale, bias), alone[:tokens])
+
+
+@native_only
+def test_many_tokens_pass_in_several_chunks() -> None:
+    weight, scale, _ = layer(50, 4100)
+    x = torch.randn(1100, 4100)
+    with kernels.using(bits=8):
+        y = kernels.int8_linear(x, weight, scale, None)
+    pick = torch.tensor([0, 1, 509, 510, 511, 512, 1098, 1099])
+    assert same(y[pick], oracle(x[pick], weight, scale, None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize("depth", [2, 131, 2049])
+def test_many_tokens_of_a_small_layer_pass_in_blocks(
+    path: str, bits: int, depth: int, dtype: torch.dtype, threads: None
+) -> None:
+    weight, scale, bias = layer(97, depth)
+    x = torch.randn(2100, depth).to(dtype)
+    x[1, 1], x[1030] = float("nan"), 0
+    qmax = 127 if path == "reference" else cpu.widest_code(depth, bits)
+    expected = oracle(x, weight, scale, bias, qmax)
+    with kernels.using(path, bits):
+        for tokens, count in ((513, 1), (2100, 1), (2100, 2), (2100, 3)):
+            torch.set_num_threads(count)
+            assert same(kernels.int8_linear(x[:tokens], weight, scale, bias), expected[:tokens])
+
+
+def test_a_bad_row_breaks_only_itself(path: str) -> None:
+    weight, scale, bias = layer(20, 40)
+    x = torch.randn(70, 40)
+    good = kernels.int8_linear(x, weight, scale, bias)
+    bad = x.clone()
+    bad[5, 39], bad[6, 0], bad[7, 20] = float("nan"), float("inf"), float("-inf")
+    y = kernels.int8_linear(bad, weight, scale, bias)
+    assert y[5:8].isnan().all()
+    keep = torch.tensor([i for i in range(70) if i not in (5, 6, 7)])
+    assert same(y[keep], good[keep])
+
+
+def test_rows_of_zeros_and_subnormals_give_the_bias(path: str) -> None:
+    weight, scale, bias = layer(20, 40)
+    x = torch.zeros(3, 40)
+    x[1] = 1e-40
+    x[2, 3] = 126 * 2.0**-126
+    assert same(kernels.int8_linear(x, weight, scale, bias), bias.expand(3, 20))
+
+
+@pytest.mark.parametrize("shape", [(40,), (0, 40), (2, 0, 40), (1, 1, 40), (2, 3, 4, 40)])
+def test_leading_dimensions_are_kept(path: str, shape: tuple[int, ...]) -> None:
+    weight, scale, bias = layer(20, 40)
+    x = torch.randn(shape)
+    assert same(kernels.int8_linear(x, weight, scale, bias), oracle(x, weight, scale, bias))
+
+
+def test_no_input_features_give_the_bias(path: str) -> None:
+    weight, scale, bias = layer(5, 0)
+    assert same(kernels.int8_linear(torch.empty(3, 0), weight, scale, bias), bias.expand(3, 5))
+
+
+def test_strided_and_misaligned_tensors_are_read_right(path: str) -> None:
+    depth, rows = 67, 19
+    weight, scale, bias = layer(rows, depth)
+    memory = torch.zeros(weight.numel() + 3, dtype=torch.int8)
+    odd = memory[3:].view(rows, depth)
+    odd.copy_(weight)
+    column_major = weight.t().contiguous().t()
+    x = torch.randn(30, 2 * depth + 1)[:, 1 : depth + 1]
+    expected = oracle(x, weight, scale, bias)
+    wide_bias = torch.stack([bias, bias], 1)[:, 0]
+    for w in (weight, odd, column_major):
+        assert same(kernels.int8_linear(x, w, scale, wide_bias), expected)
+    flat = torch.randn(1 + 30 * depth)[1:].view(30, depth)
+    assert same(kernels.int8_linear(flat, weight, scale, bias), oracle(flat, weight, scale, bias))
+    negated = torch.view_as_complex(torch.randn(30, depth, 2)).conj().imag
+    assert same(
+        kernels.int8_linear(negated, weight, scale, bias), oracle(negated.clone(), weight, scale, bias)
+    )
+
+
+def test_other_dtypes_take_the_reference() -> None:
+    weight, scale, bias = layer(5, 16)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    assert same(kernels.int8_linear(x, weight, scale, bias), oracle(x, weight, scale, bias))
+
+
+def test_a_wrong_shape_is_an_error(path: str) -> None:
+    weight, scale, bias = layer(5, 16)
+    with pytest.raises(RuntimeError, match="16"):
+        kernels.int8_linear(torch.randn(3, 17), weight, scale, bias)
+
+
+@native_only
+def test_eight_threads_share_one_layer() -> None:
+    weight, scale, bias = layer(300, 500)
+    inputs = [torch.randn(1 + 9 * i, 500) for i in range(8)]
+    expected = [kernels.int8_linear(x, weight, scale, bias) for x in inputs]
+
+    def work(i: int) -> bool:
+        return all(same(kernels.int8_linear(inputs[i], weight, scale, bias), expected[i]) for _ in range(40))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+@native_only
+def test_wide_codes_are_closer_to_the_float_product() -> None:
+    weight, scale, _ = layer(256, 1024)
+    x = torch.randn(64, 1024)
+    exact = x.double() @ (weight.double() * scale.double()).t()
+
+    def error() -> float:
+        return float((kernels.int8_linear(x, weight, scale, None) - exact).norm() / exact.norm())
+
+    with kernels.using(bits=8):
+        narrow = error()
+    with kernels.using(bits=12):
+        wide = error()
+    # sqrt(1/12) * step / rms with absmax near 3.5 sigma; sixteen times less with 2047 in place of 127
+    assert 0.005 < narrow < 0.01
+    assert wide < narrow / 14
+
+
+def test_long_rows_get_narrower_codes_by_their_length_alone() -> None:
+    assert cpu.widest_code(8192, 12) == 2047
+    assert cpu.widest_code(8200, 12) == 2046
+    assert cpu.widest_code(132_104, 12) == 127
+    assert cpu.widest_code(10**6, 12) == 127
+    assert cpu.widest_code(10**6, 8) == 127
+    assert kernels.MAX_IN_FEATURES == 132_104
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="torch._int_mm is slow here")
+def test_int_mm_stands_in_for_the_reference() -> None:
+    weight, scale, bias = layer(33, 100)
+    weight[0, 0] = -128
+    x = torch.randn(40, 100)
+    with kernels.using("reference"):
+        assert ops._int_mm_is_exact()
+        assert same(kernels.int8_linear(x, weight, scale, bias), oracle(x, weight, scale, bias))
+
+
+# ---- compilers, autograd and modes
+
+
+class Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in zip(("weight", "scale", "offset"), layer(13, 17), strict=True):
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(kernels.int8_linear(x, self.weight, self.scale, self.offset))  # type: ignore[arg-type]
+
+
+def test_export_keeps_the_op_and_its_result() -> None:
+    module, x = Small(), torch.randn(3, 17)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert "mono_quant.int8_linear.default" in targets
+    more = torch.randn(9, 17)
+    assert same(program.module()(more), module(more))
+
+
+def test_compile_keeps_the_op_in_one_graph() -> None:
+    module, x = Small(), torch.randn(3, 17)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    assert same(compiled(x), module(x))
+    assert len(graphs) == 1
+    assert any("int8_linear" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+@pytest.mark.parametrize("op", ["int8_linear", "half_linear"])
+def test_ops_pass_the_checks_of_torch_library(op: str) -> None:
+    weight, scale, bias = layer(13, 17)
+    for x in (torch.randn(3, 17), torch.randn(2, 3, 17, requires_grad=True)):
+        args = (x, weight, scale, bias) if op == "int8_linear" else (x, weight.half(), bias)
+        torch.library.opcheck(getattr(torch.ops.mono_quant, op).default, args)
+
+
+def test_the_conv_op_passes_the_checks_of_torch_library() -> None:
+    weight, scale, bias = layer(6, 36)
+    args = (torch.randn(2, 4, 9, 8), weight.view(6, 4, 3, 3), scale, bias, [2, 1], [1, 1], [1, 1], 1)
+    torch.library.opcheck(torch.ops.mono_quant.int8_conv.default, args)
+    last = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
+    torch.library.opcheck(torch.ops.mono_quant.int8_conv.default, last)
+
+
+def test_gradients_are_those_of_the_dequantized_layer() -> None:
+    weight, scale, bias = layer(13, 17)
+    x = torch.randn(3, 17, requires_grad=True)
+    bias.requires_grad_()
+    kernels.int8_linear(x, weight, scale, bias).sum().backward()
+    assert x.grad is not None
+    assert bias.grad is not None
+    torch.testing.assert_close(x.grad, torch.ones(3, 13) @ (weight.float() * scale))
+    assert bias.grad.eq(3).all()
+
+
+def test_fake_tensors_get_shape_and_dtype() -> None:
+    weight, scale, bias = layer(13, 17)
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        y = kernels.int8_linear(torch.empty(2, 3, 17, dtype=torch.bfloat16), weight, scale, bias)
+    assert y.shape == (2, 3, 13)
+    assert y.dtype == torch.bfloat16
+
+
+def test_autocast_and_inference_mode_change_nothing(path: str) -> None:
+    weight, scale, bias = layer(13, 17)
+    x = torch.randn(3, 17)
+    expected = oracle(x, weight, scale, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(kernels.int8_linear(x, weight, scale, bias), expected)
+    with torch.inference_mode():
+        assert same(kernels.int8_linear(x, weight, scale, bias), expected)
+    with torch.device("meta"):
+        assert same(kernels.int8_linear(x, weight, scale, bias), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_takes_the_reference() -> None:
+    weight, scale, bias = layer(13, 17)
+    x = torch.randn(4, 3, 17)
+    y = torch.vmap(lambda rows: kernels.int8_linear(rows, weight, scale, bias))(x)
+    assert same(y, oracle(x, weight, scale, bias))
+
+
+# ---- convolution and embedding
+
+
+def oracle_conv(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, size: tuple[int, int], **how: int
+) -> Tensor:
+    groups = how.pop("groups")
+    places = F.unfold(x.float(), size, **how)
+    images, _, count = places.shape
+    tokens = places.view(images, groups, weight.shape[1], count).transpose(2, 3)
+    width = weight.shape[0] // groups
+    parts = []
+    for g in range(groups):
+        pick = slice(g * width, (g + 1) * width)
+        parts.append(
+            oracle(tokens[:, g].to(x.dtype), weight[pick], scale[pick], None if bias is None else bias[pick])
+        )
+    return torch.cat(parts, -1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "rows", "groups", "size", "stride", "padding", "dilation"),
+    [
+        (3, 8, 1, (3, 3), 1, 1, 1),
+        (16, 50, 1, (3, 2), 2, 2, 2),
+        (16, 20, 1, (1, 1), 1, 0, 1),
+        (12, 8, 4, (3, 3), 1, 1, 1),
+        (6, 6, 6, (3, 3), 1, 1, 1),
+        (3, 40, 1, (4, 4), 4, 0, 1),
+    ],
+)
+def test_conv_has_the_bits_of_the_oracle(
+    path: str,
+    channels: int,
+    rows: int,
+    groups: int,
+    size: tuple[int, int],
+    stride: int,
+    padding: int,
+    dilation: int,
+    last: bool,
+    dtype: torch.dtype,
+) -> None:
+    weight, scale, bias = layer(rows, channels // groups * size[0] * size[1])
+    x = torch.randn(2, channels, 13, 12).to(dtype)
+    x[1, 0, 5, 5] = float("nan")
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    pairs = [(n, n) for n in (stride, padding, dilation)]
+    y = kernels.int8_conv(x, weight.view(rows, channels // groups, *size), scale, bias, *pairs, groups)
+    how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    assert same(y.flatten(2), oracle_conv(x, weight, scale, bias, size, **how))
+    assert y.is_contiguous() or last
+
+
+def test_conv_of_many_places_has_the_bits_of_the_oracle(path: str) -> None:
+    weight, scale, bias = layer(50, 4 * 9)
+    x = torch.randn(2, 8, 31, 37)
+    y = kernels.int8_conv(x, weight.view(50, 4, 3, 3), scale, bias, (1, 1), (1, 1), (1, 1), 2)
+    how = {"stride": 1, "padding": 1, "dilation": 1, "groups": 2}
+    assert same(y.flatten(2), oracle_conv(x, weight, scale, bias, (3, 3), **how))
+
+
+def test_conv_of_no_images(path: str) -> None:
+    weight, scale, bias = layer(5, 12)
+    y = kernels.int8_conv(
+        torch.empty(0, 3, 8, 8), weight.view(5, 3, 2, 2), scale, bias, (1, 1), (0, 0), (1, 1), 1
+    )
+    assert y.shape == (0, 5, 7, 7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [1, 7, 8, 33])
+def test_embedding_rounds_once(path: str, depth: int, dtype: torch.dtype) -> None:
+    table, scale, _ = layer(11, depth)
+    for indices in (torch.tensor(3), torch.randint(0, 11, (2, 5)), torch.empty(0, dtype=torch.int64)):
+        expected = (table[indices].float() * scale[indices]).to(dtype)
+        assert same(kernels.int8_embedding(indices, table, scale, dtype), expected)
+    assert same(kernels.int8_embedding(torch.tensor([4], dtype=torch.int32), table, scale, dtype)[0],
+                (table[4].float() * scale[4]).to(dtype))  # fmt: skip
+
+
+@pytest.mark.parametrize("index", [-1, 11])
+def test_an_index_out_of_range_is_an_error(path: str, index: int) -> None:
+    table, scale, _ = layer(11, 8)
+    with pytest.raises(IndexError, match="out of range"):
+        kernels.int8_embedding(torch.tensor([0, index]), table, scale, torch.float32)
+
+
+# ---- float16 weights
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5, 13, 60, 61, 1111])
+@pytest.mark.parametrize("depth", [1, 8, 9, 100, 2049])
+def test_half_linear_is_as_close_as_fp32_sums_are(
+    path: str, depth: int, tokens: int, dtype: torch.dtype
+) -> None:
+    weight = torch.randn(37, depth).half()
+    x, bias = torch.randn(tokens, depth).to(dtype), torch.randn(37)
+    y = kernels.half_linear(x, weight, bias)
+    assert y.dtype == dtype
+    exact = x.double() @ weight.double().t() + bias
+    size = x.double().abs() @ weight.double().abs().t() + bias.abs()
+    info = torch.finfo(dtype)
+    # the sum in fp32, then one rounding: relative, but for subnormal results
+    rounding = exact.abs().clamp(min=info.tiny) * info.eps / 2
+    assert ((y - exact).abs() <= size * (depth + 2) * 2.0**-24 + rounding).all()
+
+
+@native_only
+def test_half_linear_passes_nan_and_infinity_on() -> None:
+    weight = torch.ones(5, 20).half()
+    x = torch.zeros(2, 20)
+    x[0, 3], x[1, 19] = float("nan"), float("inf")
+    y = kernels.half_linear(x, weight, None)
+    assert y[0].isnan().all()
+    assert y[1].isposinf().all()
+
+
+# ---- conversion
+
+
+def oracle_rows(weight: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows = weight.float()
+    scale = rows.abs().amax(1, keepdim=True) / torch.tensor(127.0)
+    rounded = scale.to(scale_dtype).float()
+    if scale_dtype == torch.float16:
+        rounded = torch.where(scale < 2.0**-14, scale, rounded)
+    rounded = torch.where(rounded < 2.0**-126, 1.0, rounded)
+    return torch.round(rows / rounded).clamp(-127, 127).to(torch.int8), rounded
+
+
+@native_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("depth", [1, 31, 32, 33, 700])
+def test_encoded_rows_have_the_bits_of_the_oracle(
+    depth: int, scale_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    weight = (torch.randn(130, depth) * torch.logspace(-9, 2, 130)[:, None]).to(dtype)
+    weight[3] = 0
+    found = encode_rows(weight, scale_dtype)
+    assert found is not None
+    codes, scale = oracle_rows(weight, scale_dtype)
+    assert torch.equal(found.codes, codes)
+    assert torch.equal(found.scale, scale)
+    noise = (weight.float() - codes.float() * scale).double().square().sum()
+    assert found.signal == pytest.approx(float(weight.double().square().sum()), rel=1e-6)
+    assert found.noise == pytest.approx(float(noise), rel=1e-3, abs=1e-12 * found.signal)
+
+
+@native_only
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+def test_ties_and_their_neighbours_round_like_the_quotient(scale_dtype: torch.dtype) -> None:
+    # every half step and the floats next to it, for scales that are no powers of two
+    steps = torch.arange(-126.5, 127, 0.5).repeat(64, 1) * (torch.rand(64, 1) + 0.5)
+    weight = torch.cat([steps, steps.nextafter(torch.tensor(9e9)), steps.nextafter(torch.tensor(-9e9))], 1)
+    weight[:, 0] = weight.abs().amax(1) * 127 / 126.5
+    found = encode_rows(weight, scale_dtype)
+    assert found is not None
+    assert torch.equal(found.codes, oracle_rows(weight, scale_dtype)[0])
+
+
+@native_only
+def test_encoded_rows_mark_what_is_not_finite() -> None:
+    weight = torch.randn(6, 40)
+    weight[1, 39], weight[4, 0] = float("nan"), float("-inf")
+    found = encode_rows(weight, torch.float32)
+    assert found is not None
+    assert found.scale.isnan().flatten().tolist() == [False, True, False, False, True, False]
+    assert found.codes[1].eq(0).all()
+
+
+@native_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100_003])
+def test_half_cast_counts_what_it_loses(count: int, dtype: torch.dtype) -> None:
+    value = torch.randn(count).mul_(torch.logspace(-10, 6, count) if count else 1.0)
+    edges = torch.tensor([
+        65504,
+        65519.9,
+        65520,
+        -65520,
+        1e9,
+        2.0**-25,
+        2.0**-25 * 1.01,
+        1e-8,
+        -1e-45,
+        0.0,
+        -0.0,
+    ])
+    value[: len(edges)] = edges[:count]
+    value = value.to(dtype)
+    found = cast_half(value)
+    assert found is not None
+    size = value.float().abs()
+    assert same(found.value, value.half())
+    assert found.overflowed == int((size >= 65520).sum())
+    assert found.clamped == int(((size > 65504) & (size < 65520)).sum())
+    assert found.flushed == int(((value.half() == 0) & (value != 0)).sum())
+    assert found.nonfinite == 0
+
+
+@native_only
+def test_half_cast_counts_nan_and_infinity() -> None:
+    found = cast_half(torch.tensor([[1.0, float("nan")], [float("inf"), float("-inf")]]))
+    assert found is not None
+    assert found[1:] == (0, 0, 0, 3)
+    assert found.value.shape == (2, 2)
+
+
+def test_conversion_leaves_other_dtypes_to_the_caller() -> None:
+    assert encode_rows(torch.randn(2, 2, dtype=torch.float64), torch.float32) is None
+    assert cast_half(torch.randn(2, dtype=torch.float64)) is None
+    with kernels.using("reference"):
+        assert encode_rows(torch.randn(2, 2), torch.float32) is None
+        assert cast_half(torch.randn(2)) is None
+
+
+# ---- choosing a path, and doing without
+
+
+def test_the_environment_names_what_runs() -> None:
+    with kernels.using("reference"):
+        env = kernels.environment()
+        assert env["path"] == "reference"
+        assert env["activation_bits"] == kernels.activation_bits() == 8
+        assert "slower" in str(env["cost"])
+        assert "reference" in kernels.describe()
+    for name in NATIVE:
+        with kernels.using(name, 10):
+            assert kernels.environment()["path"] == name
+            assert kernels.environment()["cost"] is None
+            assert kernels.activation_bits() == 10
+            assert kernels.describe() == f"native {name} (exact, 10-bit activations)"
+    assert kernels.activation_bits("cuda") == 8
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_codes_are_as_wide_as_costs_no_speed(name: str) -> None:
+    with kernels.using(name):
+        assert kernels.activation_bits() == {"reference": 8, "avx512vnni": 8}.get(name, 12)
+        assert kernels.activation_bits("cuda") == 8
+
+
+def test_unknown_choices_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"unknown kernel path 'sse9'; choose from reference, portable"):
+        cpu.choose(choice.loaded, "sse9")
+    with pytest.raises(ValueError, match=r"8 to 12 bits, not 16"):
+        cpu.choose(choice.loaded, bits=16)
+    nothing = cpu.Loaded(None, "no compiler", None, ())
+    with pytest.raises(ValueError, match=r"'avx2' is not available: no compiler"):
+        cpu.choose(nothing, "avx2")
+    assert cpu.choose(nothing) == (None, "no compiler")
+    only = cpu.Loaded(ctypes.CDLL(None), None, None, ("portable",))
+    with pytest.raises(ValueError, match=r"does not run 'avx2', only portable"):
+        cpu.choose(only, "avx2")
+
+
+def test_the_switches_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONO_QUANT_ISA", "reference")
+    assert cpu.from_environment(choice.loaded)[0] is None
+    if NATIVE:
+        monkeypatch.setenv("MONO_QUANT_ISA", NATIVE[0])
+        monkeypatch.setenv("MONO_QUANT_ACTIVATION_BITS", "8")
+        chosen, _ = cpu.from_environment(choice.loaded)
+        assert chosen is not None
+        assert (chosen.path, chosen.bits) == (NATIVE[0], 8)
+
+
+def test_a_missing_library_leaves_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpu, "_FOLDER", tmp_path)
+    assert "not built" in str(cpu.load().reason)
+    (tmp_path / build.RECORD).write_text(
+        json.dumps({"built": False, "reason": "no C++ compiler", "compiler": None})
+    )
+    assert cpu.load() == cpu.Loaded(None, "no C++ compiler", None, ())
+    (tmp_path / build.LIBRARY).write_bytes(b"not a library")
+    assert "could not be loaded" in str(cpu.load().reason)
+
+
+@native_only
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_VERSION", 999)
+    assert "this package needs 999" in str(cpu.load().reason)
+
+
+@native_only
+def test_a_path_that_fails_its_self_test_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_agrees", lambda library, path: path == "portable")
+    loaded = cpu.load()
+    assert loaded.paths == ("portable",)
+    if len(NATIVE) > 1:
+        assert "self-test failed, not used: " + NATIVE[1] in str(loaded.reason)
+
+
+@native_only
+def test_the_self_test_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = choice.loaded.library
+    assert library is not None
+    assert cpu._agrees(library, "portable")
+    right = reference.int_matmul
+    monkeypatch.setattr(reference, "int_matmul", lambda codes, weight: right(codes, weight) + 1)
+    assert not cpu._agrees(library, "portable")
+
+
+def test_without_a_compiler_the_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    (tmp_path / build.LIBRARY).write_bytes(b"of an earlier build")
+    reason = build.build(tmp_path)
+    assert "no C++ compiler was found" in str(reason)
+    assert json.loads((tmp_path / build.RECORD).read_text())["reason"] == reason
+    assert not (tmp_path / build.LIBRARY).exists()
+
+
+def test_a_failing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "error: no such thing" in str(build.build(tmp_path))
+    compiler.write_text("not a program")
+    assert "could not be run" in str(build.build(tmp_path))
+    monkeypatch.setenv("MONO_QUANT_BUILD", "0")
+    assert "MONO_QUANT_BUILD=0" in str(build.build(tmp_path))
+
+
+def test_a_process_without_the_library_computes_the_same(tmp_path: Path) -> None:
+    code = (
+        "import torch; from mono_quant import kernels; torch.manual_seed(0)\n"
+        "x, w = torch.randn(21, 40), torch.randint(-128, 128, (9, 40), dtype=torch.int8)\n"
+        "torch.save(kernels.int8_linear(x, w, torch.ones(9, 1), None), r'%s')\n"
+        "print(kernels.environment()['path'])\n"
+    )
+    results = []
+    for isa in ("reference", ""):
+        file = tmp_path / f"{isa or 'native'}.pt"
+        env = os.environ | {"MONO_QUANT_ISA": isa, "MONO_QUANT_ACTIVATION_BITS": "8"}
+        run = subprocess.run(
+            [sys.executable, "-c", code % file], env=env, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.strip() == (isa or choice.loaded.paths[-1] if NATIVE else "reference")
+        results.append(torch.load(file))
+    assert same(*results)
