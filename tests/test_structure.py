@@ -26,9 +26,10 @@ ROOMS = {
     "planning": [["rules", "kinds", "report"], ["config", "walk"], ["layers", "rows"]],
     "convert": [
         ["forwards", "probes"],
-        ["int8_layers", "half_layers", "fidelity"],
-        ["surgery"],
+        ["int8_layers", "half_layers", "fidelity", "surgery"],
+        ["contract"],
         ["int8", "half"],
+        ["schemes"],
     ],
     "hf": [
         ["configs", "names", "compressed_tensors", "processors"],

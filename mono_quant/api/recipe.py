@@ -1,103 +1,74 @@
 """One conversion, from a source to a measured result with its report."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from huggingface_hub.utils import tqdm
-from torch import nn
 
-from mono_quant import kernels
 from mono_quant.api.result import QuantizedModel
-from mono_quant.convert import half
-from mono_quant.convert.fidelity import Output, compare, digits, peak_activation, run
-from mono_quant.convert.int8 import decide, to_int8_
+from mono_quant.convert.contract import Progress, Scheme, Task, device_of
+from mono_quant.convert.fidelity import Output, run
 from mono_quant.convert.probes import Probe, ProbeError, given_probe, make_probe
-from mono_quant.convert.surgery import Progress, own_memory_, rollback, structural_copy
+from mono_quant.convert.schemes import SCHEMES
+from mono_quant.convert.surgery import own_memory_, rollback, structural_copy
 from mono_quant.errors import ConfigError
 from mono_quant.hf.quantizer import mark_int8_
 from mono_quant.planning.config import QuantizationConfig
-from mono_quant.planning.layers import find_layers
 from mono_quant.planning.report import QuantReport
-from mono_quant.planning.rows import Converted, account, int8_notes, layer_reasons, survey
-from mono_quant.planning.rules import Decision, Layer
 from mono_quant.planning.walk import is_transformers_model, tensor_names
-from mono_quant.sources.source import Source
+from mono_quant.sources.source import Source, Subject
 
 # Above this the output is not measured unless asked for: two forward passes of a large model take minutes.
 AUTO_FIDELITY_PARAMETERS = 10**9
 
 
+def plan_source(source: Source, request: QuantizationConfig) -> QuantReport:
+    """Return the report of what a conversion would do, as far as it can be told without the values."""
+    scheme, task = SCHEMES[request.dtype], Task.of(source.subject.model, source.subject.core_name, request)
+    rows = scheme.planned(task, scheme.decide(task)).rows(task)
+    return QuantReport(request.dtype, rows, notes=(*source.notes, *scheme.notes(rows, None)), planned=True)
+
+
 def convert_source(
     source: Source, request: QuantizationConfig, *, inplace: bool, probe: Any
 ) -> QuantizedModel:
-    layers = layers_of(source)
-    names = [name for name, _, _ in tensor_names(source.model)]
-    decisions = decide(layers, request.rules(), source.model)
-    rows = survey(source.model, layers)
-    work = source if inplace else _copy(source)
+    """Convert a source and measure the result.
+
+    Args:
+        source: is left as it is, unless `inplace`.
+        request: what the user asks for.
+        inplace: convert the model of the source itself; it is put back when that fails.
+        probe: inputs that the user gave to measure with, or None.
+    """
+    scheme = SCHEMES[request.dtype]
+    work = source.subject if inplace else _copy(source.subject)
+    task = Task.of(work.model, work.core_name, request)
+    decisions = scheme.decide(task)
+    names = [name for name, _, _ in tensor_names(work.model)]
     reference, note = _reference(work, request, probe)
-    with rollback(work.model), _bar(type(source.core).__name__) as progress:
-        done, reasons = _apply(work, request, decisions, rows, progress)
-        own_memory_(work.model, None if inplace else source.model)
-        if request.dtype == "fp16":
-            half.compute_in_float_(work.model, work.core_name)
-    bits = kernels.activation_bits() if request.dtype == "int8" else None
-    complete = account(rows, done, reasons)
-    found = int8_notes(complete, work.model) if request.dtype == "int8" else ()
-    notes = (*source.notes, *_memory_notes(work.model, done, request), *found)
-    report = QuantReport(request.dtype, complete, bits, notes=notes)
-    report.check(names)
-    report = _measured(report, work, reference, note)
+    with rollback(work.model), _bar(type(work.core).__name__) as progress:
+        outcome = scheme.apply_(task, decisions, progress)
+        own_memory_(work.model, None if inplace else source.subject.model)
+        scheme.finish_(task)
+        rows = outcome.rows(task)
+        bits = scheme.activation_bits(device_of(work.model))
+        notes = (*source.notes, *scheme.notes(rows, work.model))
+        report = QuantReport(request.dtype, rows, bits, notes=notes)
+        report.check(names)
+    if request.dtype == "int8" and is_transformers_model(work.core):
+        mark_int8_(work.core)
+    report = _measured(report, scheme, work, reference, note)
     return QuantizedModel(work.model, report, request, work)
 
 
-def layers_of(source: Source) -> list[Layer]:
-    """Find the layers of the whole model; only those of its core can be converted."""
-    prefix = source.core_name
-    if not prefix:
-        return find_layers(source.model)
-    inside = [replace(x, name=f"{prefix}.{x.name}") for x in find_layers(source.core)]
-    outside = [
-        replace(x, unsupported=f"outside the transformer of the {type(source.model).__name__}")
-        for x in find_layers(source.model)
-        if not x.name.startswith(f"{prefix}.")
-    ]
-    return inside + outside
-
-
-def _copy(source: Source) -> Source:
-    model = structural_copy(source.model)
-    return replace(source, model=model, core=model.get_submodule(source.core_name))
-
-
-def _apply(
-    work: Source,
-    request: QuantizationConfig,
-    decisions: Mapping[str, Decision],
-    rows: Mapping[str, Any],
-    progress: Progress,
-) -> tuple[Mapping[str, Converted], Mapping[str, str]]:
-    if request.dtype == "fp16":
-        reasons, done = half.to_half_(
-            work.model,
-            request.rules(),
-            within=work.core_name,
-            on_nonfinite=request.on_nonfinite,
-            on_overflow=request.on_overflow,
-            progress=progress,
-        )
-        return done, reasons
-    final, done = to_int8_(work.model, decisions, on_nonfinite=request.on_nonfinite, progress=progress)
-    if is_transformers_model(work.core):
-        mark_int8_(work.core)
-    return done, layer_reasons(rows, final)
+def _copy(subject: Subject) -> Subject:
+    return replace(subject, model=structural_copy(subject.model))
 
 
 def _reference(
-    work: Source, request: QuantizationConfig, given: Any
+    work: Subject, request: QuantizationConfig, given: Any
 ) -> tuple[tuple[Probe, Output] | None, str]:
     """Run the float model on the probe, or say why not."""
     if request.fidelity is False:
@@ -120,7 +91,7 @@ def _reference(
         return None, str(e)
 
 
-def _processor(work: Source) -> Any:
+def _processor(work: Subject) -> Any:
     if work.processor is None and work.kind == "sentence_transformer":
         return getattr(work.model, "tokenizer", None)
     return work.find_processor()
@@ -128,42 +99,20 @@ def _processor(work: Source) -> Any:
 
 def _measured(
     report: QuantReport,
-    work: Source,
+    scheme: Scheme,
+    work: Subject,
     reference: tuple[Probe, Output] | None,
     note: str,
 ) -> QuantReport:
     if reference is None:
         return report.with_fidelity(None, note)
     probe, expected = reference
-    device = next((p.device for p in work.model.parameters()), torch.device("cpu"))
     model = work.model if probe.args or probe.name == "the given inputs" else work.core
     try:
-        if report.dtype == "int8":
-            facts = compare(expected, run(model, probe), probe.name)
-            if kernels.activation_bits(device) > 8:
-                with kernels.using(bits=8):
-                    narrow = compare(expected, run(model, probe), probe.name)
-                facts["relative_error_8_bit"] = narrow["relative_error"]
-            return report.with_fidelity(facts, kernel=kernels.describe(device))
-        with peak_activation(model) as peak:
-            output = run(model, probe)
-        facts = compare(expected, output, probe.name) | {"peak_activation": digits(peak[0])}
-        return report.with_fidelity(facts, kernel=kernels.describe_half(device))
+        facts = scheme.measure(model, probe, expected)
     except ProbeError as e:
         return report.with_fidelity(None, f"the converted model: {e}")
-
-
-def _memory_notes(
-    model: nn.Module, done: Mapping[str, Converted], request: QuantizationConfig
-) -> Iterator[str]:
-    """Say where a float16 model needs more memory than its file."""
-    if request.dtype != "fp16":
-        return
-    count, classes = half.widened(model, done)
-    if classes:
-        yield (
-            f"in memory {count:,} of the float16 values are float32, because {', '.join(classes)} runs in float32"
-        )
+    return report.with_fidelity(facts, kernel=scheme.kernel(device_of(model)))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The object that a verb returns: the converted model with everything that belongs to it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from mono_quant.artifact import loading
 from mono_quant.artifact.facts import read_report
 from mono_quant.artifact.publishing import publish
 from mono_quant.artifact.saving import MAX_SHARD_SIZE, render_card, save
-from mono_quant.errors import ConfigError, MonoQuantError, UnsupportedModelError
+from mono_quant.errors import ConfigError, MissingFileError, MonoQuantError, UnsupportedModelError
 from mono_quant.hf.processors import pipeline
+from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.disk.output import temporary_folder
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.push import PushResult
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport
-from mono_quant.sources.source import Source
+from mono_quant.sources.source import Subject
 
 
 @dataclass(repr=False)
@@ -34,7 +35,7 @@ class QuantizedModel:
     model: nn.Module
     report: QuantReport
     config: QuantizationConfig
-    _source: Source
+    _subject: Subject
 
     def __repr__(self) -> str:
         return f"<QuantizedModel {type(self.model).__name__}: {self.report.summary}>"
@@ -42,7 +43,7 @@ class QuantizedModel:
     @property
     def processor(self) -> Any:
         """The tokenizer or processor: the one given, else the one of the source folder; None when there is none."""
-        return self._source.find_processor()
+        return self._subject.find_processor()
 
     def save(
         self,
@@ -66,7 +67,7 @@ class QuantizedModel:
         """
         return save(
             folder,
-            self._source,
+            self._subject,
             self.report,
             self.config,
             overwrite=overwrite,
@@ -116,7 +117,7 @@ class QuantizedModel:
 
     def card(self) -> str:
         """Return the README that `save` writes."""
-        return render_card(self._source, self.report, self.config)
+        return render_card(self._subject, self.report, self.config)
 
     def pipeline(self, task: str) -> Any:
         """Return a transformers pipeline around the model and its processor.
@@ -130,7 +131,7 @@ class QuantizedModel:
         """
         if not isinstance(task, str):
             raise ConfigError(f"task is {task!r}; give the name of one, such as 'feature-extraction'")
-        if self._source.kind != "transformers":
+        if self._subject.kind != "transformers":
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} is no transformers model, so it has no pipeline; call .model itself"
             )
@@ -169,7 +170,8 @@ class QuantizedModel:
         """
         path = Path(folder)
         loaded, manifest = loading.load(path, model, verify=verify)
+        if manifest is None:
+            raise MissingFileError(f"{path} has no {MANIFEST}; load the model alone with mono_quant.load")
         report = read_report(path)
-        settings: Mapping[str, Any] = manifest.get("settings", {})
-        source = loading.loaded_source(path, loaded, manifest)
-        return cls(loaded, report, QuantizationConfig.from_dict(settings), source)
+        subject = loading.loaded_subject(path, loaded, manifest)
+        return cls(loaded, report, QuantizationConfig.from_dict(manifest.settings), subject)

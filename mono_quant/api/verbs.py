@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mono_quant.api.recipe import convert_source, layers_of
+from mono_quant.api.recipe import convert_source, plan_source
 from mono_quant.api.result import QuantizedModel
 from mono_quant.artifact import loading
 from mono_quant.artifact.facts import is_result_file
 from mono_quant.artifact.publishing import after_saving, publish
-from mono_quant.convert import half
-from mono_quant.convert.int8 import decide, planned
 from mono_quant.errors import ConfigError
 from mono_quant.io.disk.output import check_target
 from mono_quant.io.hub.client import Hub
@@ -22,7 +20,6 @@ from mono_quant.io.hub.repo import download, resolve
 from mono_quant.io.hub.target import check_push
 from mono_quant.planning.config import QuantizationConfig, merge
 from mono_quant.planning.report import QuantReport
-from mono_quant.planning.rows import account, int8_notes, layer_reasons, survey
 from mono_quant.sources.opening import locate, open_source
 from mono_quant.sources.source import Access
 
@@ -231,18 +228,8 @@ def plan(
         MonoQuantError: as `quantize`.
     """
     request = _request(config, dtype, options)
-    access = Access(revision, Hub(token=token), trust_remote_code, origin=origin)
-    opened = open_source(source, access, weights=False)
-    layers = layers_of(opened)
-    decisions = decide(layers, request.rules(), opened.model)
-    rows = survey(opened.model, layers)
-    if request.dtype == "int8":
-        done, reasons = planned(opened.model, decisions), layer_reasons(rows, decisions)
-    else:
-        reasons, done = half.planned_half(opened.model, request.rules(), opened.core_name)
-    complete = account(rows, done, reasons)
-    found = int8_notes(complete) if request.dtype == "int8" else ()
-    return QuantReport(request.dtype, complete, notes=(*opened.notes, *found), planned=True)
+    access = Access(revision, Hub(token=token), trust_remote_code, place=origin)
+    return plan_source(open_source(source, access, weights=False), request)
 
 
 def load(

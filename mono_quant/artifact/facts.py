@@ -2,53 +2,176 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mono_quant.artifact.cards import INPUTS, CardFacts
+from mono_quant.artifact.layouts import KINDS, LAYOUTS
 from mono_quant.errors import (
     CorruptCheckpointError,
+    FormatVersionError,
     MissingFileError,
 )
 from mono_quant.io.disk.allowed import is_allowed
 from mono_quant.io.disk.json_text import read_json_object
-from mono_quant.io.disk.manifest import MANIFEST, read_manifest, verify_manifest
+from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest, verify_manifest
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport
 from mono_quant.sources.origin import Origin
-from mono_quant.sources.source import Source
+from mono_quant.sources.source import Subject
 from mono_quant.version import __version__
 
 REPORT = "mono_quant_report.json"
 
 
-def verified_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a folder after comparing every file with it."""
-    manifest = read_manifest(folder)
-    verify_manifest(folder, hashes=True)
-    check_manifest(folder, manifest)
-    return manifest
+class StoredCodes(NamedTuple):
+    """How the int8 codes of one weight lie in the file.
+
+    Attributes:
+        shape: of the float weight.
+        transposed: the rows are the columns of the weight.
+        scale: shape of the scales, [..., 1].
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool
+    scale: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"shape": list(self.shape), "transposed": self.transposed, "scale": list(self.scale)}
 
 
-def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse a manifest whose entries have another form than `save` gives them."""
-    for key in ("tensors", "kept", "buffers", "source", "settings", "versions", "files"):
-        if not isinstance(manifest.get(key), Mapping):
-            raise CorruptCheckpointError(
-                f"{folder}: {key} of {MANIFEST} is {manifest.get(key)!r}, not an object; save the model again"
-            )
-    for name, facts in manifest["tensors"].items():
-        if not isinstance(facts, Mapping) or not isinstance(facts.get("shape"), list):
-            raise CorruptCheckpointError(
-                f"{folder}: {MANIFEST} describes {name} in an unknown way ({facts!r}); save the model again"
-            )
-    for key in ("kept", "buffers"):
-        for name, dtype in manifest[key].items():
-            if dtype not in ("float16", "bfloat16", "float32", "float64"):
+@dataclass(frozen=True)
+class Manifest:
+    """What `save` says about a folder; one that was read has been checked.
+
+    Attributes:
+        class_name: of the converted model.
+        kind: `module`, `transformers` or `sentence_transformer`.
+        layout: `compressed-tensors`, `mono_quant` or `plain`.
+        dtype: `int8` or `fp16`.
+        tensors: the int8 codes, by name in the file.
+        kept, buffers: dtype of tensors that are not in the dtype of the model, and of buffers that are not saved.
+        source: where the model came from.
+        settings: the request, as plain data.
+        versions: of the packages that made it.
+        inputs: what the model's forward takes.
+        generates: it has `generate`.
+        files: size and sha256 of every file.
+        mono_quant_version: that wrote the folder.
+    """
+
+    class_name: str
+    kind: str
+    layout: str
+    dtype: str
+    tensors: Mapping[str, StoredCodes]
+    kept: Mapping[str, str]
+    buffers: Mapping[str, str]
+    source: Origin
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    inputs: tuple[str, ...] = ()
+    generates: bool = False
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    mono_quant_version: str = __version__
+
+    @classmethod
+    def read(cls, folder: Path, *, hashes: bool | None = None, extras: bool = False) -> "Manifest":
+        """Read and check the manifest of a folder that mono_quant wrote.
+
+        Args:
+            folder: to read.
+            hashes: compare the files with it, by size alone (False) or by sha256 too (True); not at all when None.
+            extras: accept further files, unless loading would read them.
+
+        Raises:
+            MonoQuantError: a typed error for a missing, damaged, foreign or newer folder.
+        """
+        raw = read_manifest(folder)
+        if hashes is not None:
+            verify_manifest(folder, hashes=hashes, extras=extras)
+        return cls.parse(raw, folder)
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], folder: Path) -> "Manifest":
+        """Check a manifest that was read; see `read`."""
+        for key in ("tensors", "kept", "buffers", "source", "settings", "versions"):
+            if not isinstance(raw.get(key), Mapping):
                 raise CorruptCheckpointError(
-                    f"{folder}: {MANIFEST} gives {name} the dtype {dtype!r}; save the model again"
+                    f"{folder}: {key} of {MANIFEST} is {raw.get(key)!r}, not an object; save the model again"
                 )
+        words = {key: raw.get(key) for key in ("class", "kind", "layout", "dtype")}
+        for key, value in words.items():
+            if not isinstance(value, str):
+                raise CorruptCheckpointError(
+                    f"{folder}: {key} of {MANIFEST} is {value!r}, not a text; save the model again"
+                )
+        if words["kind"] not in KINDS or words["layout"] not in LAYOUTS:
+            raise FormatVersionError(
+                f"{folder}: {MANIFEST} names kind {words['kind']!r} and layout {words['layout']!r}, which this version "
+                f"({__version__}) does not know; update mono_quant"
+            )
+        inputs = raw.get("inputs")
+        return cls(
+            str(words["class"]),
+            str(words["kind"]),
+            str(words["layout"]),
+            str(words["dtype"]),
+            {name: _stored(folder, name, facts) for name, facts in raw["tensors"].items()},
+            _dtypes(folder, raw["kept"]),
+            _dtypes(folder, raw["buffers"]),
+            Origin.from_dict(raw["source"]),
+            raw["settings"],
+            dict(raw["versions"]),
+            tuple(n for n in inputs if n in INPUTS) if isinstance(inputs, list) else (),
+            raw.get("generates") is True,
+            raw.get("files", {}),
+            str(raw.get("mono_quant_version", "")),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; `parse` gives back an equal manifest."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "mono_quant_version": self.mono_quant_version,
+            "class": self.class_name,
+            "kind": self.kind,
+            "layout": self.layout,
+            "dtype": self.dtype,
+            "tensors": {name: codes.to_dict() for name, codes in self.tensors.items()},
+            "kept": dict(self.kept),
+            "buffers": dict(self.buffers),
+            "source": self.source.to_dict(),
+            "settings": dict(self.settings),
+            "inputs": list(self.inputs),
+            "generates": self.generates,
+            "versions": dict(self.versions),
+            "files": dict(self.files),
+        }
+
+
+def _stored(folder: Path, name: str, facts: Any) -> StoredCodes:
+    try:
+        shape, scale = (tuple(int(size) for size in facts[key]) for key in ("shape", "scale"))
+        return StoredCodes(shape, facts["transposed"] is True, scale)
+    except (TypeError, KeyError, ValueError) as e:
+        raise CorruptCheckpointError(
+            f"{folder}: {MANIFEST} describes {name} in an unknown way ({facts!r}); save the model again"
+        ) from e
+
+
+def _dtypes(folder: Path, found: Mapping[str, Any]) -> dict[str, str]:
+    for name, dtype in found.items():
+        if dtype not in ("float16", "bfloat16", "float32", "float64"):
+            raise CorruptCheckpointError(
+                f"{folder}: {MANIFEST} gives {name} the dtype {dtype!r}; save the model again"
+            )
+    return dict(found)
 
 
 def read_report(folder: Path) -> QuantReport:
@@ -72,27 +195,19 @@ def read_card_facts(folder: Path, repo_id: str | None = None) -> CardFacts:
     Raises:
         MonoQuantError: the folder is not a complete saved model.
     """
-    manifest = read_manifest(folder)
-    try:
-        return CardFacts(
-            read_report(folder),
-            Origin.from_dict(manifest["source"]),
-            manifest["layout"],
-            manifest["kind"],
-            given_options(QuantizationConfig.from_dict(manifest["settings"])),
-            dict(manifest["versions"]),
-            "tokenizer_config.json" in manifest["files"],
-            repo_id,
-            _inputs(manifest),
-            manifest.get("generates") is True,
-        )
-    except KeyError as e:
-        raise CorruptCheckpointError(f"{folder}: {MANIFEST} lacks {e}; save the model again") from e
-
-
-def _inputs(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    found = manifest.get("inputs")
-    return tuple(n for n in found if n in INPUTS) if isinstance(found, list) else ()
+    manifest = Manifest.read(folder)
+    return CardFacts(
+        read_report(folder),
+        manifest.source,
+        manifest.layout,
+        manifest.kind,
+        given_options(QuantizationConfig.from_dict(manifest.settings)),
+        manifest.versions,
+        "tokenizer_config.json" in manifest.files,
+        repo_id,
+        manifest.inputs,
+        manifest.generates,
+    )
 
 
 def given_options(config: QuantizationConfig) -> dict[str, Any]:
@@ -107,16 +222,16 @@ def is_result_file(name: str) -> bool:
 
 
 def card_facts(
-    source: Source, report: QuantReport, config: QuantizationConfig, layout: str, has_tokenizer: bool
+    subject: Subject, report: QuantReport, config: QuantizationConfig, layout: str, has_tokenizer: bool
 ) -> CardFacts:
     """Gather what the card of a converted model is made from."""
-    packages = ["torch"] if source.kind == "module" else ["torch", "transformers"]
+    packages = ["torch"] if subject.kind == "module" else ["torch", "transformers"]
     versions = {"mono_quant": __version__} | {name: metadata.version(name) for name in packages}
-    if source.kind == "sentence_transformer":
+    if subject.kind == "sentence_transformer":
         versions["sentence-transformers"] = metadata.version("sentence-transformers")
     facts: dict[str, Any] = {}
-    if source.kind == "transformers":
-        core: Any = source.core
+    if subject.kind == "transformers":
+        core: Any = subject.core
         parameters = inspect.signature(type(core).forward).parameters
         facts = {
             "inputs": tuple(n for n in INPUTS if n in parameters),
@@ -124,9 +239,9 @@ def card_facts(
         }
     return CardFacts(
         report,
-        source.origin,
+        subject.origin,
         layout,
-        source.kind,
+        subject.kind,
         given_options(config),
         versions,
         has_tokenizer,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from mono_quant.artifact import loading
-from mono_quant.artifact.facts import REPORT, check_manifest, read_report, verified_manifest
+from mono_quant.artifact.facts import REPORT, Manifest, read_report
 from mono_quant.artifact.tensors import read_tensors
 from mono_quant.errors import ConfigError, CorruptCheckpointError, MissingFileError, SourceNotFoundError
 from mono_quant.io.disk.json_text import read_json_object
-from mono_quant.io.disk.manifest import MANIFEST, read_manifest
+from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.hub.client import HUB, Hub
 from mono_quant.io.hub.repo import download, resolve
 from mono_quant.io.tensors.checkpoint import open_checkpoint
@@ -81,22 +81,20 @@ def inspect(folder: str | Path) -> Inspection:
     path = Path(folder)
     if not path.is_dir():
         raise SourceNotFoundError(f"{path} is no folder; give the folder of a model")
-    manifest = read_manifest(path) if (path / MANIFEST).exists() else {}
-    if manifest:
-        check_manifest(path, manifest)
+    manifest = Manifest.read(path) if (path / MANIFEST).exists() else None
     with open_checkpoint(path) as checkpoint:
         headers = {name: (header.dtype, header.shape) for name, header in checkpoint.headers.items()}
         return _inspection(path, manifest, headers, checkpoint.total_bytes, {})
 
 
 def _inspection(
-    path: Path, manifest: Mapping[str, Any], headers: Shapes, size: int, facts: Mapping[str, Any]
+    path: Path, manifest: Manifest | None, headers: Shapes, size: int, facts: Mapping[str, Any]
 ) -> Inspection:
-    table: Mapping[str, Any] = manifest.get("tensors", {})
+    table = {} if manifest is None else manifest.tensors
     quantized, kept = {}, {}
     for name, (dtype, shape) in sorted(headers.items()):
         if dtype == torch.int8 and f"{name}_scale" in headers:
-            quantized[name] = tuple(table[name]["shape"]) if name in table else shape
+            quantized[name] = table[name].shape if name in table else shape
         elif not (name.endswith("_scale") and name.removesuffix("_scale") in headers):
             kept[name] = (str(dtype).removeprefix("torch."), shape)
     return Inspection(path, {**_facts(path, manifest), **facts}, quantized, kept, _reasons(path), size)
@@ -127,7 +125,7 @@ def inspect_any(
     facts = resolve(place, revision=revision, hub=client)
     small = ("config.json", MANIFEST, REPORT)
     folder = download(facts, wanted=lambda name: name in small, hub=client)
-    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
+    manifest = Manifest.read(folder) if (folder / MANIFEST).exists() else None
     headers, size = remote_headers(facts, client)
     if not headers:
         raise MissingFileError(
@@ -151,8 +149,8 @@ def verify(folder: str | Path) -> list[str]:
         MonoQuantError: the first check that failed.
     """
     path = Path(folder)
-    manifest = verified_manifest(path)
-    passed = [f"{len(manifest['files'])} files have the size and sha256 of the manifest"]
+    manifest = Manifest.read(path, hashes=True)
+    passed = [f"{len(manifest.files)} files have the size and sha256 of the manifest"]
     report, seen = read_report(path), inspect(path)
     # by values: fused experts are one parameter in memory and one matrix per expert in the file
     found = sum(math.prod(shape) for shape in seen.quantized.values())
@@ -167,10 +165,10 @@ def verify(folder: str | Path) -> list[str]:
         if codes
         else "no int8 tensors, as the report says"
     )
-    if manifest.get("kind") == "module":
+    if manifest.kind == "module":
         read_tensors(path, manifest)
         passed.append(
-            f"codes and scales are sound; {manifest.get('class')} itself can only be built by your code"
+            f"codes and scales are sound; {manifest.class_name} itself can only be built by your code"
         )
     else:
         model = loading.load(path, verify=False)[0]
@@ -178,20 +176,28 @@ def verify(folder: str | Path) -> list[str]:
     return passed
 
 
-def _facts(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
     config = read_json_object(path / "config.json") if (path / "config.json").exists() else {}
     block = config.get("quantization_config") or {}
-    source = manifest.get("source") or {}
-    return {
+    facts: dict[str, Any] = {
         "folder": path.name,
-        "class": manifest.get("class") or ", ".join(config.get("architectures") or []),
-        "kind": manifest.get("kind"),
-        "dtype": manifest.get("dtype"),
-        "layout": manifest.get("layout") or block.get("quant_method"),
-        "source": f"{source['repo_id']}@{source['sha']}" if source.get("repo_id") else None,
-        "made by": f"mono_quant {manifest['mono_quant_version']}"
-        if "mono_quant_version" in manifest
-        else None,
+        "class": ", ".join(config.get("architectures") or []),
+        "kind": None,
+        "dtype": None,
+        "layout": block.get("quant_method"),
+        "source": None,
+        "made by": None,
+    }
+    if manifest is None:
+        return facts
+    source = manifest.source
+    return facts | {
+        "class": manifest.class_name,
+        "kind": manifest.kind,
+        "dtype": manifest.dtype,
+        "layout": manifest.layout,
+        "source": f"{source.repo_id}@{source.sha}" if source.repo_id else None,
+        "made by": f"mono_quant {manifest.mono_quant_version}",
     }
 
 

@@ -18,6 +18,7 @@ from mono_quant.planning.kinds import PORTABLE_KINDS
 from mono_quant.planning.report import QuantReport
 
 PLAIN = "plain"
+KINDS = ("module", "transformers", "sentence_transformer")
 LAYOUTS = (STANDARD, FORMAT, PLAIN)
 
 

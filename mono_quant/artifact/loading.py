@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mono_quant.artifact.facts import check_manifest
-from mono_quant.artifact.layouts import LAYOUTS, PLAIN
+from mono_quant.artifact.facts import Manifest
+from mono_quant.artifact.layouts import PLAIN
 from mono_quant.artifact.tensors import read_tensors
 from mono_quant.convert.half import compute_in_float_
 from mono_quant.convert.int8 import install_
@@ -17,28 +17,25 @@ from mono_quant.convert.surgery import structural_copy
 from mono_quant.errors import (
     ConfigError,
     CorruptCheckpointError,
-    FormatVersionError,
     MissingFileError,
     UnsupportedModelError,
 )
 from mono_quant.hf.compressed_tensors import check_ct
-from mono_quant.hf.configs import dtype_of
+from mono_quant.hf.configs import dtype_of, set_generation_
 from mono_quant.hf.models import load_float, load_int8, model_class
 from mono_quant.hf.sentence import load_modules
 from mono_quant.io.disk.json_text import read_json_object
-from mono_quant.io.disk.manifest import FORMAT, MANIFEST, read_manifest, verify_manifest
+from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 from mono_quant.planning.walk import weight_owners
 from mono_quant.sources.folder import find_side_files
 from mono_quant.sources.guards import check_proportion
-from mono_quant.sources.origin import Origin
-from mono_quant.sources.source import Source
-from mono_quant.version import __version__
+from mono_quant.sources.source import Subject
 
 
 def load(
     folder: Path, model: nn.Module | Callable[[], nn.Module] | None = None, *, verify: bool = True
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, Manifest | None]:
     """Read a saved model back, or a compressed-tensors int8 checkpoint of somebody else.
 
     Args:
@@ -47,7 +44,7 @@ def load(
         verify: compare every file with the manifest's sha256 first.
 
     Returns:
-        The model in evaluation mode, and the manifest (empty for a foreign checkpoint).
+        The model in evaluation mode, and the manifest (None for a foreign checkpoint).
 
     Raises:
         MonoQuantError: a typed error for a missing, tampered, foreign or newer folder.
@@ -55,51 +52,41 @@ def load(
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is no folder; give the folder that save() wrote")
     if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        verify_manifest(folder, hashes=verify, extras=True)
+        manifest = Manifest.read(folder, hashes=verify, extras=True)
         return _load_own(folder, manifest, model), manifest
-    return _load_foreign(folder), {}
+    return _load_foreign(folder), None
 
 
-def loaded_source(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -> Source:
-    """Return the source that a loaded model stands for, so that it can be saved again."""
-    kind = str(manifest.get("kind", "transformers"))
-    core: Any = model[0].auto_model if kind == "sentence_transformer" else model  # type: ignore[index]
+def loaded_subject(folder: Path, model: nn.Module, manifest: Manifest) -> Subject:
+    """Return the subject that a loaded model stands for, so that it can be saved again."""
+    core: Any = model[0].auto_model if manifest.kind == "sentence_transformer" else model  # type: ignore[index]
     name = next(path for path, module in model.named_modules() if module is core)
-    origin = Origin.from_dict(manifest.get("source") or {"name": type(core).__name__})
-    side = find_side_files(folder) if kind == "transformers" else ()
-    return Source(model, core, kind, name, folder=folder, side_files=side, owned=True, origin=origin)
+    side = find_side_files(folder) if manifest.kind == "transformers" else ()
+    return Subject(model, manifest.kind, name, folder, side, origin=manifest.source)
 
 
 def _load_own(
-    folder: Path, manifest: Mapping[str, Any], model: nn.Module | Callable[[], nn.Module] | None
+    folder: Path, manifest: Manifest, model: nn.Module | Callable[[], nn.Module] | None
 ) -> nn.Module:
-    check_manifest(folder, manifest)
-    kind, layout = manifest.get("kind"), manifest.get("layout")
-    if kind == "module":
+    if manifest.kind == "module":
         return _load_plain(folder, manifest, model)
     if model is not None:
-        raise ConfigError(f"{folder} holds a {manifest.get('class')} that builds itself; leave out model=")
-    if kind not in ("transformers", "sentence_transformer") or layout not in LAYOUTS:
-        raise FormatVersionError(
-            f"{folder}: {MANIFEST} names kind {kind!r} and layout {layout!r}, which this version ({__version__}) does not "
-            f"know; update mono_quant"
-        )
-    if kind == "sentence_transformer":
+        raise ConfigError(f"{folder} holds a {manifest.class_name} that builds itself; leave out model=")
+    if manifest.kind == "sentence_transformer":
         return _load_sentence(folder, manifest)
     raw = _checked_config(folder)
     cls, config = model_class(raw, folder, trust_remote_code=False)
     tensors = read_tensors(folder, manifest)
-    if layout == PLAIN:
+    if manifest.layout == PLAIN:
         _refuse_codes(folder, tensors)
         loaded = load_float(cls, config, tensors, str(folder), torch.float16)
-        kept = manifest.get("kept", {})
+        kept = manifest.kept
         _restore_kept(loaded, kept, lambda: load_float(cls, config, tensors, str(folder), torch.float32))
     else:
         loaded = load_int8(cls, config, tensors, str(folder), dtype_of(raw))
     _recast_buffers(loaded, manifest)
-    _set_generation(loaded, folder)
-    return _settled(loaded, layout == PLAIN)
+    set_generation_(loaded, folder)
+    return _settled(loaded, manifest.layout == PLAIN)
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:
@@ -128,14 +115,14 @@ def _settled(model: nn.Module, is_half: bool, within: str = "") -> nn.Module:
     return model
 
 
-def _load_sentence(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
-    half = manifest.get("layout") == PLAIN
+def _load_sentence(folder: Path, manifest: Manifest) -> nn.Module:
+    half = manifest.layout == PLAIN
     _checked_config(folder)
     model: Any = load_modules(folder, _codes(folder), half)
-    kept = manifest.get("kept", {})
+    kept = manifest.kept
     if kept:
         cls, config = model_class(read_json_object(folder / "config.json"), folder, trust_remote_code=False)
-        tensors = read_tensors(folder, {})
+        tensors = read_tensors(folder, None)
         core = model[0].auto_model
         _restore_kept(core, kept, lambda: load_float(cls, config, tensors, str(folder), torch.float32))
     core = model[0].auto_model
@@ -144,12 +131,12 @@ def _load_sentence(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
 
 
 def _load_plain(
-    folder: Path, manifest: Mapping[str, Any], model: nn.Module | Callable[[], nn.Module] | None
+    folder: Path, manifest: Manifest, model: nn.Module | Callable[[], nn.Module] | None
 ) -> nn.Module:
     if model is None:
         raise ConfigError(
-            f"{folder} holds a {manifest.get('class')}, which only your code can build; pass it: "
-            f"load({str(folder)!r}, model={manifest.get('class')}(...)) or a function that makes it"
+            f"{folder} holds a {manifest.class_name}, which only your code can build; pass it: "
+            f"load({str(folder)!r}, model={manifest.class_name}(...)) or a function that makes it"
         )
     if not isinstance(model, nn.Module) and not callable(model):
         raise ConfigError(
@@ -172,7 +159,7 @@ def _load_plain(
     install_(built, sorted({owners[name] for name in codes}))
     _fill_plain(built, tensors, folder)
     _recast_buffers(built, manifest)
-    return _settled(built, manifest.get("layout") == PLAIN).eval()
+    return _settled(built, manifest.layout == PLAIN).eval()
 
 
 def _fill_plain(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -221,8 +208,8 @@ def _load_foreign(folder: Path) -> nn.Module:
     check_ct(folder, block)
     _checked_config(folder)
     cls, config = model_class(raw, folder, trust_remote_code=False)
-    loaded = load_int8(cls, config, read_tensors(folder, {}), str(folder), dtype_of(raw))
-    _set_generation(loaded, folder)
+    loaded = load_int8(cls, config, read_tensors(folder, None), str(folder), dtype_of(raw))
+    set_generation_(loaded, folder)
     return _settled(loaded, is_half=False)
 
 
@@ -241,9 +228,9 @@ def _restore_kept(model: nn.Module, kept: Mapping[str, str], full: Callable[[], 
         _known(own, name, model).data = _known(wide, name, model).data.to(getattr(torch, dtype))
 
 
-def _recast_buffers(core: nn.Module, manifest: Mapping[str, Any]) -> None:
+def _recast_buffers(core: nn.Module, manifest: Manifest) -> None:
     buffers = dict(core.named_buffers())
-    for name, dtype in manifest.get("buffers", {}).items():
+    for name, dtype in manifest.buffers.items():
         buffer = _known(buffers, name, core)
         buffer.data = buffer.data.to(getattr(torch, dtype))
 
@@ -254,15 +241,3 @@ def _known(found: Mapping[str, Tensor], name: str, model: nn.Module) -> Tensor:
             f"{MANIFEST} names {name}, which {type(model).__name__} does not have; save it again"
         )
     return found[name]
-
-
-def _set_generation(model: nn.Module, folder: Path) -> None:
-    path = folder / "generation_config.json"
-    current = getattr(model, "generation_config", None)
-    if path.exists() and current is not None:
-        try:
-            model.generation_config = type(current).from_dict(read_json_object(path))
-        except (ValueError, TypeError, AttributeError) as e:
-            raise CorruptCheckpointError(
-                f"{path}: transformers cannot use it ({e}); save the model again"
-            ) from e

@@ -1,18 +1,18 @@
 """From a saved folder to a repository: check it, give it the card of the place where it will be, push it in one commit."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mono_quant.artifact import cards, loading
-from mono_quant.artifact.facts import read_card_facts, verified_manifest
+from mono_quant.artifact.facts import Manifest, read_card_facts
 from mono_quant.artifact.tensors import read_tensors
 from mono_quant.errors import ConfigError, CorruptCheckpointError, MonoQuantError
+from mono_quant.io.disk.json_text import canonical_json
 from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.disk.output import record, temporary_folder, write_file
 from mono_quant.io.hub.client import HUB, Hub
@@ -56,19 +56,19 @@ def publish(
         CorruptCheckpointError: the folder does not load as what it should be.
         HubError: the Hub refused; see `mono_quant.errors`.
     """
-    manifest = verified_manifest(folder)
+    manifest = Manifest.read(folder, hashes=True)
     target = full_id(repo_id, client)
     card = checked_card(folder, target)
     check_loads(folder, manifest, model)
-    origin = read_card_facts(folder).origin
+    origin = manifest.source
     source = None
     if origin.repo_id is not None:
         source = RepoFacts(origin.repo_id, None, str(origin.sha), origin.private, origin.gated)
-    files = manifest["files"]
+    files = manifest.files
     with temporary_folder() as staged:
         write_file(staged / README, card.encode())
-        manifest["files"] = {**files, README: record(card.encode())}
-        text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        moved = replace(manifest, files={**files, README: record(card.encode())})
+        text = canonical_json(moved.to_dict(), MANIFEST)
         write_file(staged / MANIFEST, text.encode())
         return push(
             folder,
@@ -130,7 +130,7 @@ def checked_card(folder: Path, repo_id: str | None = None) -> str:
     return text
 
 
-def check_loads(folder: Path, manifest: dict[str, Any], model: nn.Module | None) -> None:
+def check_loads(folder: Path, manifest: Manifest, model: nn.Module | None) -> None:
     """Load a folder and compare every tensor with the model it was saved from, bit for bit.
 
     Args:
@@ -141,7 +141,7 @@ def check_loads(folder: Path, manifest: dict[str, Any], model: nn.Module | None)
     Raises:
         CorruptCheckpointError: a tensor differs.
     """
-    if manifest["kind"] == "module":
+    if manifest.kind == "module":
         # only the user's code can build it: compare what is in the files
         found = read_tensors(folder, manifest)
     else:
@@ -149,7 +149,7 @@ def check_loads(folder: Path, manifest: dict[str, Any], model: nn.Module | None)
     if model is None:
         return
     expected = model.state_dict()
-    tied = set(expected) - set(found) if manifest["kind"] == "module" else set()
+    tied = set(expected) - set(found) if manifest.kind == "module" else set()
     wrong = [n for n in (expected.keys() | found.keys()) - tied if not _equal(expected.get(n), found.get(n))]
     if wrong:
         raise CorruptCheckpointError(
@@ -161,7 +161,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
 
 
-def _message(manifest: dict[str, Any]) -> str:
-    origin = manifest["source"]
-    base = f"{origin['repo_id']}@{str(origin['sha'])[:12]}" if origin.get("repo_id") else "a local model"
-    return f"{manifest['class']} in {manifest['dtype']}, made by mono_quant from {base}"
+def _message(manifest: Manifest) -> str:
+    origin = manifest.source
+    base = f"{origin.repo_id}@{str(origin.sha)[:12]}" if origin.repo_id else "a local model"
+    return f"{manifest.class_name} in {manifest.dtype}, made by mono_quant from {base}"

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.artifact.cards import render
-from mono_quant.artifact.facts import REPORT, card_facts
+from mono_quant.artifact.facts import REPORT, Manifest, StoredCodes, card_facts
 from mono_quant.artifact.layouts import PLAIN, float_dtype, layout_of
-from mono_quant.convert.int8_layers import Int8TransposedLinear
+from mono_quant.convert.int8_layers import Int8Module
 from mono_quant.errors import (
     UnsupportedModelError,
 )
@@ -27,14 +27,14 @@ from mono_quant.io.tensors.tensor_file import TensorEntry
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport
 from mono_quant.planning.rules import DEFAULTS
-from mono_quant.sources.source import Source
+from mono_quant.sources.source import Subject
 
 MAX_SHARD_SIZE = 5 * 10**9
 
 
 def save(
     target: str | Path,
-    source: Source,
+    subject: Subject,
     report: QuantReport,
     config: QuantizationConfig,
     *,
@@ -45,7 +45,7 @@ def save(
 
     Args:
         target: the folder; it must not exist, unless `overwrite` and mono_quant wrote it.
-        source: the converted model and what belongs to it.
+        subject: the converted model and what belongs to it.
         report: of the conversion.
         config: the request.
         overwrite: replace an older result.
@@ -57,55 +57,55 @@ def save(
     Raises:
         OutputError: it could not be written; nothing was changed.
     """
-    state = state_of(source, report)
-    layout = _layout(source, report, state)
-    with new_folder(target, overwrite=overwrite, sources=[source.folder] if source.folder else []) as folder:
-        table = _write_tensors(folder, source, state, layout, max_shard_size)
-        if source.kind != "module":
-            _write_configs(folder, source, state, layout)
-        _write_side_files(folder, source)
-        about = card_facts(source, report, config, layout, "tokenizer_config.json" in folder.files)
+    state = state_of(subject, report)
+    layout = _layout(subject, report, state)
+    with new_folder(
+        target, overwrite=overwrite, sources=[subject.folder] if subject.folder else []
+    ) as folder:
+        table = _write_tensors(folder, subject, state, layout, max_shard_size)
+        if subject.kind != "module":
+            _write_configs(folder, subject, state, layout)
+        _write_side_files(folder, subject)
+        about = card_facts(subject, report, config, layout, "tokenizer_config.json" in folder.files)
         folder.write_text("README.md", render(about))
         folder.write_text(REPORT, report.to_json())
-        folder.manifest |= {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "class": type(source.core).__name__,
-            "kind": source.kind,
-            "layout": layout,
-            "dtype": report.dtype,
-            "tensors": table,
-            "kept": _kept(source, report),
-            "buffers": _cast_buffers(source.core),
-            "source": source.origin.to_dict(),
-            "settings": config.to_dict(),
-            "inputs": list(about.inputs),
-            "generates": about.generates,
-            "versions": dict(about.versions),
-        }
+        folder.manifest |= Manifest(
+            type(subject.core).__name__,
+            subject.kind,
+            layout,
+            report.dtype,
+            table,
+            _kept(subject, report),
+            _cast_buffers(subject.core),
+            subject.origin,
+            config.to_dict(),
+            about.versions,
+            about.inputs,
+            about.generates,
+        ).to_dict()
     return Path(target)
 
 
-def render_card(source: Source, report: QuantReport, config: QuantizationConfig) -> str:
+def render_card(subject: Subject, report: QuantReport, config: QuantizationConfig) -> str:
     """Return the card that `save` would write."""
-    layout = _layout(source, report, state_of(source, report))
-    has_tokenizer = "tokenizer_config.json" in source.side_files or source.processor is not None
-    return render(card_facts(source, report, config, layout, has_tokenizer))
+    layout = _layout(subject, report, state_of(subject, report))
+    has_tokenizer = "tokenizer_config.json" in subject.side_files or subject.processor is not None
+    return render(card_facts(subject, report, config, layout, has_tokenizer))
 
 
-def _layout(source: Source, report: QuantReport, state: Mapping[str, Tensor]) -> str:
-    obstacle = "" if source.kind == "module" else standard_obstacle(source.core)
-    return layout_of(source.kind, report, state, obstacle)
+def _layout(subject: Subject, report: QuantReport, state: Mapping[str, Tensor]) -> str:
+    obstacle = "" if subject.kind == "module" else standard_obstacle(subject.core)
+    return layout_of(subject.kind, report, state, obstacle)
 
 
-def state_of(source: Source, report: QuantReport) -> dict[str, Tensor]:
+def state_of(subject: Subject, report: QuantReport) -> dict[str, Tensor]:
     """Return the tensors of a converted model by the names they have in the file."""
-    prefix = f"{source.core_name}." if source.core_name else ""
+    prefix = f"{subject.core_name}." if subject.core_name else ""
     # some of a float16 model is float32 in memory, with values that float16 holds
     halves = {row.name.removeprefix(prefix) for row in report.rows if row.dtype_after == "float16"}
-    if source.kind == "module":
+    if subject.kind == "module":
         first: dict[tuple[int, torch.Size], str] = {}
-        state = source.model.state_dict()
+        state = subject.model.state_dict()
         for name, tensor in list(state.items()):
             if not isinstance(tensor, Tensor):
                 raise UnsupportedModelError(
@@ -115,30 +115,29 @@ def state_of(source: Source, report: QuantReport) -> dict[str, Tensor]:
             if tensor.numel() and first.setdefault(key, name) != name:
                 del state[name]
         return {name: tensor.half() if name in halves else tensor for name, tensor in state.items()}
-    return checkpoint_state(source.core, halves)
+    return checkpoint_state(subject.core, halves)
 
 
 def _write_tensors(
-    folder: OutputFolder, source: Source, state: Mapping[str, Tensor], layout: str, max_shard_size: int | str
-) -> dict[str, Any]:
-    """Write the weights and return the table of int8 codes; see `formats.shaped_codes`."""
+    folder: OutputFolder,
+    subject: Subject,
+    state: Mapping[str, Tensor],
+    layout: str,
+    max_shard_size: int | str,
+) -> dict[str, StoredCodes]:
+    """Write the weights and say how the int8 codes lie in them."""
     transposed = {
         f"{name}.weight".lstrip(".")
-        for name, module in source.core.named_modules()
-        if isinstance(module, Int8TransposedLinear)
+        for name, module in subject.core.named_modules()
+        if isinstance(module, Int8Module) and module.kind == "transposed_linear"
     }
-    table: dict[str, Any] = {}
+    table: dict[str, StoredCodes] = {}
     entries = []
     for name, tensor in sorted(state.items()):
         scale = state.get(f"{name}_scale")
         is_code = tensor.dtype == torch.int8 and scale is not None and layout != PLAIN
         if is_code and scale is not None:
-            facts = {
-                "shape": list(tensor.shape),
-                "transposed": name in transposed,
-                "scale": list(scale.shape),
-            }
-            table[name] = facts
+            table[name] = StoredCodes(tuple(tensor.shape), name in transposed, tuple(scale.shape))
         if is_code and layout == FORMAT:
             rows = tensor.t() if name in transposed else tensor
             entries.append(_entry(name, (tensor.numel(),), torch.int8, _flat(rows)))
@@ -160,8 +159,8 @@ def _as_is(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor.detach().cpu()
 
 
-def _write_configs(folder: OutputFolder, source: Source, state: Mapping[str, Tensor], layout: str) -> None:
-    core: Any = source.core
+def _write_configs(folder: OutputFolder, subject: Subject, state: Mapping[str, Tensor], layout: str) -> None:
+    core: Any = subject.core
     data, _ = clean_config(plain_config(core.config))
     dtype = "float16" if layout == PLAIN else str(float_dtype(core)).removeprefix("torch.")
     data |= {"architectures": [type(core).__name__], "dtype": dtype}
@@ -175,14 +174,14 @@ def _write_configs(folder: OutputFolder, source: Source, state: Mapping[str, Ten
         folder.write_json("generation_config.json", clean_config(generation.to_diff_dict())[0])
 
 
-def _write_side_files(folder: OutputFolder, source: Source) -> None:
-    if source.folder is not None:
-        for name in source.side_files:
-            _copy_side_file(folder, name, source.folder / name)
-    if source.kind == "sentence_transformer":
-        write_modules(folder, source.model, source.core)
-    elif source.folder is None and source.processor is not None:
-        folder.adopt(source.processor.save_pretrained)
+def _write_side_files(folder: OutputFolder, subject: Subject) -> None:
+    if subject.folder is not None:
+        for name in subject.side_files:
+            _copy_side_file(folder, name, subject.folder / name)
+    if subject.kind == "sentence_transformer":
+        write_modules(folder, subject.model, subject.core)
+    elif subject.folder is None and subject.processor is not None:
+        folder.adopt(subject.processor.save_pretrained)
 
 
 def _copy_side_file(folder: OutputFolder, name: str, path: Path) -> None:
@@ -196,11 +195,11 @@ def _copy_side_file(folder: OutputFolder, name: str, path: Path) -> None:
     folder.copy(name, path)
 
 
-def _kept(source: Source, report: QuantReport) -> dict[str, str]:
+def _kept(subject: Subject, report: QuantReport) -> dict[str, str]:
     """Name the tensors of `core` that stay in another dtype inside a float16 model."""
     if report.dtype != "fp16":
         return {}
-    prefix = f"{source.core_name}." if source.core_name else ""
+    prefix = f"{subject.core_name}." if subject.core_name else ""
     return {
         row.name.removeprefix(prefix): row.dtype_after
         for row in report.rows

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mono_quant.artifact.facts import Manifest, StoredCodes
 from mono_quant.errors import (
     CorruptCheckpointError,
 )
@@ -15,40 +15,33 @@ from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 
 
-def shaped_codes(folder: Path, name: str, stored: Tensor | None, facts: Any, flat: bool) -> Tensor:
+def shaped_codes(folder: Path, name: str, stored: Tensor | None, promised: StoredCodes, flat: bool) -> Tensor:
     """Return int8 codes in the shape of the float weight.
 
     Args:
         folder: for errors.
         name: of the tensor.
         stored: as in the file.
-        facts: what the manifest says: `shape`, whether the rows are the columns (`transposed`), and the shape of the
-            scales (`scale`).
+        promised: what the manifest says of it.
         flat: the codes lie flat in the file.
 
     Raises:
         CorruptCheckpointError: the file does not hold what the manifest promises.
     """
-    try:
-        shape, transposed = tuple(int(d) for d in facts["shape"]), facts["transposed"] is True
-        tuple(int(d) for d in facts["scale"])
-    except (TypeError, KeyError, ValueError) as e:
-        raise CorruptCheckpointError(
-            f"{folder}: {MANIFEST} describes {name} in an unknown way ({facts!r})"
-        ) from e
+    shape = promised.shape
     if stored is None:
         raise CorruptCheckpointError(
             f"{folder}: {name} is missing from the weights, though {MANIFEST} lists it"
         )
     expected = (math.prod(shape),) if flat else shape
     if stored.dtype != torch.int8 or tuple(stored.shape) != expected:
-        promised = f"{expected[0]} flat int8 codes" if flat else f"int8 codes of shape {expected}"
+        wanted = f"{expected[0]} flat int8 codes" if flat else f"int8 codes of shape {expected}"
         raise CorruptCheckpointError(
-            f"{folder}: {name} is {stored.dtype} {tuple(stored.shape)}, but {MANIFEST} promises {promised}"
+            f"{folder}: {name} is {stored.dtype} {tuple(stored.shape)}, but {MANIFEST} promises {wanted}"
         )
     if not flat:
         return stored
-    return stored.view(shape[1], shape[0]).t() if transposed else stored.view(shape)
+    return stored.view(shape[1], shape[0]).t() if promised.transposed else stored.view(shape)
 
 
 def checked_scale(folder: Path, name: str, scale: Tensor | None, shape: tuple[int, ...]) -> Tensor:
@@ -73,25 +66,25 @@ def checked_scale(folder: Path, name: str, scale: Tensor | None, shape: tuple[in
     return value
 
 
-def read_tensors(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_tensors(folder: Path, manifest: Manifest | None) -> dict[str, Tensor]:
     """Read all tensors, give flat codes their shape back, and check codes and scales.
 
     Args:
         folder: to read.
-        manifest: of the folder; empty for a foreign checkpoint, whose codes are those with scales beside them.
+        manifest: of the folder; None for a foreign checkpoint, whose codes are those with scales beside them.
     """
     with open_checkpoint(folder) as checkpoint:
         tensors = {name: checkpoint[name] for name in checkpoint}
-    table = manifest.get("tensors", {})
-    if not manifest:
+    if manifest is None:
         codes = {name: tensor for name, tensor in tensors.items() if _is_code(name, tensor, tensors)}
-        table = {
-            n: {"shape": t.shape, "transposed": False, "scale": (t.shape[0], 1)} for n, t in codes.items()
-        }
-    for name, facts in table.items():
-        tensors[name] = shaped_codes(folder, name, tensors.get(name), facts, manifest.get("layout") == FORMAT)
+        table = {n: StoredCodes(tuple(t.shape), False, (t.shape[0], 1)) for n, t in codes.items()}
+    else:
+        table = dict(manifest.tensors)
+    flat = manifest is not None and manifest.layout == FORMAT
+    for name, promised in table.items():
+        tensors[name] = shaped_codes(folder, name, tensors.get(name), promised, flat)
         scale = f"{name}_scale"
-        tensors[scale] = checked_scale(folder, scale, tensors.get(scale), tuple(facts["scale"]))
+        tensors[scale] = checked_scale(folder, scale, tensors.get(scale), promised.scale)
     return tensors
 
 

@@ -4,103 +4,116 @@ Its large matrices stay float16 in memory, its arithmetic is float32.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mono_quant import kernels
+from mono_quant.convert.contract import Decisions, Outcome, Progress, Scheme, Task
+from mono_quant.convert.fidelity import Output, compare, digits, peak_activation, run
 from mono_quant.convert.forwards import StoredModule
 from mono_quant.convert.half_layers import HALF_LAYERS
-from mono_quant.convert.surgery import Progress, disable_float_fast_paths_, put_
+from mono_quant.convert.probes import Probe
+from mono_quant.convert.surgery import disable_float_fast_paths_, put_
 from mono_quant.errors import Fp16RangeError, NonFiniteWeightError
 from mono_quant.kernels import cast_half
 from mono_quant.kernels.weights import HalfCast
+from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.kinds import WEIGHTS, kind_of, obstacle
 from mono_quant.planning.layers import fp32_patterns
+from mono_quant.planning.report import TensorReport
 from mono_quant.planning.rows import Converted
-from mono_quant.planning.rules import DEFAULTS, Rules, container_reason, user_reason
+from mono_quant.planning.rules import DEFAULTS, Decision, Layer, container_reason, user_reason
 from mono_quant.planning.walk import below, module_aliases, own_floats
 
 
-def to_half_(
-    model: nn.Module,
-    rules: Rules,
-    *,
-    within: str = "",
-    on_nonfinite: str = "error",
-    on_overflow: str = "keep",
-    progress: Progress | None = None,
-) -> tuple[dict[str, str], dict[str, Converted]]:
-    """Cast the floating tensors of `model` to float16, in place.
+def decide(task: Task) -> dict[str, Decision]:
+    """Decide about every module that owns floats; one is cast or kept as a whole, so that its arithmetic stays in one dtype."""
+    modules = _modules(task)
+    keep = _kept_in_float(task, modules)
+    _keep_partners(modules, keep)
+    aliases = module_aliases(task.model)
+    return {
+        name: Decision(_as_layer(name, module, aliases[id(module)]), keep.get(name, ""))
+        for name, module in modules.items()
+    }
 
-    A module is cast or kept as a whole, so that its arithmetic stays in one dtype. Buffers that are not saved (rotary
-    tables and such) stay as they are. `widen.compute_in_float_` then makes the model run.
+
+def to_half_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
+    """Cast the floating tensors of the chosen modules to float16, in place.
+
+    Buffers that are not saved (rotary tables and such) stay as they are. `compute_in_float_` then makes the model run.
 
     Args:
-        model: is changed.
-        rules: only what the user skips counts here.
-        within: name of the part to cast; everything when empty.
-        on_nonfinite, on_overflow: `error` or `keep`.
+        task: its model is changed.
+        decisions: by module name.
         progress: called as (module name, done, total).
 
-    Returns:
-        Reasons for the kept tensors, and what became of the others, both by tensor name.
-
     Raises:
-        Fp16RangeError: a value does not fit and `on_overflow` is `error`.
-        NonFiniteWeightError: a tensor holds NaN or infinity and `on_nonfinite` is `error`.
+        Fp16RangeError: a value does not fit, and the request does not keep such modules.
+        NonFiniteWeightError: a tensor holds NaN or infinity, and the request does not keep such modules.
     """
-    modules = {n: m for n, m in model.named_modules() if own_floats(m) and below(n, within)}
-    keep = _kept_in_float(model, within, modules, rules)
+    modules = _modules(task)
+    keep = {name: decision.reason for name, decision in decisions.items() if decision.reason}
     halves: dict[int, HalfCast] = {}
     for count, (name, module) in enumerate(modules.items()):
-        if progress:
-            progress(name, count, len(modules))
+        progress(name, count, len(modules))
         if name not in keep:
-            reason = _cast_all(name, module, halves, on_nonfinite, on_overflow)
+            reason = _cast_all(name, module, halves, task.request)
             if reason:
                 keep[name] = reason
     _keep_partners(modules, keep)
-    reasons: dict[str, str] = {}
     done: dict[str, Converted] = {}
     for name, module in modules.items():
-        for own, tensor in own_floats(module).items():
-            full = f"{name}.{own}".lstrip(".")
-            if name in keep:
-                reasons[full] = keep[name]
-            else:
-                half = halves[id(tensor)]
-                tensor.data = half.value
-                done[full] = Converted(half.value.numel() * 2, torch.float16, flushed=half.flushed)
-    return reasons, done
+        for own, tensor in own_floats(module).items() if name not in keep else ():
+            half = halves[id(tensor)]
+            tensor.data = half.value
+            done[f"{name}.{own}".lstrip(".")] = Converted(
+                half.value.numel() * 2, torch.float16, flushed=half.flushed
+            )
+    return Outcome(done, _reasons(modules, keep))
 
 
-def planned_half(
-    model: nn.Module, rules: Rules, within: str = ""
-) -> tuple[dict[str, str], dict[str, Converted]]:
+def planned(task: Task, decisions: Decisions) -> Outcome:
     """Return what `to_half_` would do, as far as it can be told without the values."""
-    modules = {n: m for n, m in model.named_modules() if own_floats(m) and below(n, within)}
-    keep = _kept_in_float(model, within, modules, rules)
-    _keep_partners(modules, keep)
-    reasons, done = {}, {}
-    for name, module in modules.items():
-        for own, tensor in own_floats(module).items():
-            full = f"{name}.{own}".lstrip(".")
-            if name in keep:
-                reasons[full] = keep[name]
-            else:
-                done[full] = Converted(tensor.numel() * 2, torch.float16)
-    return reasons, done
+    modules = _modules(task)
+    keep = {name: decision.reason for name, decision in decisions.items() if decision.reason}
+    done = {
+        f"{name}.{own}".lstrip("."): Converted(tensor.numel() * 2, torch.float16)
+        for name, module in modules.items()
+        if name not in keep
+        for own, tensor in own_floats(module).items()
+    }
+    return Outcome(done, _reasons(modules, keep))
 
 
-def _kept_in_float(
-    model: nn.Module, within: str, modules: Mapping[str, nn.Module], rules: Rules
-) -> dict[str, str]:
-    core = model.get_submodule(within)
+def _modules(task: Task) -> dict[str, nn.Module]:
+    return {n: m for n, m in task.model.named_modules() if own_floats(m) and below(n, task.within)}
+
+
+def _as_layer(name: str, module: nn.Module, aliases: tuple[str, ...]) -> Layer:
+    cls = type(module).__name__
+    size = sum(tensor.numel() for tensor in own_floats(module).values())
+    return Layer(name, kind_of(module) or cls, cls, 1, size, aliases=aliases)
+
+
+def _reasons(modules: Mapping[str, nn.Module], keep: Mapping[str, str]) -> dict[str, str]:
+    return {
+        f"{name}.{own}".lstrip("."): keep[name]
+        for name, module in modules.items()
+        if name in keep
+        for own in own_floats(module)
+    }
+
+
+def _kept_in_float(task: Task, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    rules = task.request.rules()
+    core = task.model.get_submodule(task.within)
     patterns = fp32_patterns(core) if "keep_in_fp32" not in rules.disable_defaults else []
-    aliases = module_aliases(model)
-    classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    aliases = module_aliases(task.model)
+    classes = {name: type(module).__name__ for name, module in task.model.named_modules()}
     keep = {}
     for name, module in modules.items():
         weights = sum(p.numel() for p in module.parameters(recurse=False)) if kind_of(module) else None
@@ -116,12 +129,12 @@ def _kept_in_float(
 
 
 def _cast_all(
-    prefix: str, module: nn.Module, halves: dict[int, HalfCast], on_nonfinite: str, on_overflow: str
+    prefix: str, module: nn.Module, halves: dict[int, HalfCast], request: QuantizationConfig
 ) -> str:
     """Cast all own tensors of a module into `halves` by id, or say why the module is kept."""
     for name, tensor in own_floats(module).items():
         if id(tensor) not in halves:
-            half, reason = _cast(f"{prefix}.{name}".lstrip("."), tensor, on_nonfinite, on_overflow)
+            half, reason = _cast(f"{prefix}.{name}".lstrip("."), tensor, request)
             if half is None:
                 return reason
             halves[id(tensor)] = half
@@ -142,18 +155,18 @@ def _keep_partners(modules: Mapping[str, nn.Module], keep: dict[str, str]) -> No
                 keep.setdefault(name, f"tied to {kept}, which is kept")
 
 
-def _cast(name: str, tensor: Tensor, on_nonfinite: str, on_overflow: str) -> tuple[HalfCast | None, str]:
+def _cast(name: str, tensor: Tensor, request: QuantizationConfig) -> tuple[HalfCast | None, str]:
     try:
         half = cast_half(tensor)
     except NonFiniteWeightError as e:
-        if on_nonfinite == "error":
+        if request.on_nonfinite == "error":
             raise NonFiniteWeightError(
                 f"{name}: {e}. Repair the checkpoint, or use on_nonfinite='keep'"
             ) from e
         return None, f"{name} holds NaN or infinity"
     if half.overflowed:
         largest = float(tensor.detach().abs().max())
-        if on_overflow == "error":
+        if request.on_overflow == "error":
             raise Fp16RangeError(
                 f"{name}: {half.overflowed} values do not fit float16 (largest {largest:.6g}, limit 65504); "
                 f"use int8, or keep the layer with on_overflow='keep'"
@@ -199,21 +212,31 @@ def compute_in_float_(model: nn.Module, within: str = "") -> None:
     disable_float_fast_paths_(model)
 
 
-def widened(model: nn.Module, report_names: Iterable[str]) -> tuple[int, list[str]]:
-    """Count the values that a file holds as float16 and `model` as float32, and name the classes that hold matrices of them.
+def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:
+    """Compare the output with the original's, and watch how large activations become."""
+    with peak_activation(model) as peak:
+        output = run(model, probe)
+    return compare(expected, output, probe.name) | {"peak_activation": digits(peak[0])}
+
+
+def memory_notes(rows: Sequence[TensorReport], model: nn.Module | None) -> Iterator[str]:
+    """Say where a float16 model needs more memory than its file.
 
     Args:
-        model: after `compute_in_float_`.
-        report_names: of the tensors that are float16 in the file.
+        rows: of the report.
+        model: after `compute_in_float_`; None for a plan, which knows no values.
     """
-    names = set(report_names)
+    names = {row.name for row in rows if row.action == "quantized"}
     count, classes = 0, set()
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if model is not None else ():
         for own, tensor in own_floats(module).items():
             if f"{name}.{own}".lstrip(".") in names and tensor.dtype == torch.float32:
                 count += tensor.numel()
                 classes |= {type(module).__name__} if tensor.dim() > 1 else set()
-    return count, sorted(classes)
+    if classes:
+        yield (
+            f"in memory {count:,} of the float16 values are float32, because {', '.join(sorted(classes))} runs in float32"
+        )
 
 
 def _can_hold_half(module: nn.Module) -> bool:
@@ -256,3 +279,16 @@ def _cast_tree(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, dict):
         return {k: _cast_tree(v, dtype) for k, v in value.items()}
     return type(value)(_cast_tree(v, dtype) for v in value) if type(value) in (tuple, list) else value
+
+
+FP16 = Scheme(
+    "fp16",
+    decide=decide,
+    planned=planned,
+    apply_=to_half_,
+    finish_=lambda task: compute_in_float_(task.model, task.within),
+    notes=memory_notes,
+    measure=measure,
+    kernel=kernels.describe_half,
+    activation_bits=lambda device: None,
+)

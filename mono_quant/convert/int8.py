@@ -1,10 +1,14 @@
 """Putting int8 layers in the place of float ones: what that would make, doing it, and empty layers for loading."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from mono_quant import kernels
+from mono_quant.convert.contract import Decisions, Outcome, Progress, Scheme, Task, device_of
+from mono_quant.convert.fidelity import Output, compare, run
 from mono_quant.convert.int8_layers import (
     Int8Conv1d,
     Int8Conv2d,
@@ -15,68 +19,60 @@ from mono_quant.convert.int8_layers import (
     Int8MultiheadAttention,
     Int8TransposedLinear,
 )
-from mono_quant.convert.surgery import Progress, disable_float_fast_paths_, put_
+from mono_quant.convert.probes import Probe
+from mono_quant.convert.surgery import disable_float_fast_paths_, put_
 from mono_quant.errors import NonFiniteWeightError
 from mono_quant.kernels import encode_rows
 from mono_quant.kernels.weights import RowCodes, weight_limit_db
-from mono_quant.planning.kinds import WEIGHTS, kind_of
-from mono_quant.planning.rows import Converted
-from mono_quant.planning.rules import Decision, Layer, Rules, keep_also, select
+from mono_quant.planning.kinds import WEIGHTS, as_rows, kind_of, rows_of
+from mono_quant.planning.rows import Converted, int8_notes, layer_reasons
+from mono_quant.planning.rules import Decision, Layer, keep_also, select
 from mono_quant.planning.walk import module_aliases
 
-_BUILDERS: Mapping[str, Callable[..., Int8Module]] = {
-    "linear": Int8Linear,
-    "transposed_linear": Int8TransposedLinear,
-    "conv1d": Int8Conv1d,
-    "conv2d": Int8Conv2d,
-    "embedding": Int8Embedding,
-    "experts": Int8Experts,
-    "attention": Int8MultiheadAttention,
+_LAYERS: Mapping[str, Callable[..., Int8Module]] = {
+    layer.kind: layer
+    for layer in (
+        Int8Linear,
+        Int8TransposedLinear,
+        Int8Conv1d,
+        Int8Conv2d,
+        Int8Embedding,
+        Int8Experts,
+        Int8MultiheadAttention,
+    )
 }
 
 
-def decide(layers: Sequence[Layer], rules: Rules, model: nn.Module) -> dict[str, Decision]:
-    """Select among `layers`, with patterns checked against every module of `model`."""
-    return select(layers, rules, {name: type(m).__name__ for name, m in model.named_modules()})
+def decide(task: Task) -> dict[str, Decision]:
+    """Decide about every layer by the rules, with patterns checked against every module of the model."""
+    names = {name: type(module).__name__ for name, module in task.model.named_modules()}
+    return select(task.layers, task.request.rules(), names)
 
 
-def to_int8_(
-    model: nn.Module,
-    decisions: Mapping[str, Decision],
-    *,
-    on_nonfinite: str = "error",
-    progress: Progress | None = None,
-) -> tuple[dict[str, Decision], dict[str, Converted]]:
-    """Replace the chosen layers of `model` by int8 ones, in place.
+def to_int8_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
+    """Replace the chosen layers of a model by int8 ones, in place.
 
     Args:
-        model: is changed.
+        task: its model is changed.
         decisions: by layer name.
-        on_nonfinite: `error` or `keep`.
         progress: called as (layer name, done, total).
 
-    Returns:
-        The decisions, with layers kept for non-finite weights among them, and what became of each float tensor by
-        parameter name.
-
     Raises:
-        NonFiniteWeightError: a chosen weight holds NaN or infinity.
+        NonFiniteWeightError: a chosen weight holds NaN or infinity, and the request does not keep such layers.
     """
+    model = task.model
     modules = dict(model.named_modules())
-    final = dict(decisions)
-    if on_nonfinite == "keep":
-        final = keep_also(decisions, _non_finite(modules, decisions))
+    if task.request.on_nonfinite == "keep":
+        decisions = keep_also(decisions, _non_finite(modules, decisions))
     done: dict[str, Converted] = {}
-    chosen = [d.layer for d in final.values() if d.quantize]
+    chosen = [d.layer for d in decisions.values() if d.quantize]
     for count, layer in enumerate(chosen):
-        if progress:
-            progress(layer.name, count, len(chosen))
+        progress(layer.name, count, len(chosen))
         encoded = encode(modules[layer.name], layer)
         _record(layer, encoded, done)
         old = modules[layer.name]
         put_(model, (layer.name, *layer.aliases), old, build(old, layer.kind, encoded))
-    disable_float_fast_paths_(model)
-    return final, done
+    return Outcome(done, layer_reasons(task.rows, decisions))
 
 
 def encode(module: nn.Module, layer: Layer) -> dict[str, RowCodes]:
@@ -88,11 +84,8 @@ def encode(module: nn.Module, layer: Layer) -> dict[str, RowCodes]:
     encoded = {}
     for name in WEIGHTS[layer.kind]:
         weight = module.get_parameter(name).detach()
-        matrix = weight.t() if layer.kind == "transposed_linear" else weight
         try:
-            encoded[name] = encode_rows(
-                matrix.flatten(0, 1) if layer.kind == "experts" else matrix.flatten(1)
-            )
+            encoded[name] = encode_rows(as_rows(weight, layer.kind))
         except NonFiniteWeightError as e:
             raise NonFiniteWeightError(
                 f"{layer.name}.{name}: {e}. Repair the checkpoint, or keep the layer in float with on_nonfinite='keep'"
@@ -114,7 +107,7 @@ def _non_finite(modules: Mapping[str, nn.Module], decisions: Mapping[str, Decisi
 def build(module: nn.Module, kind: str, encoded: dict[str, RowCodes] | None) -> Int8Module:
     """Return the int8 layer for a float one; its codes are on meta when there are none yet."""
     plain = encoded if kind in ("experts", "attention") or encoded is None else encoded["weight"]
-    return _BUILDERS[kind](module, plain)
+    return _LAYERS[kind](module, plain)
 
 
 def install_(model: nn.Module, names: Sequence[str]) -> None:
@@ -126,17 +119,26 @@ def install_(model: nn.Module, names: Sequence[str]) -> None:
     disable_float_fast_paths_(model)
 
 
-def planned(model: nn.Module, decisions: Mapping[str, Decision]) -> dict[str, Converted]:
+def planned(task: Task, decisions: Decisions) -> Outcome:
     """Return what `to_int8_` would make of the chosen layers; needs shapes only."""
     done = {}
     for decision in decisions.values():
         layer = decision.layer
         for name in WEIGHTS[layer.kind] if decision.quantize else ():
-            weight = model.get_submodule(layer.name).get_parameter(name)
-            rows = weight.shape[1] if layer.kind == "transposed_linear" else weight.shape[0]
-            rows = weight.shape[:2].numel() if layer.kind == "experts" else rows
-            done[f"{layer.name}.{name}".lstrip(".")] = Converted(weight.numel() + 4 * rows, torch.int8)
-    return done
+            shape = task.model.get_submodule(layer.name).get_parameter(name).shape
+            scales = 4 * rows_of(shape, layer.kind).numel()
+            done[f"{layer.name}.{name}".lstrip(".")] = Converted(shape.numel() + scales, torch.int8)
+    return Outcome(done, layer_reasons(task.rows, decisions))
+
+
+def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:
+    """Compare the output with the original's; where activations have more than 8 bits, at 8 bits as well."""
+    facts = compare(expected, run(model, probe), probe.name)
+    if kernels.activation_bits(device_of(model)) > 8:
+        with kernels.using(bits=8):
+            narrow = compare(expected, run(model, probe), probe.name)
+        facts["relative_error_8_bit"] = narrow["relative_error"]
+    return facts
 
 
 def _record(layer: Layer, encoded: Mapping[str, RowCodes], done: dict[str, Converted]) -> None:
@@ -148,3 +150,16 @@ def _record(layer: Layer, encoded: Mapping[str, RowCodes], done: dict[str, Conve
             None if gap is None else round(rows.sqnr_db, 3),
             None if gap is None else round(gap, 3),
         )
+
+
+INT8 = Scheme(
+    "int8",
+    decide=decide,
+    planned=planned,
+    apply_=to_int8_,
+    finish_=lambda task: disable_float_fast_paths_(task.model),
+    notes=int8_notes,
+    measure=measure,
+    kernel=kernels.describe,
+    activation_bits=kernels.activation_bits,
+)

@@ -15,37 +15,33 @@ from torch import Tensor, nn
 from mono_quant import kernels
 from mono_quant.convert.forwards import AttentionForward, ConvForward, ExpertsForward, StoredModule
 from mono_quant.kernels.weights import RowCodes, dequantize_rows
+from mono_quant.planning.kinds import as_rows, from_rows, rows_of
 
 
 class Int8Module(StoredModule):
-    """What all int8 layers share: where codes and scales live and how they survive casts."""
+    """What all int8 layers share: where codes and scales live and how they survive casts.
 
-    # Kernels read rows of length K, one per output: True where the float parameter has them as columns.
-    transposed = False
+    Attributes:
+        kind: of layer, as `planning.kinds` has it; says which axis of a weight is a row.
+    """
 
-    def _put(self, name: str, shape: torch.Size | tuple[int, ...], encoded: RowCodes | None) -> None:
+    kind: str
+
+    def _put(self, name: str, shape: torch.Size, encoded: RowCodes | None) -> None:
         """Register codes and scales for the float parameter `name` of `shape`; on meta without `encoded`."""
+        scales = (*rows_of(shape, self.kind), 1)
         if encoded is None:
-            rows = shape[:-1] if len(shape) == 3 and isinstance(self, Int8Experts) else (self._rows(shape),)
             matrix = torch.empty(shape, dtype=torch.int8, device="meta")
-            scale = torch.empty(*rows, 1, dtype=torch.float32, device="meta")
+            scale = torch.empty(scales, dtype=torch.float32, device="meta")
         else:
-            matrix, scale = self._to_parameter_shape(encoded.codes, shape), encoded.scale
-            if isinstance(self, Int8Experts):
-                scale = scale.view(*shape[:-1], 1)
+            matrix, scale = from_rows(encoded.codes, shape, self.kind), encoded.scale.view(scales)
         # Not `register_parameter`: it refuses names that the class answers itself (the dequantizing property).
         self._parameters[name] = nn.Parameter(self._in_kernel_order(matrix), requires_grad=False)
         self._parameters[f"{name}_scale"] = nn.Parameter(scale, requires_grad=False)
 
-    def _rows(self, shape: torch.Size | tuple[int, ...]) -> int:
-        return shape[-1] if self.transposed else shape[0]
-
-    def _to_parameter_shape(self, codes: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        return codes.t() if self.transposed else codes.view(shape)
-
     def _in_kernel_order(self, codes: Tensor) -> Tensor:
-        """Return codes of the same shape in the memory order that the kernels read without a copy."""
-        return codes.t().contiguous().t() if self.transposed else codes.contiguous()
+        """Return codes of the same shape in the memory order that the kernels read without a copy: row after row."""
+        return from_rows(as_rows(codes, self.kind).contiguous(), codes.shape, self.kind)
 
     def settle_(self) -> None:
         """Put codes that were assigned from outside into the memory order of the kernels."""
@@ -57,8 +53,7 @@ class Int8Module(StoredModule):
         """Return the int8 matrix [N, K] behind the parameter `name`."""
         held = self._parameters[name]
         assert held is not None
-        codes = int8_values(held)
-        return codes.t() if self.transposed else codes.flatten(1)
+        return as_rows(int8_values(held), self.kind)
 
     def scale(self, name: str = "weight") -> Tensor:
         """Return the fp32 scales [N, 1] of the parameter `name`."""
@@ -69,9 +64,8 @@ class Int8Module(StoredModule):
     def dequantize(self, name: str = "weight") -> Tensor:
         """Return the float parameter that the codes of `name` stand for, in its original shape."""
         shape = self._parameters[name].shape  # type: ignore[union-attr]
-        return self._to_parameter_shape(
-            dequantize_rows(self.codes(name), self.scale(name), self.float_dtype), shape
-        )
+        rows = dequantize_rows(self.codes(name), self.scale(name), self.float_dtype)
+        return from_rows(rows, shape, self.kind)
 
     def _product(self, x: Tensor, name: str, rows: int | slice, bias: Tensor | None) -> Tensor:
         return kernels.int8_linear(x, self.codes(name)[rows], self.scale(name)[rows], bias)
@@ -112,6 +106,8 @@ class _Int8Weight(Int8Module):
 class Int8Linear(_Int8Weight):
     """`nn.Linear` with int8 weights [out, in]; activations are quantized per token."""
 
+    kind = "linear"
+
     def __init__(self, source: nn.Linear, encoded: RowCodes | None) -> None:
         super().__init__(source.weight, source.bias, encoded)
         self.in_features, self.out_features = source.in_features, source.out_features
@@ -129,7 +125,7 @@ class Int8Linear(_Int8Weight):
 class Int8TransposedLinear(_Int8Weight):
     """GPT-2's `Conv1D`: a linear layer whose float weight is [in, out]."""
 
-    transposed = True
+    kind = "transposed_linear"
 
     def __init__(self, source: nn.Module, encoded: RowCodes | None) -> None:
         super().__init__(source.weight, source.bias, encoded)  # type: ignore[arg-type]
@@ -168,13 +164,19 @@ class _Int8Conv(ConvForward, _Int8Weight):
 class Int8Conv2d(_Int8Conv):
     """`nn.Conv2d` with int8 weights; each receptive field is quantized as one token."""
 
+    kind = "conv2d"
+
 
 class Int8Conv1d(_Int8Conv):
     """`nn.Conv1d` with int8 weights; each receptive field is quantized as one token."""
 
+    kind = "conv1d"
+
 
 class Int8Embedding(_Int8Weight):
     """`nn.Embedding` with int8 rows."""
+
+    kind = "embedding"
 
     def __init__(self, source: nn.Embedding, encoded: RowCodes | None) -> None:
         super().__init__(source.weight, None, encoded)
@@ -194,6 +196,8 @@ class Int8Experts(ExpertsForward, Int8Module):
 
     Runs one int8 product per expert that got tokens.
     """
+
+    kind = "experts"
 
     def __init__(self, source: nn.Module, encoded: dict[str, RowCodes] | None) -> None:
         gate_up, down = source.gate_up_proj, source.down_proj
@@ -215,6 +219,8 @@ class Int8MultiheadAttention(AttentionForward, Int8Module):
 
     For the plain form only: equal query, key and value sizes, no `bias_k`/`bias_v`, no `add_zero_attn`.
     """
+
+    kind = "attention"
 
     def __init__(self, source: nn.MultiheadAttention, encoded: dict[str, RowCodes] | None) -> None:
         weight = source.in_proj_weight

@@ -1,7 +1,7 @@
 """Copying a model without its weights, putting modules in the place of others, and putting everything back."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,6 @@ _REGISTRIES = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks",
 )
-Progress = Callable[[str, int, int], None]
 
 
 def structural_copy(model: nn.Module) -> nn.Module:

@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mono_quant.errors import (
     CorruptCheckpointError,
 )
+from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.text import looks_like_token
 
 # Fields of a config that choose code, kernels or files at load time, or tell about the machine it was made on.
@@ -56,3 +59,22 @@ def dtype_of(raw: Mapping[str, Any]) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise CorruptCheckpointError(f"config.json: dtype is {name!r}, not a float type of torch")
     return dtype
+
+
+def set_generation_(model: nn.Module, folder: Path) -> None:
+    """Give a model the generation config of its folder, where there is one.
+
+    Raises:
+        CorruptCheckpointError: transformers cannot use it.
+    """
+    path = folder / "generation_config.json"
+    current = getattr(model, "generation_config", None)
+    if not path.exists() or current is None:
+        return
+    clean, _ = clean_config(read_json_object(path))
+    try:
+        model.generation_config = type(current).from_dict(clean)
+    except (ValueError, TypeError, AttributeError) as e:
+        raise CorruptCheckpointError(
+            f"{path}: transformers cannot use it ({e}); correct the file, or remove it"
+        ) from e

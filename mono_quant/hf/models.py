@@ -163,7 +163,7 @@ def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> n
     """
     try:
         with torch.device("meta"), quiet():
-            model: nn.Module = cls._from_config(config, dtype=dtype)
+            model: nn.Module = cls._from_config(copy.deepcopy(config), dtype=dtype)
     except _BUILD_ERRORS as e:
         raise CorruptCheckpointError(
             f"{subject}: its config.json describes no {cls.__name__} ({_line(e)})"

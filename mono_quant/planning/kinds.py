@@ -57,17 +57,32 @@ def matrices(module: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
 
 
-def matrix_shape(module: nn.Module, kind: str) -> tuple[int, int]:
-    if kind == "experts":
-        shapes = [p.shape for p in module.parameters(recurse=False)]
-        # rows of gate_up have H values, rows of down have I: count them as rows of the longer kind
-        depth = max(shape[-1] for shape in shapes)
-        return sum(shape.numel() for shape in shapes) // depth, depth
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+def rows_of(shape: torch.Size, kind: str) -> torch.Size:
+    """Return the shape of the rows of a weight: each row holds the inputs of one output channel and has one scale."""
     if kind == "transposed_linear":
-        return weight.shape[1], weight.shape[0]
-    return weight.shape[0], weight[0].numel()
+        return shape[1:]
+    return shape[:-1] if kind == "experts" else shape[:1]
+
+
+def as_rows(weight: Tensor, kind: str) -> Tensor:
+    """Return a weight as a matrix [N, K] of its rows, a view where its memory allows."""
+    if kind == "transposed_linear":
+        return weight.t()
+    return weight.flatten(0, 1) if kind == "experts" else weight.flatten(1)
+
+
+def from_rows(matrix: Tensor, shape: torch.Size | tuple[int, ...], kind: str) -> Tensor:
+    """Return the weight of `shape` that a matrix [N, K] of its rows stands for."""
+    return matrix.t() if kind == "transposed_linear" else matrix.view(shape)
+
+
+def matrix_shape(module: nn.Module, kind: str) -> tuple[int, int]:
+    """Return how many rows the weights of a layer have together, and the length of the longest."""
+    # not `get_parameter`: the weight of a normed or pruned layer is an attribute
+    shapes = [getattr(module, name).shape for name in WEIGHTS[kind]]
+    # of experts, rows of gate_up have H values, rows of down have I: count them as rows of the longer kind
+    depth = max(shape.numel() // rows_of(shape, kind).numel() for shape in shapes)
+    return sum(shape.numel() for shape in shapes) // depth, depth
 
 
 def obstacle(module: nn.Module, kind: str) -> str:

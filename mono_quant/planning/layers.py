@@ -20,7 +20,7 @@ from mono_quant.planning.kinds import (
     obstacle,
 )
 from mono_quant.planning.rules import Layer
-from mono_quant.planning.walk import is_transformers_model, module_aliases, owners_of
+from mono_quant.planning.walk import below, is_transformers_model, module_aliases, owners_of
 
 # What a model made of portable layers holds beside them, and can keep in float at a small price.
 _COSTLY_KINDS = ("conv1d", "conv2d", "attention")
@@ -28,12 +28,25 @@ _HEADS = frozenset({"lm_head", "classifier", "score", "qa_outputs", "proj_out", 
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
-def find_layers(model: nn.Module) -> list[Layer]:
+def find_layers(model: nn.Module, within: str = "") -> list[Layer]:
     """Return every layer of `model` that holds a weight matrix, in module order.
 
     Args:
         model: any module, on any device, meta included.
+        within: name of the part that is to be converted; layers outside are marked as unsupported, and come last.
     """
+    if not within:
+        return _layers_of(model)
+    inside = [replace(x, name=f"{within}.{x.name}") for x in _layers_of(model.get_submodule(within))]
+    outside = [
+        replace(x, unsupported=f"outside the transformer of the {type(model).__name__}")
+        for x in _layers_of(model)
+        if not below(x.name, within)
+    ]
+    return inside + outside
+
+
+def _layers_of(model: nn.Module) -> list[Layer]:
     aliases = module_aliases(model)
     owners = owners_of(model)
     covered: set[str] = set()

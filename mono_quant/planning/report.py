@@ -5,7 +5,6 @@ A `QuantReport` has one row for each parameter and persistent buffer of the mode
 whole model; `QuantReport.check` proves it.
 """
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from mono_quant.errors import CorruptCheckpointError
+from mono_quant.io.disk.json_text import canonical_json
 from mono_quant.kernels.weights import FP16_MAX
 
 Action = Literal["quantized", "kept", "shared"]
@@ -204,9 +204,7 @@ class QuantReport:
 
     def to_json(self) -> str:
         """Return `to_dict` as canonical JSON."""
-        return (
-            json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-        )
+        return canonical_json(self.to_dict(), "the report")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "QuantReport":

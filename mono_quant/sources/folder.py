@@ -2,8 +2,10 @@
 
 import math
 import re
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +14,10 @@ from mono_quant.errors import (
     CorruptCheckpointError,
     UnsafeInputError,
 )
-from mono_quant.hf.configs import clean_config
+from mono_quant.hf.configs import set_generation_
 from mono_quant.hf.models import load_float, model_class, skeleton
 from mono_quant.hf.names import check_fit, renamer, split_names
 from mono_quant.io.disk.allowed import is_allowed
-from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.hub.metadata import local_card
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
@@ -28,7 +29,7 @@ from mono_quant.sources.guards import (
     read_config,
 )
 from mono_quant.sources.origin import Origin
-from mono_quant.sources.source import Access, Source
+from mono_quant.sources.source import Access, Source, Subject
 
 
 def _local_origin(name: str, folder: Path) -> Origin:
@@ -36,34 +37,67 @@ def _local_origin(name: str, folder: Path) -> Origin:
     return Origin(name, **local_card(folder / "README.md"))
 
 
+@dataclass(frozen=True)
+class _Skeleton:
+    """A model on meta that a checkpoint fits, and how to make the real one."""
+
+    model: nn.Module
+    config: Any
+    notes: list[str]
+    has_code: bool
+
+
 def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool = False) -> Source:
+    """Open the folder of a transformers model.
+
+    Args:
+        folder: with `config.json` and weights.
+        access: how to read it.
+        weights: False gives a skeleton without data.
+        is_cache: the folder holds one commit of a repository, which says already what its files are.
+
+    Raises:
+        MonoQuantError: a typed error for everything that cannot be converted.
+    """
     raw = read_config(folder)
     pickled = access.allow_pickle and not any(folder.glob("*.safetensors"))
     with open_checkpoint(folder, allow_pickle=access.allow_pickle) as checkpoint:
         shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
-        check_float(folder, shapes)
+        bare = _skeleton(folder, raw, access, shapes)
         if not weights:
-            return check_complete(skeleton_of(folder, access, shapes), shapes)
-        bare = skeleton_of(folder, access, shapes)
-        cls, config = model_class(raw, folder, access.trust_remote_code)
-        model = load_float(cls, config, _read_all(checkpoint), str(folder))
-        # a commit says already what the files are
+            check_complete(bare.model, shapes, folder)
+            return _of_folder(bare.model, folder, bare.notes)
+        model = load_float(type(bare.model), bare.config, _read_all(checkpoint), str(folder))
         files = {} if pickled or is_cache else checkpoint.sha256s()
-    source = _of_folder(model, folder)
-    used = {
-        "allow_pickle": pickled,
-        "trust_remote_code": access.trust_remote_code and bool(raw.get("auto_map")),
-    }
-    source.origin = replace(source.origin, files=files, access=tuple(name for name, on in used.items() if on))
-    source.notes = bare.notes
+    source = _of_folder(model, folder, bare.notes)
+    used = {"allow_pickle": pickled, "trust_remote_code": bare.has_code}
+    origin = source.subject.origin
+    source.subject.origin = replace(
+        origin, files=files, access=tuple(name for name, on in used.items() if on)
+    )
     if pickled:
         source.notes.append("read from pickle weights (allow_pickle=True)")
-    _note_generation(model, folder)
+    set_generation_(model, folder)
     return source
 
 
-def skeleton_of(folder: Path, access: Access, shapes: Shapes) -> Source:
-    raw = read_config(folder)
+def from_headers(folder: Path, access: Access, shapes: Shapes) -> Source:
+    """Make a source without data from a config and the headers of weights that lie elsewhere.
+
+    Args:
+        folder: with `config.json`.
+        access: how to read it.
+        shapes: dtype and shape of every tensor of the checkpoint, by name.
+
+    Raises:
+        MonoQuantError: as `from_folder`.
+    """
+    bare = _skeleton(folder, read_config(folder), access, shapes)
+    check_complete(bare.model, shapes, folder)
+    return _of_folder(bare.model, folder, bare.notes)
+
+
+def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shapes) -> _Skeleton:
     check_float(folder, shapes)
     check_proportion(folder, raw, shapes)
     cls, config = model_class(raw, folder, access.trust_remote_code)
@@ -75,19 +109,18 @@ def skeleton_of(folder: Path, access: Access, shapes: Shapes) -> Source:
     model = skeleton(cls, config, dtype, str(folder))
     left = check_fit(model, {name: shape for name, (_, shape) in shapes.items()}, str(folder))
     check_dtypes(folder, shapes, model, left)
-    source = _of_folder(model, folder)
+    notes = []
     if left:
-        source.notes.append(f"left out, because no layer of {cls.__name__} uses them: {_grouped(left)}")
-    return source
+        notes.append(f"left out, because no layer of {cls.__name__} uses them: {_grouped(left)}")
+    return _Skeleton(model, config, notes, access.trust_remote_code and bool(raw.get("auto_map")))
 
 
-def check_complete(source: Source, shapes: Shapes) -> Source:
+def check_complete(model: nn.Module, shapes: Shapes, folder: Path) -> None:
     """Refuse a skeleton that the checkpoint does not fill, as loading would.
 
     Raises:
         CorruptCheckpointError: weights are missing.
     """
-    model = source.core
     state = model.state_dict(keep_vars=True)
     filled, short = _filled(model, shapes)
     # a tied tensor has several names, of which a checkpoint holds one
@@ -97,10 +130,9 @@ def check_complete(source: Source, shapes: Shapes) -> Source:
     missing = [name for name in absent if not any(re.search(p, name) for p in optional)] + short
     if missing:
         raise CorruptCheckpointError(
-            f"{source.folder}: {len(missing)} weights of {type(model).__name__} are missing: {_grouped(missing)}. "
+            f"{folder}: {len(missing)} weights of {type(model).__name__} are missing: {_grouped(missing)}. "
             f"If that is intended, load the model yourself and pass the object"
         )
-    return source
 
 
 def _filled(model: nn.Module, shapes: Shapes) -> tuple[set[str], list[str]]:
@@ -129,22 +161,17 @@ def _grouped(names: list[str]) -> str:
     return ", ".join(list(groups)[:8]) + (" ..." if len(groups) > 8 else "")
 
 
-def _of_folder(model: nn.Module, folder: Path) -> Source:
-    source = Source(
-        model,
-        model,
-        "transformers",
-        folder=folder,
-        side_files=find_side_files(folder),
-        origin=_local_origin(type(model).__name__, folder),
-        owned=True,
-    )
-    if "modules.json" in source.side_files:
-        source.notes.append(
+def _of_folder(model: nn.Module, folder: Path, notes: list[str]) -> Source:
+    side_files = find_side_files(folder)
+    if "modules.json" in side_files:
+        notes = [
+            *notes,
             f"a SentenceTransformer: only the {type(model).__name__} inside it was converted, and load() gives that alone; "
-            f"quantize(SentenceTransformer(...)) keeps the pooling"
-        )
-    return source
+            f"quantize(SentenceTransformer(...)) keeps the pooling",
+        ]
+    origin = _local_origin(type(model).__name__, folder)
+    subject = Subject(model, "transformers", folder=folder, side_files=side_files, origin=origin)
+    return Source(subject, owned=True, notes=notes)
 
 
 def _read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -163,10 +190,3 @@ def find_side_files(folder: Path) -> tuple[str, ...]:
                 f"{folder / below} is a symbolic link to another folder; put a copy of the folder there"
             )
     return tuple(sorted(chosen))
-
-
-def _note_generation(model: nn.Module, folder: Path) -> None:
-    path = folder / "generation_config.json"
-    if path.exists() and hasattr(model, "generation_config"):
-        clean, _ = clean_config(read_json_object(path))
-        model.generation_config = type(model.generation_config).from_dict(clean)  # type: ignore[union-attr]

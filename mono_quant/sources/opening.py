@@ -20,7 +20,7 @@ from mono_quant.sources.folder import from_folder
 from mono_quant.sources.guards import check_module
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.remote import from_hub
-from mono_quant.sources.source import ACCESS, Access, Source
+from mono_quant.sources.source import ACCESS, Access, Source, Subject
 
 
 def open_source(
@@ -37,7 +37,7 @@ def open_source(
     Raises:
         MonoQuantError: a typed error for everything that cannot be converted, naming the remedy.
     """
-    is_hub = isinstance(source, str) and locate(source, access.origin) == "hub"
+    is_hub = isinstance(source, str) and locate(source, access.place) == "hub"
     if access.revision is not None and not is_hub:
         raise ConfigError(
             f"revision is {access.revision!r}, but the source is no Hub id, so it has none; leave it out"
@@ -50,7 +50,7 @@ def open_source(
             opened = from_hub(str(source), access, weights)
         else:
             opened = from_folder(Path(source), access, weights)
-        opened.processor = processor
+        opened.subject.processor = processor
         return opened
     if isinstance(source, Mapping):
         raise StateDictError(
@@ -62,7 +62,7 @@ def open_source(
     )
 
 
-def locate(text: str, origin: str | None = None) -> str:
+def locate(text: str, place: str | None = None) -> str:
     """Say whether a text means a `local` folder or a `hub` id.
 
     Raises:
@@ -71,10 +71,10 @@ def locate(text: str, origin: str | None = None) -> str:
     """
     if looks_like_token(text):
         raise ConfigError("an access token was given where a model belongs; pass it as token=")
-    if origin not in (None, "hub", "local"):
-        raise ConfigError(f"origin is {origin!r}; use 'hub' or 'local'")
-    if origin is not None:
-        return origin
+    if place not in (None, "hub", "local"):
+        raise ConfigError(f"origin is {place!r}; use 'hub' or 'local'")
+    if place is not None:
+        return place
     here = bool(text) and (Path(text).exists() or Path(text).is_symlink())
     if here and text.count("/") == 1 and not text.startswith((".", "/", "~")) and is_repo_id(text):
         raise AmbiguousSourceError(
@@ -98,8 +98,7 @@ def _from_module(model: nn.Module, processor: Any) -> Source:
                 f"{type(model).__name__}: its first module ({type(model[0]).__name__}) holds no transformer to quantize"  # type: ignore[index]
             )
         name = next(path for path, module in model.named_modules() if module is core)
-        return Source(
-            model, core, "sentence_transformer", name, processor=processor, origin=Origin(type(core).__name__)
-        )
+        origin = Origin(type(core).__name__)
+        return Source(Subject(model, "sentence_transformer", name, processor=processor, origin=origin))
     kind = "transformers" if is_transformers_model(model) else "module"
-    return Source(model, model, kind, processor=processor, origin=Origin(type(model).__name__))
+    return Source(Subject(model, kind, processor=processor, origin=Origin(type(model).__name__)))

@@ -11,7 +11,7 @@ from mono_quant.io.disk.allowed import is_allowed
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.repo import RepoFacts, download, read_headers, resolve
 from mono_quant.io.tensors.headers import parse_header_bytes
-from mono_quant.sources.folder import check_complete, from_folder, skeleton_of
+from mono_quant.sources.folder import from_folder, from_headers
 from mono_quant.sources.guards import PICKLES, Shapes, refuse_pickles
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Access, Source
@@ -43,8 +43,9 @@ def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
         opened = from_folder(folder, access, weights, is_cache=True)
     else:
         shapes = remote_headers(facts, access.client)[0]
-        opened = check_complete(skeleton_of(folder, access, shapes), shapes)
-    opened.origin = replace(_hub_origin(opened.origin.name, facts), access=opened.origin.access)
+        opened = from_headers(folder, access, shapes)
+    subject = opened.subject
+    subject.origin = replace(_hub_origin(subject.origin.name, facts), access=subject.origin.access)
     if facts.gated:
         opened.notes.append("the source repository is gated; its terms apply to the result")
     return opened

@@ -12,38 +12,53 @@ from mono_quant.sources.origin import Origin
 
 
 @dataclass
-class Source:
-    """One model to convert, wherever it came from.
+class Subject:
+    """A model with what belongs to it: to be converted, or converted and to be saved.
 
     Attributes:
         model: the module; on meta for a plan.
-        core: the part that is converted: `model` itself, or the transformer inside a SentenceTransformer.
-        core_name: name of `core` inside `model`; empty for the whole.
         kind: `module`, `transformers` or `sentence_transformer`.
+        core_name: name of the part of `model` that is converted: the transformer inside a SentenceTransformer; empty for the
+            whole.
         folder: where its files are; None for a model in memory.
         side_files: names of the files in `folder` that belong to the result: tokenizer, processor, licence.
         processor: tokenizer or processor given by the user.
         origin: where it came from, and what its card says.
-        owned: True when nobody else holds the model, so that it may be changed.
-        notes: what the user should know.
     """
 
     model: nn.Module
-    core: nn.Module
     kind: str
     core_name: str = ""
     folder: Path | None = None
     side_files: tuple[str, ...] = ()
     processor: Any = None
     origin: Origin = field(default_factory=lambda: Origin("model"))
-    owned: bool = False
-    notes: list[str] = field(default_factory=list)
+
+    @property
+    def core(self) -> nn.Module:
+        """The part of the model that is converted."""
+        return self.model.get_submodule(self.core_name)
 
     def find_processor(self) -> Any:
         """Return the given processor, or load the one in the folder; None when there is none."""
         if self.processor is None and self.folder is not None and self.kind == "transformers":
             self.processor = load_processor(self.folder)
         return self.processor
+
+
+@dataclass
+class Source:
+    """What the user gave, opened.
+
+    Attributes:
+        subject: the float model with what belongs to it.
+        owned: True when nobody else holds the model, so that it may be changed.
+        notes: what the user should know.
+    """
+
+    subject: Subject
+    owned: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -55,14 +70,14 @@ class Access:
         client: where the Hub is and who asks.
         trust_remote_code: run code from the repository where its config asks for it.
         allow_pickle: read pickle weights, in a guarded process.
-        origin: `hub` or `local` to say what a text means; None to decide by looking.
+        place: `hub` or `local` to say what a text means; None to decide by looking.
     """
 
     revision: str | None = None
     client: Hub = HUB
     trust_remote_code: bool = False
     allow_pickle: bool = False
-    origin: str | None = None
+    place: str | None = None
 
 
 ACCESS = Access()

@@ -803,7 +803,7 @@ def test_original_defect_15_the_way_back_to_float(name):
         back = layer.dequantize(last) if row.kind == "experts" else getattr(layer, last)
         assert back.dtype == model.get_parameter(row.name).dtype and back.shape == before.shape
         scale = layer.scale(last)
-        if layer.transposed:
+        if layer.kind == "transposed_linear":
             scale = scale.t()
         elif before.dim() == 4:
             scale = scale[:, :, None, None]

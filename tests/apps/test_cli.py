@@ -170,6 +170,7 @@ def test_a_card_that_is_missing_is_not_called_true(run, source, tmp_path):
 
 SLOW = """
 import sys, time
+from dataclasses import replace
 from mono_quant.api import recipe
 from mono_quant.apps import cli
 
@@ -177,7 +178,7 @@ def convert(*_, **__):
     print("converting", flush=True)
     time.sleep(60)
 
-recipe.to_int8_ = convert
+recipe.SCHEMES = {"int8": replace(recipe.SCHEMES["int8"], apply_=convert)}
 cli.main()
 """
 

@@ -27,6 +27,7 @@ from mono_quant.convert.int8_layers import (
     Int8MultiheadAttention,
     Int8TransposedLinear,
 )
+from mono_quant.kernels import ops
 from mono_quant.kernels.weights import quantize_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -420,7 +421,7 @@ def test_depthwise_convolution_and_a_chunked_batch(monkeypatch):
     x = torch.randn(5, 6, 7, 7)
     check_conv(layer, x)
     whole = run(int8(layer), (x,))
-    monkeypatch.setattr(kernels, "_PATCH_ELEMENTS", 2 * 49 * 54)
+    monkeypatch.setattr(ops, "_PATCH_ELEMENTS", 2 * 49 * 54)
     assert torch.equal(run(int8(layer), (x,)), whole)
 
 

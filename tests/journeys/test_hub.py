@@ -58,9 +58,8 @@ def server(
         running.add_repo("org/model", source)
         # the settings a user has in the environment
         settings = partial(Hub, endpoint=running.endpoint, cache_dir=tmp_path / "cache")
-        for room in ("api", "result"):
-            target = f"mono_quant.{room}.hub.Hub" if room == "api" else f"mono_quant.{room}.Hub"
-            monkeypatch.setattr(target, settings)
+        for room in ("verbs", "result"):
+            monkeypatch.setattr(f"mono_quant.api.{room}.Hub", settings)
         for module in ("huggingface_hub.utils._http", "mono_quant.io.hub.client", "mono_quant.io.hub.push"):
             monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda _: None))
         yield running
@@ -412,7 +411,7 @@ def test_a_pipeline_that_cannot_be_is_a_typed_error(
     def refuse(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("mono_quant.result.bridge.pipeline", refuse)
+    monkeypatch.setattr("mono_quant.api.result.pipeline", refuse)
     result = mono_quant.quantize(tiny_llama(), fidelity=False)
     with pytest.raises(kind, match=says):
         result.pipeline("x")

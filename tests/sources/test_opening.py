@@ -386,7 +386,7 @@ def test_P11_a_folder_that_shadows_an_id_must_be_meant(checkpoint, tmp_path, mon
     assert mq.plan("org/model", origin="local").planned
     asked = []
     monkeypatch.setattr(
-        "mono_quant.io.hub.repo.resolve", lambda *a, **k: asked.append(a[0]) or pytest.skip.Exception
+        "mono_quant.sources.remote.resolve", lambda *a, **k: asked.append(a[0]) or pytest.skip.Exception
     )
     with pytest.raises(AttributeError):
         mq.quantize_from_hub("org/model")

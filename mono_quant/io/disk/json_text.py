@@ -1,4 +1,4 @@
-"""Reading JSON that a stranger may have written, under rules stricter than the library's own."""
+"""JSON: read under rules stricter than the library's own, as a stranger may have written it; written in one form."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mono_quant.errors import CorruptCheckpointError, LimitExceededError
+from mono_quant.errors import CorruptCheckpointError, LimitExceededError, OutputError
 from mono_quant.io.disk.reading import open_regular, read_all
 from mono_quant.io.text import printable
 
@@ -98,6 +98,20 @@ def parse_json(data: bytes, name: str) -> Any:
             f"{name} is not valid JSON: {_one_line(error)}; fetch it again"
         ) from error
     return value
+
+
+def canonical_json(value: Any, name: str) -> str:
+    """Return JSON with sorted keys, indent 2 and a last newline: equal values give equal bytes.
+
+    Raises:
+        OutputError: `value` is not plain data; `name` says what it is in the message.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text.encode("utf-8")  # an unpaired surrogate is text in Python, and no JSON
+        return text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OutputError(f"{printable(name)} cannot be written as JSON: {error}") from error
 
 
 def _one_line(error: Exception) -> str:

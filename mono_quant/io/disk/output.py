@@ -10,7 +10,6 @@ Everything is built in a hidden sibling, `.<name>.mq-<run>.partial`, and renamed
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 from mono_quant.errors import OutputError
 from mono_quant.io.disk import disk, staging
 from mono_quant.io.disk.allowed import is_allowed
+from mono_quant.io.disk.json_text import canonical_json
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST
 from mono_quant.io.disk.reading import open_regular, read_chunks, tree
 from mono_quant.io.disk.targets import (
@@ -61,7 +61,7 @@ class OutputFolder:
         """
         if not is_allowed(name) or name == MANIFEST:
             raise OutputError(
-                f"{printable(name)} may not be written: it is not a model file; see mono_quant.io.disk.allowed.ALLOWED"
+                f"{printable(name)} may not be written: it is not a model file; see mono_quant.io.disk.allowed"
             )
         if name in self.files:
             raise OutputError(f"{printable(name)} was written already; write each file once")
@@ -89,7 +89,7 @@ class OutputFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write JSON with sorted keys, indent 2 and a last newline; see `write_bytes`."""
-        self.write_bytes(name, _canonical_json(name, value))
+        self.write_text(name, canonical_json(value, name))
 
     def copy(self, name: str, source: str | os.PathLike[str], *, follow: bool = False) -> None:
         """Copy a regular file byte for byte.
@@ -233,14 +233,6 @@ def record(data: bytes) -> dict[str, Any]:
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _canonical_json(name: str, value: Any) -> bytes:
-    try:
-        text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-        return (text + "\n").encode("utf-8")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise OutputError(f"{printable(name)} cannot be written as JSON: {error}") from error
-
-
 def _seal(folder: OutputFolder) -> None:
     """Check that the folder holds what was written through it and nothing else; then write the manifest."""
     with disk.writing(folder.path):
@@ -264,7 +256,7 @@ def _seal(folder: OutputFolder) -> None:
         "format_version": FORMAT_VERSION,
         "files": folder.files,
     }
-    data = _canonical_json(MANIFEST, manifest)
+    data = canonical_json(manifest, MANIFEST).encode("utf-8")
     disk.write_new(folder.path / MANIFEST, [data], len(data))
     for inner in sorted({(folder.path / name).parent for name in folder.files} - {folder.path}):
         disk.fsync_folder(inner)

@@ -258,7 +258,8 @@ def test_K11_anything_else_is_refused(name, tmp_path):
     assert not is_allowed(name)
     with (
         pytest.raises(
-            OutputError, match=r"may not be written: it is not a model file; see mono_quant\.files"
+            OutputError,
+            match=r"may not be written: it is not a model file; see mono_quant\.io\.disk\.allowed",
         ),
         new_folder(tmp_path / "out") as folder,
     ):

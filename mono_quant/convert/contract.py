@@ -1,0 +1,93 @@
+"""What every dtype promises: how it decides, plans, converts and is measured, behind one set of names."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mono_quant.convert.fidelity import Output
+from mono_quant.convert.probes import Probe
+from mono_quant.planning.config import QuantizationConfig
+from mono_quant.planning.layers import find_layers
+from mono_quant.planning.report import TensorReport
+from mono_quant.planning.rows import Converted, account, survey
+from mono_quant.planning.rules import Decision, Layer
+
+Decisions = Mapping[str, Decision]
+# Called as (name, done, total) before each layer or module.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One conversion: of which part of which model, and what is asked for.
+
+    Attributes:
+        model: the whole model.
+        within: name of the part that is converted; everything when empty.
+        request: what the user asks for.
+        layers: of the whole model, as `find_layers` gives them.
+        rows: one per tensor, as `survey` gives them before anything is changed.
+    """
+
+    model: nn.Module
+    within: str
+    request: QuantizationConfig
+    layers: Sequence[Layer]
+    rows: Mapping[str, TensorReport]
+
+    @classmethod
+    def of(cls, model: nn.Module, within: str, request: QuantizationConfig) -> "Task":
+        """Look at a model that is to be converted; works on meta as well."""
+        layers = find_layers(model, within)
+        return cls(model, within, request, layers, survey(model, layers))
+
+
+class Outcome(NamedTuple):
+    """What became, or would become, of the tensors of a model.
+
+    Attributes:
+        done: the converted ones, by name.
+        reasons: why others are kept, by name; the rest keeps the reason of `survey`.
+    """
+
+    done: Mapping[str, Converted]
+    reasons: Mapping[str, str]
+
+    def rows(self, task: Task) -> tuple[TensorReport, ...]:
+        """Return the complete rows of the report."""
+        return account(task.rows, self.done, self.reasons)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a dtype is made.
+
+    Attributes:
+        dtype: its name in a request.
+        decide: which layers or modules of a task are converted, and why others are not; from shapes and names alone.
+        planned: what `apply_` would do, as far as it can be told without values.
+        apply_: converts the model of a task in place; the caller puts it back when that fails.
+        finish_: makes a converted model run, once its memory is its own.
+        notes: what a user must not overlook, from the rows of the report and the converted model (None for a plan).
+        measure: runs the converted model on a probe; fidelity against the original's output.
+        kernel: names the path that runs its products on a device.
+        activation_bits: width of the activation codes on a device; None where activations stay in float.
+    """
+
+    dtype: str
+    decide: Callable[[Task], Decisions]
+    planned: Callable[[Task, Decisions], Outcome]
+    apply_: Callable[[Task, Decisions, Progress], Outcome]
+    finish_: Callable[[Task], None]
+    notes: Callable[[Sequence[TensorReport], nn.Module | None], Iterable[str]]
+    measure: Callable[[nn.Module, Probe, Output], dict[str, Any]]
+    kernel: Callable[[torch.device], str]
+    activation_bits: Callable[[torch.device], int | None]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter; the CPU for a model without one."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
