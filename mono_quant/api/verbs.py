@@ -10,9 +10,9 @@ from torch import nn
 from mono_quant.api.recipe import convert_source, plan_source
 from mono_quant.api.result import QuantizedModel
 from mono_quant.artifact import loading
-from mono_quant.artifact.facts import is_result_file
 from mono_quant.artifact.publishing import after_saving, publish
 from mono_quant.errors import ConfigError
+from mono_quant.io.disk.allowed import is_allowed
 from mono_quant.io.disk.output import check_target
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.push import PushResult
@@ -261,7 +261,7 @@ def load(
     if isinstance(folder, str) and locate(folder, origin) == "hub":
         client = Hub(token=token)
         facts = resolve(folder, revision=revision, hub=client)
-        path = download(facts, wanted=is_result_file, hub=client)
+        path = download(facts, wanted=is_allowed, hub=client)
     elif revision is not None:
         raise ConfigError(
             f"revision is {revision!r}, but {folder} is a local folder, which has none; leave it out"

@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from mono_quant.io.text import one_line
 from mono_quant.planning.report import QuantReport, TensorReport, gap_text, human_bytes
 from mono_quant.sources.origin import Origin
 
@@ -51,12 +52,6 @@ class CardFacts:
     repo_id: str | None = None
     inputs: tuple[str, ...] = ()
     generates: bool = False
-
-
-def one_line(text: str, limit: int = 200) -> str:
-    """Return text without line breaks, control and direction characters, cut at `limit`."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def render(facts: CardFacts) -> str:

@@ -14,7 +14,6 @@ from mono_quant.errors import (
     FormatVersionError,
     MissingFileError,
 )
-from mono_quant.io.disk.allowed import is_allowed
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest, verify_manifest
 from mono_quant.planning.config import QuantizationConfig
@@ -214,11 +213,6 @@ def given_options(config: QuantizationConfig) -> dict[str, Any]:
     """Return the options that differ from the defaults, without the dtype."""
     default = QuantizationConfig().to_dict()
     return {k: v for k, v in config.to_dict().items() if v != default[k] and k != "dtype"}
-
-
-def is_result_file(name: str) -> bool:
-    """Tell whether a file of a repository belongs to a saved model."""
-    return is_allowed(name)
 
 
 def card_facts(

@@ -83,7 +83,7 @@ def probing(what: str) -> Iterator[None]:
 
 def _public(error: BaseException) -> str:
     """Cut a foreign message down to a line that may be published: no access token, no path of this machine."""
-    line = " ".join(scrub(str(error)).split()) or type(error).__name__
+    line = scrub(str(error)) or type(error).__name__
     return re.sub(r"(?<![\w.])(~|[A-Za-z]:)?[/\\][^\s'\",;:)]+", "<path>", line)[:200]
 
 

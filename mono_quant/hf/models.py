@@ -23,6 +23,7 @@ from mono_quant.errors import (
 from mono_quant.hf.configs import clean_config
 from mono_quant.hf.names import renamer
 from mono_quant.hf.quantizer import METHOD, classes, mark_int8_
+from mono_quant.io.text import one_line
 
 # What transformers raises for a config or a state that it cannot use.
 _BUILD_ERRORS = (
@@ -78,7 +79,7 @@ def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -
         config = config_class.from_dict(config_class._decode_special_floats(clean))  # noqa: SLF001
     except _BUILD_ERRORS as e:
         raise CorruptCheckpointError(
-            f"{folder / 'config.json'}: transformers cannot use it ({_line(e)})"
+            f"{folder / 'config.json'}: transformers cannot use it ({one_line(e, 300)})"
         ) from e
     return cls, config
 
@@ -166,7 +167,7 @@ def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> n
             model: nn.Module = cls._from_config(copy.deepcopy(config), dtype=dtype)
     except _BUILD_ERRORS as e:
         raise CorruptCheckpointError(
-            f"{subject}: its config.json describes no {cls.__name__} ({_line(e)})"
+            f"{subject}: its config.json describes no {cls.__name__} ({one_line(e, 300)})"
         ) from e
     return model
 
@@ -198,7 +199,7 @@ def _load(cls: type[Any], config: Any, tensors: dict[str, Tensor], subject: str,
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as e:
         raise CorruptCheckpointError(
-            f"{subject}: transformers cannot fill {cls.__name__} from it ({_line(e)})"
+            f"{subject}: transformers cannot fill {cls.__name__} from it ({one_line(e, 300)})"
         ) from e
     missing = sorted(info["missing_keys"])
     wrong = sorted(str(entry[0]) for entry in info["mismatched_keys"])
@@ -211,7 +212,3 @@ def _load(cls: type[Any], config: Any, tensors: dict[str, Tensor], subject: str,
                 f"{' ...' if len(names) > 5 else ''}. If that is intended, load the model yourself and pass the object"
             )
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -14,6 +14,12 @@ def printable(text: object, limit: int = 200) -> str:
     return "'" + "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown) + "'"
 
 
+def one_line(text: object, limit: int = 200) -> str:
+    """Return text without line breaks, control and direction characters, cut at `limit`."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
 def listed(names: Sequence[str]) -> str:
     """Quote the first names of many."""
     shown = ", ".join(printable(name) for name in names[:SHOWN])
@@ -34,6 +40,4 @@ def scrub(text: str, *secrets: str | None) -> str:
     for secret in secrets:
         if secret:
             text = text.replace(secret, "***")
-    text = SECRET.sub("***", text)
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= 300 else f"{line[:299]}…"
+    return one_line(SECRET.sub("***", text), 300)

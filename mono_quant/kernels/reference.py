@@ -91,19 +91,3 @@ def rescale(
     if bias is not None:
         out.add_(bias.float())
     return out.to(dtype)
-
-
-def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `x @ W.T + bias` with int8 codes on both sides.
-
-    Args:
-        x: float [M, K].
-        weight: int8 [N, K].
-        weight_scale: fp32 [N, 1].
-        bias: float [N] or None.
-
-    Returns:
-        [M, N] in the dtype of `x`.
-    """
-    codes, token_scale = quantize_tokens(x)
-    return rescale(int_matmul(codes, weight), token_scale, weight_scale, bias, x.dtype)

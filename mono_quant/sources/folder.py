@@ -164,11 +164,11 @@ def _grouped(names: list[str]) -> str:
 def _of_folder(model: nn.Module, folder: Path, notes: list[str]) -> Source:
     side_files = find_side_files(folder)
     if "modules.json" in side_files:
-        notes = [
-            *notes,
+        lost = (
             f"a SentenceTransformer: only the {type(model).__name__} inside it was converted, and load() gives that alone; "
-            f"quantize(SentenceTransformer(...)) keeps the pooling",
-        ]
+            f"quantize(SentenceTransformer(...)) keeps the pooling"
+        )
+        notes = [lost, *notes]
     origin = _local_origin(type(model).__name__, folder)
     subject = Subject(model, "transformers", folder=folder, side_files=side_files, origin=origin)
     return Source(subject, owned=True, notes=notes)

@@ -25,12 +25,12 @@ from mono_quant.errors import (
 )
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import MANIFEST
+from mono_quant.io.tensors.pickles import PICKLES
 from mono_quant.planning.kinds import kind_of
 from mono_quant.planning.walk import is_transformers_model
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
-PICKLES = re.compile(r"(pytorch_model|model|adapter_model)[^/]*\.(bin|pt|pth|ckpt)|.*\.(pt|pth|ckpt|pkl)")
 _SIZES = re.compile(
     r"hidden_size|intermediate_size|vocab_size|d_model|d_ff|d_kv|n_embd|n_inner|.*ffn_dim|dim|embed_dim|head_dim|"
     r"n_head|num_(.*_)?heads|num_labels|.*_head_dim"

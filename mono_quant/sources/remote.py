@@ -11,8 +11,9 @@ from mono_quant.io.disk.allowed import is_allowed
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.repo import RepoFacts, download, read_headers, resolve
 from mono_quant.io.tensors.headers import parse_header_bytes
+from mono_quant.io.tensors.pickles import PICKLES
 from mono_quant.sources.folder import from_folder, from_headers
-from mono_quant.sources.guards import PICKLES, Shapes, refuse_pickles
+from mono_quant.sources.guards import Shapes, refuse_pickles
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Access, Source
 

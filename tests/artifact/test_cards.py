@@ -106,7 +106,7 @@ def test_layers_are_grouped_by_number_and_counted() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("field", ["name", "license", "license_name", "pipeline_tag", "language"])
-def test_D1_foreign_strings_stay_values_in_the_head(text: str, field: str) -> None:
+def test_foreign_strings_stay_values_in_the_head(text: str, field: str) -> None:
     value = (text,) if field == "language" else text
     card = cards.render(facts(origin=replace(facts().origin, **{field: value})))
     head, body = card.split("\n---\n", 1)
@@ -124,7 +124,7 @@ def test_D1_foreign_strings_stay_values_in_the_head(text: str, field: str) -> No
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("field", ["module", "reason", "kind"])
-def test_D2_foreign_strings_stay_text_in_the_body(text: str, field: str) -> None:
+def test_foreign_strings_stay_text_in_the_body(text: str, field: str) -> None:
     base = facts()
     action = "quantized" if field == "kind" else "kept"
     changed = replace(row("x", action, reason="r"), **{field: text})
@@ -196,7 +196,7 @@ def test_lint_accepts_other_forms_of_the_same_and_what_only_the_owner_knows() ->
 
 
 @pytest.mark.parametrize("address", ["https://evil.example/x", "www.evil.example", "~~struck~~"])
-def test_D2_a_bare_address_is_no_link(address: str) -> None:
+def test_a_bare_address_is_no_link(address: str) -> None:
     assert address not in cards.render(facts(report=replace(facts().report, notes=(f"left out: {address}",))))
 
 

@@ -175,7 +175,7 @@ def check_linear(module, weight, x):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(67,), (1, 67), (33, 67), (2, 3, 4, 67), (3, 1, 67)])
-def test_linear_equals_the_definition_and_stays_within_theory(kernel, dtype, bias, shape):  # M12
+def test_linear_equals_the_definition_and_stays_within_theory(kernel, dtype, bias, shape):
     layer = nn.Linear(67, 29, bias=bias).to(dtype)
     check_linear(int8(layer), layer.weight, torch.randn(shape, dtype=dtype) * 3)
 
@@ -190,7 +190,7 @@ def test_gpt2_conv1d_equals_the_definition_and_stays_within_theory(kernel, shape
 
 
 @pytest.mark.parametrize("depth", [1, 2, 1040, 1041, 8192])
-def test_linear_is_exact_for_any_length_of_rows(kernel, depth):  # W9
+def test_linear_is_exact_for_any_length_of_rows(kernel, depth):
     layer = nn.Linear(depth, 4)
     with torch.no_grad():
         layer.weight[0] = 1.0
@@ -205,7 +205,7 @@ def test_linear_is_exact_for_any_length_of_rows(kernel, depth):  # W9
 @pytest.mark.parametrize("case", ["linear", "transposed", "conv1d", "conv2d"])
 @pytest.mark.parametrize("inner", DTYPES)
 @pytest.mark.parametrize("outer", DTYPES)
-def test_output_has_the_dtype_of_the_input_whatever_the_layer_was(case, inner, outer):  # M12
+def test_output_has_the_dtype_of_the_input_whatever_the_layer_was(case, inner, outer):
     layer, _, (x,) = make(case)
     module = int8(layer.to(inner))
     out = run(module, (x.to(outer),))
@@ -216,21 +216,21 @@ def test_output_has_the_dtype_of_the_input_whatever_the_layer_was(case, inner, o
 
 @pytest.mark.parametrize("case", ["linear", "transposed", "conv1d", "conv2d"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_empty_batches_give_empty_outputs(kernel, case, dtype):  # M12
+def test_empty_batches_give_empty_outputs(kernel, case, dtype):
     layer, module, (x,) = make(case)
     x = x[:0].to(dtype)
     assert run(module, (x,)).shape == run(layer.to(dtype), (x,)).shape
     assert run(module, (x,)).dtype == dtype
 
 
-def test_a_batch_without_tokens_and_a_layer_without_inputs_are_fine(kernel):  # W7, M12
+def test_a_batch_without_tokens_and_a_layer_without_inputs_are_fine(kernel):
     module = int8(nn.Linear(24, 19))
     assert run(module, (torch.empty(0, 3, 24),)).shape == (0, 3, 19)
     assert run(module, (torch.empty(3, 0, 24),)).shape == (3, 0, 19)
 
 
 @EVERY
-def test_non_contiguous_inputs_give_the_same_bits(kernel, case):  # M12
+def test_non_contiguous_inputs_give_the_same_bits(kernel, case):
     _, module, args = make(case)
     strided = tuple(
         torch.stack([a, torch.zeros_like(a)], dim=-1)[..., 0]
@@ -244,7 +244,7 @@ def test_non_contiguous_inputs_give_the_same_bits(kernel, case):  # M12
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_bad_value_ruins_its_own_row_and_no_other(kernel, bad, dtype):  # M12
+def test_a_bad_value_ruins_its_own_row_and_no_other(kernel, bad, dtype):
     module = int8(nn.Linear(67, 29))
     x = torch.randn(40, 67, dtype=dtype)
     clean = run(module, (x,))
@@ -259,7 +259,7 @@ def test_a_bad_value_ruins_its_own_row_and_no_other(kernel, bad, dtype):  # M12
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-40])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_zeros_give_exactly_the_bias(kernel, value, dtype):  # M12, W2
+def test_rows_of_zeros_give_exactly_the_bias(kernel, value, dtype):
     module = int8(nn.Linear(67, 29).to(dtype))
     x = torch.randn(5, 67, dtype=dtype)
     x[2] = value
@@ -268,7 +268,7 @@ def test_rows_of_zeros_give_exactly_the_bias(kernel, value, dtype):  # M12, W2
     assert torch.equal(run(none, (torch.zeros(2, 67),)), torch.zeros(2, 29))
 
 
-def test_zero_and_tiny_weights_rows_give_exactly_the_bias(kernel):  # W2, W3
+def test_zero_and_tiny_weights_rows_give_exactly_the_bias(kernel):
     layer = nn.Linear(67, 4)
     with torch.no_grad():
         layer.weight[0], layer.weight[1] = 0.0, -0.0
@@ -278,7 +278,7 @@ def test_zero_and_tiny_weights_rows_give_exactly_the_bias(kernel):  # W2, W3
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-7, 1.0, 1e4, 1e30])
-def test_the_error_scales_with_the_input(kernel, magnitude):  # W5
+def test_the_error_scales_with_the_input(kernel, magnitude):
     layer = nn.Linear(67, 29, bias=False)
     module = int8(layer)
     x = torch.randn(6, 67) * magnitude
@@ -289,7 +289,7 @@ def test_the_error_scales_with_the_input(kernel, magnitude):  # W5
 
 @pytest.mark.parametrize("depth", [24, 67, 1041])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_alone_equals_the_row_in_a_batch(kernel, depth, dtype):  # R5
+def test_a_row_alone_equals_the_row_in_a_batch(kernel, depth, dtype):
     module = int8(nn.Linear(depth, 33))
     x = torch.randn(70, depth, dtype=dtype)
     whole = run(module, (x,))
@@ -299,7 +299,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(kernel, depth, dtype):  # R5
 
 
 @pytest.mark.parametrize("case", ["conv1d", "conv2d"])
-def test_an_image_alone_equals_the_image_in_a_batch(kernel, case):  # R5
+def test_an_image_alone_equals_the_image_in_a_batch(kernel, case):
     _, module, (x,) = make(case)
     x = torch.randn(21, *x.shape[1:])
     whole = run(module, (x,))
@@ -425,7 +425,7 @@ def test_depthwise_convolution_and_a_chunked_batch(monkeypatch):
     assert torch.equal(run(int8(layer), (x,)), whole)
 
 
-def test_a_bad_pixel_ruins_only_the_fields_that_see_it(kernel):  # M12
+def test_a_bad_pixel_ruins_only_the_fields_that_see_it(kernel):
     module = int8(nn.Conv2d(4, 6, 3, padding=1))
     x = torch.randn(2, 4, 6, 6)
     clean = run(module, (x,))
@@ -662,7 +662,7 @@ def test_experts_codes_and_scales_belong_to_their_expert(name):
 
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reading_the_weight_gives_the_dequantized_one(case, dtype):  # M1
+def test_reading_the_weight_gives_the_dequantized_one(case, dtype):
     layer, _, _ = make(case)
     layer = layer.to(dtype)
     module = int8(layer)
@@ -691,7 +691,7 @@ def test_reading_the_weight_gives_the_dequantized_one(case, dtype):  # M1
     ],
     ids=["half", "bfloat16", "double", "to fp16", "child to bf16", "half float"],
 )
-def test_casts_do_not_touch_codes_and_scales(case, cast):  # W5
+def test_casts_do_not_touch_codes_and_scales(case, cast):
     layer, module, args = make(case)
     with torch.no_grad():  # scales that float16 cannot hold
         for p in module.parameters():
@@ -709,7 +709,7 @@ def test_casts_do_not_touch_codes_and_scales(case, cast):  # W5
 
 
 @EVERY
-def test_half_changes_no_output_but_for_the_bias(case):  # W5
+def test_half_changes_no_output_but_for_the_bias(case):
     layer, module, args = make(case)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -725,7 +725,7 @@ def test_half_changes_no_output_but_for_the_bias(case):  # W5
 @pytest.mark.parametrize(
     "flag", ["set_overwrite_module_params_on_conversion", "set_swap_module_params_on_conversion"]
 )
-def test_casts_keep_scales_under_the_future_flags_of_torch(case, flag):  # W5
+def test_casts_keep_scales_under_the_future_flags_of_torch(case, flag):
     _, module, args = make(case)
     expected = run(module, args) if case != "embedding" else None
     before = {k: v.clone() for k, v in module.state_dict().items() if "scale" in k}
@@ -740,7 +740,7 @@ def test_casts_keep_scales_under_the_future_flags_of_torch(case, flag):  # W5
 
 
 @EVERY
-def test_moving_to_meta_keeps_shapes_and_dtypes(case):  # W5
+def test_moving_to_meta_keeps_shapes_and_dtypes(case):
     _, module, _ = make(case)
     before = {k: (v.dtype, v.shape) for k, v in module.state_dict().items()}
     for moved in (copy.deepcopy(module).to("meta"), copy.deepcopy(module).to("meta", torch.bfloat16)):
@@ -752,7 +752,7 @@ def test_moving_to_meta_keeps_shapes_and_dtypes(case):  # W5
 
 
 @EVERY
-def test_a_layer_made_on_meta_takes_the_saved_state(case):  # M11
+def test_a_layer_made_on_meta_takes_the_saved_state(case):
     layer, module, args = make(case)
     with torch.device("meta"):
         empty = type(module)(copy.deepcopy(layer).to("meta"), None).eval()
@@ -765,7 +765,7 @@ def test_a_layer_made_on_meta_takes_the_saved_state(case):  # M11
 
 @EVERY
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_are_independent_and_equal(case, how):  # M11
+def test_copies_are_independent_and_equal(case, how):
     _, module, args = make(case)
     if how == "deepcopy":
         twin = copy.deepcopy(module)
@@ -787,7 +787,7 @@ def test_copies_are_independent_and_equal(case, how):  # M11
 
 @EVERY
 @pytest.mark.parametrize("assign", [True, False])
-def test_state_dict_goes_round_strictly(case, assign):  # M11
+def test_state_dict_goes_round_strictly(case, assign):
     layer, module, args = make(case)
     state = module.state_dict()
     assert state.keys() == {
@@ -803,7 +803,7 @@ def test_state_dict_goes_round_strictly(case, assign):  # M11
 
 
 @EVERY
-def test_a_state_dict_that_does_not_fit_is_refused(case):  # M11, R2
+def test_a_state_dict_that_does_not_fit_is_refused(case):
     layer, module, _ = make(case)
     state = module.state_dict()
     scale = next(n for n in state if n.endswith("_scale"))
@@ -820,7 +820,7 @@ def test_a_state_dict_that_does_not_fit_is_refused(case):  # M11, R2
 
 
 @EVERY
-def test_codes_and_scales_are_plain_parameters_without_gradient(case):  # M11
+def test_codes_and_scales_are_plain_parameters_without_gradient(case):
     layer, module, _ = make(case)
     assert isinstance(module, Int8Module) and not isinstance(module, type(layer))
     for name, parameter in module.named_parameters():
@@ -833,7 +833,7 @@ def test_codes_and_scales_are_plain_parameters_without_gradient(case):  # M11
 
 
 @EVERY
-def test_forward_writes_no_attribute(monkeypatch, case):  # M13
+def test_forward_writes_no_attribute(monkeypatch, case):
     _, module, args = make(case)
 
     def refuse(self, name, value):
@@ -855,7 +855,7 @@ def test_forward_writes_no_attribute(monkeypatch, case):  # M13
 
 
 @EVERY
-def test_threads_on_one_module_agree_bit_for_bit(kernel, case):  # M13
+def test_threads_on_one_module_agree_bit_for_bit(kernel, case):
     _, module, args = make(case)
     expected = run(module, args)
     with ThreadPoolExecutor(8) as pool:
@@ -865,7 +865,7 @@ def test_threads_on_one_module_agree_bit_for_bit(kernel, case):  # M13
 
 @pytest.mark.parametrize("case", ["linear", "transposed", "conv1d", "conv2d"])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch imports its own old code
-def test_compiled_layers_give_the_same_bits(case):  # M11
+def test_compiled_layers_give_the_same_bits(case):
     # the layers whose whole graph is one op, so that nothing has to go through a C++ compiler
     _, module, args = make(case)
     torch._dynamo.reset()
@@ -874,7 +874,7 @@ def test_compiled_layers_give_the_same_bits(case):  # M11
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (0, 24)])
-def test_the_linear_op_keeps_the_contract_of_torch_library(shape, grad):  # M11
+def test_the_linear_op_keeps_the_contract_of_torch_library(shape, grad):
     layer = nn.Linear(24, 19)
     module = int8(layer)
     x = torch.randn(shape, requires_grad=grad)
@@ -882,7 +882,7 @@ def test_the_linear_op_keeps_the_contract_of_torch_library(shape, grad):  # M11
     torch.library.opcheck(torch.ops.mono_quant.int8_linear.default, (x, module.codes(), module.scale(), bias))
 
 
-def test_the_convolution_op_keeps_the_contract_of_torch_library():  # M11
+def test_the_convolution_op_keeps_the_contract_of_torch_library():
     module = int8(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), groups=2, padding=(1, 0), dilation=(1, 2)))
     args = torch.randn(2, 4, 9, 8), module._parameters["weight"], module.scale(), module.bias.detach()
     options = [2, 1], [1, 0], [1, 2], 2
@@ -890,7 +890,7 @@ def test_the_convolution_op_keeps_the_contract_of_torch_library():  # M11
 
 
 @EVERY
-def test_full_graphs_give_the_same_bits(case):  # M11
+def test_full_graphs_give_the_same_bits(case):
     _, module, args = make(case)
     torch._dynamo.reset()
     # which experts get tokens depends on the data, as in transformers: no full graph
@@ -904,7 +904,7 @@ def test_full_graphs_give_the_same_bits(case):  # M11
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c != "experts"])
-def test_exported_layers_give_the_same_bits(case):  # M11
+def test_exported_layers_give_the_same_bits(case):
     _, module, args = make(case)
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(module, args, dynamic_shapes=({0: batch},) * len(args)).module()
@@ -919,7 +919,7 @@ def test_exported_layers_give_the_same_bits(case):  # M11
 
 @pytest.mark.parametrize("shape", [(67,), (5, 67), (2, 3, 67), (0, 67)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_is_that_of_the_dequantized_linear(shape, dtype):  # M12
+def test_the_gradient_is_that_of_the_dequantized_linear(shape, dtype):
     layer = nn.Linear(67, 29)
     module, twin = int8(layer), nn.Linear(67, 29).to(dtype)
     with torch.no_grad():
@@ -944,7 +944,7 @@ def test_the_forward_value_is_the_same_with_and_without_gradient():
 
 
 @pytest.mark.parametrize("case", ["attention", "experts", "transposed"])
-def test_gradients_reach_the_input_through_every_linear_product(monkeypatch, case):  # M12
+def test_gradients_reach_the_input_through_every_linear_product(monkeypatch, case):
     _, module, args = make(case)
     x, *rest = args
     x = x.clone().requires_grad_()
@@ -953,7 +953,7 @@ def test_gradients_reach_the_input_through_every_linear_product(monkeypatch, cas
 
 
 @pytest.mark.parametrize("case", ["conv1d", "conv2d"])
-def test_a_convolution_refuses_the_backward_pass_instead_of_dropping_the_gradient(case):  # M12
+def test_a_convolution_refuses_the_backward_pass_instead_of_dropping_the_gradient(case):
     layer, module, (x,) = make(case)
     x = x.clone().requires_grad_()
     y = x.detach().clone().requires_grad_()

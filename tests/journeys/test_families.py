@@ -134,7 +134,7 @@ def test_the_bytes_in_the_report_are_the_bytes_on_disk(base, name, dtype):
 
 
 @EVERY
-def test_M8_M9_the_original_is_untouched(base, name, dtype):
+def test_the_original_is_untouched(base, name, dtype):
     c = case(base, name, dtype)
     assert c.after[0] == c.before[0]
     assert c.after[1].keys() == c.before[1].keys()
@@ -202,7 +202,7 @@ def test_loading_gives_the_same_class_and_the_same_bits(base, name, dtype):
 
 
 @EVERY
-def test_M9_loading_leaves_the_random_states_alone(base, name, dtype):
+def test_loading_leaves_the_random_states_alone(base, name, dtype):
     c = case(base, name, dtype)
     model = FAMILIES[name].build() if is_plain(c.model) else None
     before = random_states()
@@ -212,7 +212,7 @@ def test_M9_loading_leaves_the_random_states_alone(base, name, dtype):
 
 
 @EVERY
-def test_R5_S9_the_same_input_gives_the_same_bytes(base, name, dtype, tmp_path):
+def test_the_same_input_gives_the_same_bytes(base, name, dtype, tmp_path):
     c = case(base, name, dtype)
     model = FAMILIES[name].build()
     again = mq.quantize(model, dtype, probe=c.inputs if is_plain(model) else None)
@@ -300,7 +300,7 @@ def vanilla(base):
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_R1_vanilla_transformers_loads_the_standard_format(base, vanilla, name):
+def test_vanilla_transformers_loads_the_standard_format(base, vanilla, name):
     """It differs by the activation scale alone: absmax / 127.5 there, absmax / 127 here."""
     c, theirs = case(base, name, "int8"), vanilla[f"{name}-int8"]
     assert isinstance(theirs, torch.Tensor), theirs
@@ -324,13 +324,13 @@ def test_vanilla_transformers_in_float32_agrees_with_fp16(base, vanilla, name):
 
 
 @pytest.mark.parametrize("name", [*MOE, "gpt2"])
-def test_R1_vanilla_transformers_stops_at_what_it_cannot_hold(vanilla, name):
+def test_vanilla_transformers_stops_at_what_it_cannot_hold(vanilla, name):
     assert isinstance(vanilla[f"{name}-int8"], str), "loaded int8 codes as weights"
 
 
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("assign", [False, True])
-def test_R2_foreign_loaders_stop_at_our_own_format(base, name, assign):
+def test_foreign_loaders_stop_at_our_own_format(base, name, assign):
     c = case(base, name, "int8")
     codes = read_weights(c.folder)
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -348,7 +348,7 @@ def test_a_model_cast_in_memory_loads_bit_for_bit(dtype, tmp_path):
     assert torch.equal(run(loaded, inputs), run(result.model, inputs))
 
 
-def test_R1_transformers_that_knows_us_still_stops_at_a_folder_of_our_own_format(base):
+def test_transformers_that_knows_us_still_stops_at_a_folder_of_our_own_format(base):
     c = case(base, "gpt2", "int8")
     with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
         type(c.model).from_pretrained(c.folder)

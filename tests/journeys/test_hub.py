@@ -141,7 +141,7 @@ def test_everything_is_read_from_one_commit_while_main_moves(
     assert server.repo("org/model").head not in result.card()
 
 
-def test_H9_a_private_source_stays_private(server: LoopbackHub, source: dict[str, bytes]) -> None:
+def test_a_private_source_stays_private(server: LoopbackHub, source: dict[str, bytes]) -> None:
     server.add_repo("ann/secret", source, private=True)
     mono_quant.quantize_from_hub("ann/secret", token=ANN, push_to="ann/secret-int8")
     assert server.repo("ann/secret-int8").private
@@ -154,7 +154,7 @@ def test_H9_a_private_source_stays_private(server: LoopbackHub, source: dict[str
         mono_quant.quantize_from_hub("ann/secret", token=BOB)
 
 
-def test_H9_a_saved_folder_remembers_that_its_source_was_private(
+def test_a_saved_folder_remembers_that_its_source_was_private(
     server: LoopbackHub, source: dict[str, bytes], tmp_path: Path
 ) -> None:
     server.add_repo("ann/secret", source, private=True)
@@ -202,7 +202,7 @@ def test_foreign_weights_are_refused_and_stale_ones_replaced(
     assert len(server.repo("ann/used").commits()) == before + 1
 
 
-def test_H3_a_lost_answer_is_recognised_as_success(server: LoopbackHub) -> None:
+def test_a_lost_answer_is_recognised_as_success(server: LoopbackHub) -> None:
     result = mono_quant.quantize_from_hub("org/model", token=ANN)
     server.inject("commit", "apply-then-drop")
     result.push_to_hub("ann/model-int8", token=ANN)
@@ -230,7 +230,7 @@ def test_a_deleted_card_is_written_anew(server: LoopbackHub, tmp_path: Path) -> 
     assert b'load("ann/model-int8")' in server.repo("ann/model-int8").files()["README.md"]
 
 
-def test_S7_a_tampered_folder_is_not_published(server: LoopbackHub, tmp_path: Path) -> None:
+def test_a_tampered_folder_is_not_published(server: LoopbackHub, tmp_path: Path) -> None:
     mono_quant.quantize_from_hub("org/model", token=ANN, output=tmp_path / "out")
     weights = tmp_path / "out" / "model.safetensors"
     data = bytearray(weights.read_bytes())

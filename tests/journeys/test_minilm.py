@@ -155,7 +155,7 @@ def test_vanilla_transformers_loads_the_folder(folder, original, result, tokeniz
     assert relative_error(ours, output) <= 2**0.5 * 0.09
 
 
-def test_R5_the_same_folder_twice(minilm, folder, tmp_path):
+def test_the_same_folder_twice(minilm, folder, tmp_path):
     assert snapshot(mq.quantize(minilm).save(tmp_path / "out")) == snapshot(folder)
 
 
@@ -170,16 +170,16 @@ def test_a_pipeline_takes_the_loaded_model(loaded, result, tokenizer):
         assert relative_error(expected, found) < 1e-2
 
 
-def test_K11_the_folder_holds_exactly_the_model(folder):
+def test_the_folder_holds_exactly_the_model(folder):
     assert sorted(snapshot(folder)) == sorted(FILES + AROUND)
 
 
-def test_K11_a_folder_of_a_sentence_transformer_holds_exactly_the_model(sentence_folder):
+def test_a_folder_of_a_sentence_transformer_holds_exactly_the_model(sentence_folder):
     assert sorted(snapshot(sentence_folder)) == REWRITTEN
 
 
 @pytest.mark.parametrize("which", ["folder", "sentence_folder"])
-def test_L2_no_file_tells_about_this_machine(request, minilm, which):
+def test_no_file_tells_about_this_machine(request, minilm, which):
     words = [str(minilm), str(Path.home()), tempfile.gettempdir(), socket.gethostname(), str(Path.cwd())]
     user = getpass.getuser()
     for name, data in snapshot(request.getfixturevalue(which)).items():
@@ -206,7 +206,7 @@ def test_a_sentence_transformer_keeps_its_answers(sentence_transformer, sentence
 
 
 @pytest.mark.parametrize("which", ["folder", "sentence_folder"])
-def test_R1_vanilla_sentence_transformers_stops_at_the_codes(request, which):
+def test_vanilla_sentence_transformers_stops_at_the_codes(request, which):
     """It calls `model.forward` itself, so the hook of compressed-tensors that unpacks the weights never runs."""
     theirs = SentenceTransformer(str(request.getfixturevalue(which)), device="cpu")
     with pytest.raises(RuntimeError, match="must have the same dtype"):

@@ -36,7 +36,7 @@ def test_the_largest_float_dequantizes_to_something_finite(dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_W1_non_finite_values_are_counted_by_the_definition(bad: float) -> None:
+def test_non_finite_values_are_counted_by_the_definition(bad: float) -> None:
     matrix = torch.ones(3, 5)
     matrix[1, 2] = bad
     with pytest.raises(NonFiniteWeightError, match=r"1 of 15 values are NaN or infinite, first at \[1, 2\]"):

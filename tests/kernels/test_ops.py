@@ -1,25 +1,18 @@
 """Every path of the kernels against an oracle in int64 and against each other, bit for bit."""
 
-import ctypes
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native import NATIVE, PATHS, native_only, same
 from torch import Tensor
 from torch.nn import functional as F
 
 from mono_quant import kernels
-from mono_quant.kernels import build, choice, cpu, ops, reference
-
-NATIVE = kernels.environment()["isa_paths"]
+from mono_quant.kernels import choice, cpu, ops
 
 
 def encode_rows(weight: torch.Tensor, scale_dtype: torch.dtype) -> cpu.EncodedRows | None:
@@ -30,10 +23,7 @@ def cast_half(tensor: torch.Tensor) -> cpu.HalfValues | None:
     return None if choice.active.cpu is None else choice.active.cpu.cast_half(tensor)
 
 
-assert isinstance(NATIVE, list)
-PATHS = ["reference", *NATIVE]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-native_only = pytest.mark.skipif(not NATIVE, reason="the native library is not built")
 
 
 def oracle(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, qmax: int = 127) -> Tensor:
@@ -58,28 +48,10 @@ def oracle(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal bits, any NaN equal to any other."""
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.isnan(), b.isnan())
-        and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
-    )
-
-
 def layer(rows: int, depth: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randint(-127, 128, (rows, depth), dtype=torch.int8, generator=generator)
     return weight, torch.rand(rows, 1, generator=generator) + 0.1, torch.randn(rows, generator=generator)
-
-
-@pytest.fixture(autouse=True)
-def _native() -> Iterator[None]:
-    """Undo a path chosen by the environment, such as MONO_QUANT_ISA=reference for the whole run; draw the same numbers."""
-    torch.manual_seed(0)
-    with kernels.using():
-        yield
 
 
 @pytest.fixture
@@ -87,15 +59,6 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.using(request.param, 8):
-        yield request.param
-
-
-# ---- the linear layer
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -341,9 +304,6 @@ def test_int_mm_stands_in_for_the_reference() -> None:
         assert same(kernels.int8_linear(x, weight, scale, bias), oracle(x, weight, scale, bias))
 
 
-# ---- compilers, autograd and modes
-
-
 class Small(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -430,9 +390,6 @@ def test_vmap_takes_the_reference() -> None:
     x = torch.randn(4, 3, 17)
     y = torch.vmap(lambda rows: kernels.int8_linear(rows, weight, scale, bias))(x)
     assert same(y, oracle(x, weight, scale, bias))
-
-
-# ---- convolution and embedding
 
 
 def oracle_conv(
@@ -523,9 +480,6 @@ def test_an_index_out_of_range_is_an_error(path: str, index: int) -> None:
         kernels.int8_embedding(torch.tensor([0, index]), table, scale, torch.float32)
 
 
-# ---- float16 weights
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5, 13, 60, 61, 1111])
 @pytest.mark.parametrize("depth", [1, 8, 9, 100, 2049])
@@ -552,9 +506,6 @@ def test_half_linear_passes_nan_and_infinity_on() -> None:
     y = kernels.half_linear(x, weight, None)
     assert y[0].isnan().all()
     assert y[1].isposinf().all()
-
-
-# ---- conversion
 
 
 def oracle_rows(weight: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -652,130 +603,3 @@ def test_conversion_leaves_other_dtypes_to_the_caller() -> None:
     with kernels.using("reference"):
         assert encode_rows(torch.randn(2, 2), torch.float32) is None
         assert cast_half(torch.randn(2)) is None
-
-
-# ---- choosing a path, and doing without
-
-
-def test_the_environment_names_what_runs() -> None:
-    with kernels.using("reference"):
-        env = kernels.environment()
-        assert env["path"] == "reference"
-        assert env["activation_bits"] == kernels.activation_bits() == 8
-        assert "slower" in str(env["cost"])
-        assert "reference" in kernels.describe()
-    for name in NATIVE:
-        with kernels.using(name, 10):
-            assert kernels.environment()["path"] == name
-            assert kernels.environment()["cost"] is None
-            assert kernels.activation_bits() == 10
-            assert kernels.describe() == f"native {name} (exact, 10-bit activations)"
-    assert kernels.activation_bits("cuda") == 8
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_codes_are_as_wide_as_costs_no_speed(name: str) -> None:
-    with kernels.using(name):
-        assert kernels.activation_bits() == {"reference": 8, "avx512vnni": 8}.get(name, 12)
-        assert kernels.activation_bits("cuda") == 8
-
-
-def test_unknown_choices_are_errors() -> None:
-    with pytest.raises(ValueError, match=r"unknown kernel path 'sse9'; choose from reference, portable"):
-        cpu.choose(choice.loaded, "sse9")
-    with pytest.raises(ValueError, match=r"8 to 12 bits, not 16"):
-        cpu.choose(choice.loaded, bits=16)
-    nothing = cpu.Loaded(None, "no compiler", None, ())
-    with pytest.raises(ValueError, match=r"'avx2' is not available: no compiler"):
-        cpu.choose(nothing, "avx2")
-    assert cpu.choose(nothing) == (None, "no compiler")
-    only = cpu.Loaded(ctypes.CDLL(None), None, None, ("portable",))
-    with pytest.raises(ValueError, match=r"does not run 'avx2', only portable"):
-        cpu.choose(only, "avx2")
-
-
-def test_the_switches_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MONO_QUANT_ISA", "reference")
-    assert cpu.from_environment(choice.loaded)[0] is None
-    if NATIVE:
-        monkeypatch.setenv("MONO_QUANT_ISA", NATIVE[0])
-        monkeypatch.setenv("MONO_QUANT_ACTIVATION_BITS", "8")
-        chosen, _ = cpu.from_environment(choice.loaded)
-        assert chosen is not None
-        assert (chosen.path, chosen.bits) == (NATIVE[0], 8)
-
-
-def test_a_missing_library_leaves_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cpu, "_FOLDER", tmp_path)
-    assert "not built" in str(cpu.load().reason)
-    (tmp_path / build.RECORD).write_text(
-        json.dumps({"built": False, "reason": "no C++ compiler", "compiler": None})
-    )
-    assert cpu.load() == cpu.Loaded(None, "no C++ compiler", None, ())
-    (tmp_path / build.LIBRARY).write_bytes(b"not a library")
-    assert "could not be loaded" in str(cpu.load().reason)
-
-
-@native_only
-def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_VERSION", 999)
-    assert "this package needs 999" in str(cpu.load().reason)
-
-
-@native_only
-def test_a_path_that_fails_its_self_test_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_agrees", lambda library, path: path == "portable")
-    loaded = cpu.load()
-    assert loaded.paths == ("portable",)
-    if len(NATIVE) > 1:
-        assert "self-test failed, not used: " + NATIVE[1] in str(loaded.reason)
-
-
-@native_only
-def test_the_self_test_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = choice.loaded.library
-    assert library is not None
-    assert cpu._agrees(library, "portable")
-    right = reference.int_matmul
-    monkeypatch.setattr(reference, "int_matmul", lambda codes, weight: right(codes, weight) + 1)
-    assert not cpu._agrees(library, "portable")
-
-
-def test_without_a_compiler_the_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    (tmp_path / build.LIBRARY).write_bytes(b"of an earlier build")
-    reason = build.build(tmp_path)
-    assert "no C++ compiler was found" in str(reason)
-    assert json.loads((tmp_path / build.RECORD).read_text())["reason"] == reason
-    assert not (tmp_path / build.LIBRARY).exists()
-
-
-def test_a_failing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    assert "error: no such thing" in str(build.build(tmp_path))
-    compiler.write_text("not a program")
-    assert "could not be run" in str(build.build(tmp_path))
-    monkeypatch.setenv("MONO_QUANT_BUILD", "0")
-    assert "MONO_QUANT_BUILD=0" in str(build.build(tmp_path))
-
-
-def test_a_process_without_the_library_computes_the_same(tmp_path: Path) -> None:
-    code = (
-        "import torch; from mono_quant import kernels; torch.manual_seed(0)\n"
-        "x, w = torch.randn(21, 40), torch.randint(-128, 128, (9, 40), dtype=torch.int8)\n"
-        "torch.save(kernels.int8_linear(x, w, torch.ones(9, 1), None), r'%s')\n"
-        "print(kernels.environment()['path'])\n"
-    )
-    results = []
-    for isa in ("reference", ""):
-        file = tmp_path / f"{isa or 'native'}.pt"
-        env = os.environ | {"MONO_QUANT_ISA": isa, "MONO_QUANT_ACTIVATION_BITS": "8"}
-        run = subprocess.run(
-            [sys.executable, "-c", code % file], env=env, capture_output=True, text=True, check=True
-        )
-        assert run.stdout.strip() == (isa or choice.loaded.paths[-1] if NATIVE else "reference")
-        results.append(torch.load(file))
-    assert same(*results)

@@ -88,7 +88,7 @@ def weights(draw):
 
 @settings(max_examples=400, deadline=None)
 @given(weights(), st.sampled_from(FLOATS))
-def test_every_weight_is_within_half_a_step_over_all_exponents(values, dtype):  # W3, W4
+def test_every_weight_is_within_half_a_step_over_all_exponents(values, dtype):
     weight = torch.tensor(values).to(dtype)
     weight = torch.where(torch.isfinite(weight), weight, torch.finfo(dtype).max / 2).to(dtype)
     rows = quantize_rows(weight)
@@ -133,19 +133,19 @@ def test_the_largest_value_gets_code_127_when_its_scale_is_rounded_down():
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 2.0**-149, -(2.0**-149), 126 * TINY32])
-def test_zero_rows_get_scale_one_and_codes_zero(value):  # W2, W3
+def test_zero_rows_get_scale_one_and_codes_zero(value):
     rows = quantize_rows(torch.tensor([[value] * 5, [1.0] * 5]))
     assert rows.codes.tolist() == [[0] * 5, [127] * 5]
     assert rows.scale.tolist() == [[1.0], [float(np.float32(1) / np.float32(127))]]
     assert torch.equal(dequantize_rows(rows.codes, rows.scale)[0], torch.zeros(5))
 
 
-def test_the_smallest_row_that_is_not_zero_keeps_its_codes():  # W3
+def test_the_smallest_row_that_is_not_zero_keeps_its_codes():
     rows = quantize_rows(torch.tensor([[127 * TINY32, -TINY32]]))
     assert rows.codes.tolist() == [[127, -1]] and rows.scale.item() == TINY32
 
 
-def test_constant_rows_are_exact_up_to_fp32():  # W2
+def test_constant_rows_are_exact_up_to_fp32():
     rows = quantize_rows(torch.full((3, 8), 0.3))
     assert (rows.codes == 127).all()
     assert (dequantize_rows(rows.codes, rows.scale) - 0.3).abs().max() <= 0.3 * 2**-23
@@ -153,7 +153,7 @@ def test_constant_rows_are_exact_up_to_fp32():  # W2
 
 @pytest.mark.parametrize("share", [1.0, 0.999, 0.99, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_magnitudes_near_the_largest_float_stay_finite(share, dtype):  # W4
+def test_magnitudes_near_the_largest_float_stay_finite(share, dtype):
     top = torch.finfo(dtype).max * share
     weight = torch.tensor([[top, -top, top / 2]]).to(dtype)
     rows = quantize_rows(weight)
@@ -162,7 +162,7 @@ def test_magnitudes_near_the_largest_float_stay_finite(share, dtype):  # W4
     assert math.isfinite(rows.sqnr_db)
 
 
-def test_scales_that_float16_would_make_subnormal_stay_as_they_are():  # W5
+def test_scales_that_float16_would_make_subnormal_stay_as_they_are():
     weight = torch.tensor([[0.007, 0.001], [1e-7, 5e-8], [0.5, 0.1]], dtype=torch.float16)
     rows = quantize_rows(weight)
     s = weight.float().abs().amax(1, keepdim=True).numpy() / np.float32(127)
@@ -171,7 +171,7 @@ def test_scales_that_float16_would_make_subnormal_stay_as_they_are():  # W5
     assert_rows_are_sound(weight, rows, torch.float16)
 
 
-def test_scales_too_large_for_float16_stay_finite():  # W5, R6
+def test_scales_too_large_for_float16_stay_finite():
     weight = torch.tensor([[1e7, -5e6, 0.0]])
     rows = quantize_rows(weight, torch.float16)
     assert torch.isfinite(rows.scale).all()
@@ -190,7 +190,7 @@ def test_rounding_a_scale_changes_it_by_half_a_step_at_most(scale):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [(0, 0), (2, 3), (4, 6)])
-def test_a_weight_with_nan_or_infinity_is_refused_with_count_and_place(dtype, bad, at):  # W1
+def test_a_weight_with_nan_or_infinity_is_refused_with_count_and_place(dtype, bad, at):
     weight = torch.ones(5, 7, dtype=dtype)
     weight[at] = bad
     weight[4, 6] = math.nan
@@ -200,14 +200,14 @@ def test_a_weight_with_nan_or_infinity_is_refused_with_count_and_place(dtype, ba
         quantize_rows(weight)
 
 
-def test_one_nan_in_a_million_values_is_found():  # W1
+def test_one_nan_in_a_million_values_is_found():
     weight = torch.ones(1000, 1000)
     weight[999, 998] = math.nan
     with pytest.raises(NonFiniteWeightError, match=r"1 of 1000000 .* first at \[999, 998\]"):
         quantize_rows(weight)
 
 
-def test_float64_beyond_float32_is_refused_as_infinite():  # W7
+def test_float64_beyond_float32_is_refused_as_infinite():
     with pytest.raises(NonFiniteWeightError, match=r"1 of 2 .* first at \[0, 1\]"):
         quantize_rows(torch.tensor([[1.0, 1e300]], dtype=torch.float64))
 
@@ -232,13 +232,13 @@ def test_the_chunk_size_changes_nothing(monkeypatch, chunk):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_empty_matrices_pass_through(shape):  # W7
+def test_empty_matrices_pass_through(shape):
     rows = quantize_rows(torch.empty(shape))
     assert rows.codes.shape == shape and rows.scale.tolist() == [[1.0]] * shape[0]
     assert rows.sqnr_db == math.inf
 
 
-def test_views_give_the_same_codes_and_the_weight_is_untouched():  # W8, M8
+def test_views_give_the_same_codes_and_the_weight_is_untouched():
     base = torch.nn.Parameter(torch.randn(31, 17, generator=torch.Generator().manual_seed(3)))
     before = base.detach().clone()
     view, copy = quantize_rows(base.t()), quantize_rows(base.detach().t().contiguous())
@@ -311,20 +311,20 @@ HALF_CASES = [
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("value", "expected", "counts"), HALF_CASES)
-def test_float16_counts_what_does_not_fit(value, expected, counts, dtype, sign):  # W6
+def test_float16_counts_what_does_not_fit(value, expected, counts, dtype, sign):
     cast = cast_half(torch.tensor([sign * value, 1.0], dtype=dtype))
     assert cast.value.dtype == torch.float16
     assert cast.value.tolist() == [sign * expected, 1.0]
     assert (cast.overflowed, cast.clamped, cast.flushed) == counts
 
 
-def test_float16_counts_agree_with_the_values_next_to_the_overflow_in_float64():  # W6
+def test_float16_counts_agree_with_the_values_next_to_the_overflow_in_float64():
     cast = cast_half(torch.tensor([65520 - 1e-6, 65520 - 1e-11], dtype=torch.float64))
     assert cast.overflowed == int(torch.isinf(cast.value).sum())
     assert cast.overflowed + cast.clamped == 2
 
 
-def test_bfloat16_beyond_float16_is_counted():  # W6
+def test_bfloat16_beyond_float16_is_counted():
     cast = cast_half(torch.tensor([65280.0, 65536.0, -3e38, 1e-8, 2.0**-24], dtype=torch.bfloat16))
     assert (cast.overflowed, cast.clamped, cast.flushed) == (2, 0, 1)
     assert cast.value.tolist() == [65280.0, math.inf, -math.inf, 0.0, 2.0**-24]
@@ -351,7 +351,7 @@ def test_float16_values_equal_numpys_cast(values):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_float16_refuses_nan_and_infinity(dtype, bad):  # W1
+def test_float16_refuses_nan_and_infinity(dtype, bad):
     tensor = torch.ones(2, 3, 4, dtype=dtype)
     tensor[1, 2, 0] = bad
     with pytest.raises(NonFiniteWeightError, match=r"1 of 24 values .* first at \[1, 2, 0\]"):

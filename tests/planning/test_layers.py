@@ -91,11 +91,11 @@ def test_attention_is_one_layer_with_its_projections():
         ({"bias": False}, ""),
     ],
 )
-def test_attention_of_another_form_is_kept_with_its_reason(options, reason):  # M1
+def test_attention_of_another_form_is_kept_with_its_reason(options, reason):
     assert found(nn.MultiheadAttention(8, 2, **options)) == {"": ("attention", 32, 8, set(), reason)}
 
 
-def test_attention_with_a_parametrized_projection_is_kept():  # M1, M2
+def test_attention_with_a_parametrized_projection_is_kept():
     model = nn.MultiheadAttention(8, 2)
     parametrizations.spectral_norm(model.out_proj)
     assert all(x.unsupported for x in find_layers(model))
@@ -117,7 +117,7 @@ class OddAttention(nn.MultiheadAttention):
         (OddAttention(8, 2), "OddAttention is a subclass of MultiheadAttention"),
     ],
 )
-def test_subclasses_are_kept_with_a_reason(module, reason):  # M2
+def test_subclasses_are_kept_with_a_reason(module, reason):
     assert kind_of(module) == ""
     assert all(reason in x.unsupported for x in find_layers(module) if not x.name)
     assert find_layers(module)[0].unsupported
@@ -138,14 +138,14 @@ class Double(nn.Module):
     ],
     ids=["weight_norm", "spectral_norm", "custom", "prune"],
 )
-def test_a_weight_computed_at_every_forward_is_never_int8_and_says_so(make):  # M2
+def test_a_weight_computed_at_every_forward_is_never_int8_and_says_so(make):
     layers = find_layers(nn.Sequential(make(nn.Linear(8, 6)), nn.Linear(6, 6)))
     assert [x.name for x in layers if not x.unsupported] == ["1"]
     assert "computed at every forward" in layers[0].unsupported
 
 
 @pytest.mark.parametrize("make", [nn.LazyLinear, lambda n: nn.LazyConv2d(n, 3)])
-def test_a_lazy_layer_without_weights_is_reported_not_a_crash(make):  # M2
+def test_a_lazy_layer_without_weights_is_reported_not_a_crash(make):
     (layer,) = find_layers(nn.Sequential(make(4)))
     assert (layer.name, layer.kind) == ("0", type(make(4)).__name__)
     assert "has no weights yet: run the model once first" in layer.unsupported
@@ -158,18 +158,18 @@ def test_a_lazy_layer_that_has_run_is_plain():
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
-def test_a_weight_that_is_no_float_is_kept(dtype):  # W7
+def test_a_weight_that_is_no_float_is_kept(dtype):
     model = nn.Linear(7, 5)
     model._parameters["weight"] = nn.Parameter(torch.zeros(5, 7).to(dtype), requires_grad=False)
     assert found(model)[""][-1] == f"its weight is {dtype}, not a float matrix"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_every_float_dtype_can_become_int8(dtype):  # W7
+def test_every_float_dtype_can_become_int8(dtype):
     assert found(nn.Linear(7, 5).to(dtype))[""][-1] == ""
 
 
-def test_rows_too_long_for_exact_sums_are_kept():  # W9
+def test_rows_too_long_for_exact_sums_are_kept():
     with torch.device("meta"):
         assert found(nn.Linear(132_104, 2))[""][-1] == ""
         assert (
@@ -184,7 +184,7 @@ def test_an_embedding_that_renormalises_itself_is_kept():
 # Sharing
 
 
-def test_a_module_used_twice_is_one_layer_with_an_alias():  # M5
+def test_a_module_used_twice_is_one_layer_with_an_alias():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"again": shared}), "c": nn.Linear(8, 8)})
     layers = find_layers(model)
@@ -194,13 +194,13 @@ def test_a_module_used_twice_is_one_layer_with_an_alias():  # M5
     ]
 
 
-def test_two_modules_with_one_parameter_are_tied():  # W8
+def test_two_modules_with_one_parameter_are_tied():
     model = nn.ModuleDict({"emb": nn.Embedding(9, 8), "out": nn.Linear(8, 9), "free": nn.Linear(8, 8)})
     model["out"].weight = model["emb"].weight
     assert rules(model) == {"emb": {"embedding", "tied"}, "out": {"tied"}}
 
 
-def test_a_projection_of_attention_that_is_tied_ties_the_attention():  # W8
+def test_a_projection_of_attention_that_is_tied_ties_the_attention():
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "other": nn.Linear(8, 8)})
     model["other"].weight = model["attn"].out_proj.weight
     assert rules(model) == {"attn": {"tied"}, "other": {"tied"}}

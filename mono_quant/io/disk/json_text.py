@@ -9,7 +9,7 @@ from typing import Any
 
 from mono_quant.errors import CorruptCheckpointError, LimitExceededError, OutputError
 from mono_quant.io.disk.reading import open_regular, read_all
-from mono_quant.io.text import printable
+from mono_quant.io.text import one_line, printable
 
 MAX_JSON_BYTES = 8 << 20
 MAX_JSON_DEPTH = 64
@@ -23,7 +23,6 @@ def read_json(
     *,
     what: str | None = None,
     max_bytes: int = MAX_JSON_BYTES,
-    allow_symlinks: bool = False,
 ) -> Any:
     """Read a JSON file that a stranger may have written.
 
@@ -31,7 +30,6 @@ def read_json(
         path: the file.
         what: how to call it in an error; the path if not given.
         max_bytes: refuse a larger file.
-        allow_symlinks: see `open_regular`.
 
     Returns:
         The value: UTF-8 only, no byte order mark, no NaN or infinity, no duplicate keys, at most 64 levels.
@@ -43,7 +41,7 @@ def read_json(
         CorruptCheckpointError: it breaks one of the rules.
     """
     name = printable(path, 400) if what is None else what
-    descriptor = open_regular(Path(path), allow_symlinks=allow_symlinks)
+    descriptor = open_regular(Path(path))
     try:
         data = read_all(descriptor, max_bytes + 1)
     finally:
@@ -62,10 +60,9 @@ def read_json_object(
     *,
     what: str | None = None,
     max_bytes: int = MAX_JSON_BYTES,
-    allow_symlinks: bool = False,
 ) -> dict[str, Any]:
     """Read a JSON file whose top level must be an object; see `read_json`."""
-    value = read_json(path, what=what, max_bytes=max_bytes, allow_symlinks=allow_symlinks)
+    value = read_json(path, what=what, max_bytes=max_bytes)
     if not isinstance(value, dict):
         name = printable(path, 400) if what is None else what
         raise CorruptCheckpointError(
@@ -95,7 +92,7 @@ def parse_json(data: bytes, name: str) -> Any:
         ) from error
     except ValueError as error:
         raise CorruptCheckpointError(
-            f"{name} is not valid JSON: {_one_line(error)}; fetch it again"
+            f"{name} is not valid JSON: {one_line(error)}; fetch it again"
         ) from error
     return value
 
@@ -112,10 +109,6 @@ def canonical_json(value: Any, name: str) -> str:
         return text
     except (TypeError, ValueError, RecursionError) as error:
         raise OutputError(f"{printable(name)} cannot be written as JSON: {error}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return printable(error)[1:-1]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -91,13 +91,12 @@ class OutputFolder:
         """Write JSON with sorted keys, indent 2 and a last newline; see `write_bytes`."""
         self.write_text(name, canonical_json(value, name))
 
-    def copy(self, name: str, source: str | os.PathLike[str], *, follow: bool = False) -> None:
+    def copy(self, name: str, source: str | os.PathLike[str]) -> None:
         """Copy a regular file byte for byte.
 
         Args:
             name: its name here; see `write_bytes`.
             source: the file. Links of the Hugging Face cache are followed.
-            follow: follow any other link too.
 
         Raises:
             MissingFileError: there is no such file.
@@ -105,7 +104,7 @@ class OutputFolder:
             CorruptCheckpointError: it changed while it was copied.
             OutputError: see `write_bytes`.
         """
-        descriptor = open_regular(Path(source), allow_symlinks=follow)
+        descriptor = open_regular(Path(source))
         try:
             size = os.fstat(descriptor).st_size
             self.write(name, read_chunks(descriptor, size, source), size)

@@ -24,12 +24,11 @@ def is_cache_link(path: Path) -> bool:
     return False
 
 
-def open_regular(path: Path, *, allow_symlinks: bool = False) -> int:
+def open_regular(path: Path) -> int:
     """Open a regular file for reading; the caller closes the descriptor.
 
     Args:
-        path: the file; its folder is trusted, its last part is not.
-        allow_symlinks: follow a link wherever it goes. Links of the Hugging Face cache always pass.
+        path: the file; its folder is trusted, its last part is not. Only links of the Hugging Face cache are followed.
 
     Returns:
         A file descriptor.
@@ -42,7 +41,7 @@ def open_regular(path: Path, *, allow_symlinks: bool = False) -> int:
     shown = printable(path, 400)
     try:
         if path.is_symlink():
-            if not allow_symlinks and not is_cache_link(path):
+            if not is_cache_link(path):
                 raise UnsafeInputError(f"{shown} is a symbolic link; put a copy of the file there")
             path = path.resolve(strict=True)
         # O_NONBLOCK: opening a FIFO would otherwise wait for a writer for ever.

@@ -28,12 +28,12 @@ from mono_quant.errors import (
 )
 from mono_quant.io.hub.client import CHECK_CACHE, HUB, TRIES, Hub, ask, check_repo_id, is_repo_id, quiet_bars
 from mono_quant.io.hub.metadata import card_fields, read_card, text_of
+from mono_quant.io.tensors.headers import MAX_HEADER_BYTES
 from mono_quant.io.text import looks_like_token
 from mono_quant.version import __version__
 
 logger = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 32 * 2**20
 MAX_SMALL_FILE_BYTES = 32 * 2**20
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 FIRST_BYTES = 100_000  # holds the whole header of nearly every file, so one request is enough

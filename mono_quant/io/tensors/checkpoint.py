@@ -142,14 +142,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             )
 
 
-def open_checkpoint(
-    folder: str | os.PathLike[str], *, allow_symlinks: bool = False, allow_pickle: bool = False
-) -> Checkpoint:
+def open_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
     """Open a folder of safetensors files and prove it whole before any weight is read.
 
     Args:
         folder: the folder, with one file or with shards and their index.
-        allow_symlinks: follow links that leave the folder. Links of the Hugging Face cache always pass.
         allow_pickle: where there are only pickle files, convert them in a process of limited memory that
             builds plain tensors and nothing else.
 
@@ -172,21 +169,21 @@ def open_checkpoint(
         where = root
         stems = [stem for stem in _STEMS if _has(root, f"{stem}.safetensors") or _has(root, index_name(stem))]
         if not stems:
-            where = converted(root, allow_symlinks, allow_pickle, resources)
+            where = converted(root, allow_pickle, resources)
             stems = [_STEMS[0]]
         if len(stems) > 1:
             raise CorruptCheckpointError(
                 f"{printable(root, 400)} holds the weights of two models, {' and '.join(stems)}; "
                 "keep one of them"
             )
-        weight_map = _weight_map(where, stems[0], allow_symlinks)
+        weight_map = _weight_map(where, stems[0])
         names = sorted(set(weight_map.values())) or [f"{stems[0]}.safetensors"]
         missing = [name for name in names if not _has(where, name)]
         if missing:
             raise MissingFileError(
                 f"{printable(root, 400)} lacks {listed(missing)}, which its index names; fetch them again"
             )
-        shards = [_open_shard(where, name, allow_symlinks, resources) for name in names]
+        shards = [_open_shard(where, name, resources) for name in names]
         _check_agreement(shards, weight_map)
         _check_tensors(shards)
         return Checkpoint(root, shards, resources.pop_all())
@@ -197,14 +194,12 @@ def _has(folder: Path, name: str) -> bool:
     return os.path.lexists(folder / name)
 
 
-def _weight_map(folder: Path, stem: str, allow_symlinks: bool) -> dict[str, str]:
+def _weight_map(folder: Path, stem: str) -> dict[str, str]:
     """Tensor name -> shard; empty where there is one file without an index."""
     index_file, single = index_name(stem), f"{stem}.safetensors"
     if not _has(folder, index_file):
         return {}
-    index = read_json_object(
-        folder / index_file, what=index_file, max_bytes=MAX_INDEX_BYTES, allow_symlinks=allow_symlinks
-    )
+    index = read_json_object(folder / index_file, what=index_file, max_bytes=MAX_INDEX_BYTES)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CorruptCheckpointError(f"{index_file}: 'weight_map' must map names to files; fetch it again")
@@ -227,8 +222,8 @@ def _weight_map(folder: Path, stem: str, allow_symlinks: bool) -> dict[str, str]
     return weight_map
 
 
-def _open_shard(folder: Path, name: str, allow_symlinks: bool, resources: ExitStack) -> _Shard:
-    descriptor = open_regular(folder / name, allow_symlinks=allow_symlinks)
+def _open_shard(folder: Path, name: str, resources: ExitStack) -> _Shard:
+    descriptor = open_regular(folder / name)
     resources.callback(os.close, descriptor)
     identity = _identity(descriptor)
     spans, data_start = parse_header(descriptor, name)

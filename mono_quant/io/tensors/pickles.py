@@ -28,6 +28,8 @@ from mono_quant.io.disk.reading import open_regular
 from mono_quant.io.tensors.shards import write_index, write_tensors
 from mono_quant.io.text import listed, printable
 
+# Pickled weights by all the names they go by; only those of transformers and diffusers are converted.
+PICKLES = re.compile(r"(pytorch_model|model|adapter_model)[^/]*\.(bin|pt|pth|ckpt)|.*\.(pt|pth|ckpt|pkl)")
 _PICKLE_NAME = re.compile(r"(?:pytorch_model|diffusion_pytorch_model)(?:-(\d{5})-of-(\d{5}))?\.bin")
 _GIB = 1 << 30
 # Runs in a process of its own: whatever goes wrong is told to the parent as one line of JSON.
@@ -41,7 +43,7 @@ convert_pickles(**task)
 """
 
 
-def converted(folder: Path, allow_symlinks: bool, allow_pickle: bool, resources: ExitStack) -> Path:
+def converted(folder: Path, allow_pickle: bool, resources: ExitStack) -> Path:
     """Convert pickle files into a temporary folder; without permission, or without pickles, refuse."""
     pickles = sorted(path.name for path in folder.iterdir() if _PICKLE_NAME.fullmatch(path.name))
     if not pickles:
@@ -61,7 +63,6 @@ def converted(folder: Path, allow_symlinks: bool, allow_pickle: bool, resources:
         "modules": sys.path,
         "paths": [str((folder / name).absolute()) for name in pickles],
         "out": str(out),
-        "allow_symlinks": allow_symlinks,
     }
     command = [sys.executable, "-c", _WORKER, json.dumps(task)]
     done = subprocess.run(
@@ -114,13 +115,12 @@ def _worker_error(folder: Path, done: subprocess.CompletedProcess[str]) -> MonoQ
     )
 
 
-def convert_pickles(paths: Sequence[str], out: str, allow_symlinks: bool) -> None:
+def convert_pickles(paths: Sequence[str], out: str) -> None:
     """Rewrite pickle files as safetensors; meant for a process of its own, whose memory it limits.
 
     Args:
         paths: the files of one checkpoint.
         out: the folder to make.
-        allow_symlinks: see `open_checkpoint`.
 
     Raises:
         UnsafeInputError: something else than plain dense tensors, or compressed records.
@@ -131,7 +131,7 @@ def convert_pickles(paths: Sequence[str], out: str, allow_symlinks: bool) -> Non
     _limit_memory(4 * max(Path(path).stat().st_size for path in paths) + 4 * _GIB)
     with new_folder(out) as folder:
         for number, path in enumerate(paths, 1):
-            tensors = _load_pickle(Path(path), allow_symlinks)
+            tensors = _load_pickle(Path(path))
             twice = sorted(tensors.keys() & weight_map.keys())
             if twice:
                 raise CorruptCheckpointError(
@@ -161,8 +161,8 @@ def _limit_memory(extra: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _load_pickle(path: Path, allow_symlinks: bool) -> dict[str, torch.Tensor]:
-    with os.fdopen(open_regular(path, allow_symlinks=allow_symlinks), "rb") as file:
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         is_zip = file.read(4) == b"PK\x03\x04"
         if is_zip:

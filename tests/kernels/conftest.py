@@ -1,0 +1,23 @@
+"""Fixtures that the tests below share."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from native import PATHS
+
+from mono_quant import kernels
+
+
+@pytest.fixture(autouse=True)
+def _native() -> Iterator[None]:
+    """Undo a path chosen by the environment, such as MONO_QUANT_ISA=reference for the whole run; draw the same numbers."""
+    torch.manual_seed(0)
+    with kernels.using():
+        yield
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kernels.using(request.param, 8):
+        yield request.param

@@ -1,0 +1,139 @@
+"""Choice: see the room of this name."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from native import NATIVE, PATHS, native_only, same
+
+from mono_quant import kernels
+from mono_quant.kernels import build, choice, cpu, reference
+
+
+def test_the_environment_names_what_runs() -> None:
+    with kernels.using("reference"):
+        env = kernels.environment()
+        assert env["path"] == "reference"
+        assert env["activation_bits"] == kernels.activation_bits() == 8
+        assert "slower" in str(env["cost"])
+        assert "reference" in kernels.describe()
+    for name in NATIVE:
+        with kernels.using(name, 10):
+            assert kernels.environment()["path"] == name
+            assert kernels.environment()["cost"] is None
+            assert kernels.activation_bits() == 10
+            assert kernels.describe() == f"native {name} (exact, 10-bit activations)"
+    assert kernels.activation_bits("cuda") == 8
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_codes_are_as_wide_as_costs_no_speed(name: str) -> None:
+    with kernels.using(name):
+        assert kernels.activation_bits() == {"reference": 8, "avx512vnni": 8}.get(name, 12)
+        assert kernels.activation_bits("cuda") == 8
+
+
+def test_unknown_choices_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"unknown kernel path 'sse9'; choose from reference, portable"):
+        cpu.choose(choice.loaded, "sse9")
+    with pytest.raises(ValueError, match=r"8 to 12 bits, not 16"):
+        cpu.choose(choice.loaded, bits=16)
+    nothing = cpu.Loaded(None, "no compiler", None, ())
+    with pytest.raises(ValueError, match=r"'avx2' is not available: no compiler"):
+        cpu.choose(nothing, "avx2")
+    assert cpu.choose(nothing) == (None, "no compiler")
+    only = cpu.Loaded(ctypes.CDLL(None), None, None, ("portable",))
+    with pytest.raises(ValueError, match=r"does not run 'avx2', only portable"):
+        cpu.choose(only, "avx2")
+
+
+def test_the_switches_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONO_QUANT_ISA", "reference")
+    assert cpu.from_environment(choice.loaded)[0] is None
+    if NATIVE:
+        monkeypatch.setenv("MONO_QUANT_ISA", NATIVE[0])
+        monkeypatch.setenv("MONO_QUANT_ACTIVATION_BITS", "8")
+        chosen, _ = cpu.from_environment(choice.loaded)
+        assert chosen is not None
+        assert (chosen.path, chosen.bits) == (NATIVE[0], 8)
+
+
+def test_a_missing_library_leaves_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpu, "_FOLDER", tmp_path)
+    assert "not built" in str(cpu.load().reason)
+    (tmp_path / build.RECORD).write_text(
+        json.dumps({"built": False, "reason": "no C++ compiler", "compiler": None})
+    )
+    assert cpu.load() == cpu.Loaded(None, "no C++ compiler", None, ())
+    (tmp_path / build.LIBRARY).write_bytes(b"not a library")
+    assert "could not be loaded" in str(cpu.load().reason)
+
+
+@native_only
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_VERSION", 999)
+    assert "this package needs 999" in str(cpu.load().reason)
+
+
+@native_only
+def test_a_path_that_fails_its_self_test_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_agrees", lambda library, path: path == "portable")
+    loaded = cpu.load()
+    assert loaded.paths == ("portable",)
+    if len(NATIVE) > 1:
+        assert "self-test failed, not used: " + NATIVE[1] in str(loaded.reason)
+
+
+@native_only
+def test_the_self_test_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = choice.loaded.library
+    assert library is not None
+    assert cpu._agrees(library, "portable")
+    right = reference.int_matmul
+    monkeypatch.setattr(reference, "int_matmul", lambda codes, weight: right(codes, weight) + 1)
+    assert not cpu._agrees(library, "portable")
+
+
+def test_without_a_compiler_the_build_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    (tmp_path / build.LIBRARY).write_bytes(b"of an earlier build")
+    reason = build.build(tmp_path)
+    assert "no C++ compiler was found" in str(reason)
+    assert json.loads((tmp_path / build.RECORD).read_text())["reason"] == reason
+    assert not (tmp_path / build.LIBRARY).exists()
+
+
+def test_a_failing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "error: no such thing" in str(build.build(tmp_path))
+    compiler.write_text("not a program")
+    assert "could not be run" in str(build.build(tmp_path))
+    monkeypatch.setenv("MONO_QUANT_BUILD", "0")
+    assert "MONO_QUANT_BUILD=0" in str(build.build(tmp_path))
+
+
+def test_a_process_without_the_library_computes_the_same(tmp_path: Path) -> None:
+    code = (
+        "import torch; from mono_quant import kernels; torch.manual_seed(0)\n"
+        "x, w = torch.randn(21, 40), torch.randint(-128, 128, (9, 40), dtype=torch.int8)\n"
+        "torch.save(kernels.int8_linear(x, w, torch.ones(9, 1), None), r'%s')\n"
+        "print(kernels.environment()['path'])\n"
+    )
+    results = []
+    for isa in ("reference", ""):
+        file = tmp_path / f"{isa or 'native'}.pt"
+        env = os.environ | {"MONO_QUANT_ISA": isa, "MONO_QUANT_ACTIVATION_BITS": "8"}
+        run = subprocess.run(
+            [sys.executable, "-c", code % file], env=env, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.strip() == (isa or choice.loaded.paths[-1] if NATIVE else "reference")
+        results.append(torch.load(file))
+    assert same(*results)
