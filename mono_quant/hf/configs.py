@@ -6,13 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from mono_quant.errors import (
     CorruptCheckpointError,
 )
 from mono_quant.io.disk.json_text import read_json_object
-from mono_quant.io.text import looks_like_token
+from mono_quant.io.text import looks_like_token, one_line
+
+# What transformers raises for a config or a state that it cannot use.
+BUILD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 
 # Fields of a config that choose code, kernels or files at load time, or tell about the machine it was made on.
 _DENIED = re.compile(
@@ -74,7 +87,7 @@ def set_generation_(model: nn.Module, folder: Path) -> None:
     clean, _ = clean_config(read_json_object(path))
     try:
         model.generation_config = type(current).from_dict(clean)
-    except (ValueError, TypeError, AttributeError) as e:
+    except BUILD_ERRORS as e:
         raise CorruptCheckpointError(
-            f"{path}: transformers cannot use it ({e}); correct the file, or remove it"
+            f"{path}: transformers cannot use it ({one_line(e, 300)}); correct the file, or remove it"
         ) from e

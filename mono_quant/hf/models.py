@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from mono_quant.errors import (
@@ -20,22 +19,10 @@ from mono_quant.errors import (
     RemoteCodeError,
     UnsupportedModelError,
 )
-from mono_quant.hf.configs import clean_config
+from mono_quant.hf.configs import BUILD_ERRORS, clean_config
 from mono_quant.hf.names import renamer
 from mono_quant.hf.quantizer import METHOD, classes, mark_int8_
 from mono_quant.io.text import one_line
-
-# What transformers raises for a config or a state that it cannot use.
-_BUILD_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    StrictDataclassError,
-)
 
 
 def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> tuple[type[Any], Any]:
@@ -77,7 +64,7 @@ def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -
     try:
         config_class = transformers.CONFIG_MAPPING[raw["model_type"]]
         config = config_class.from_dict(config_class._decode_special_floats(clean))  # noqa: SLF001
-    except _BUILD_ERRORS as e:
+    except BUILD_ERRORS as e:
         raise CorruptCheckpointError(
             f"{folder / 'config.json'}: transformers cannot use it ({one_line(e, 300)})"
         ) from e
@@ -165,7 +152,7 @@ def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> n
     try:
         with torch.device("meta"), quiet():
             model: nn.Module = cls._from_config(copy.deepcopy(config), dtype=dtype)
-    except _BUILD_ERRORS as e:
+    except BUILD_ERRORS as e:
         raise CorruptCheckpointError(
             f"{subject}: its config.json describes no {cls.__name__} ({one_line(e, 300)})"
         ) from e

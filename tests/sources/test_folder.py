@@ -689,3 +689,24 @@ def test_the_folder_of_the_source_is_not_told(folder, tmp_path):
     out = mq.quantize(folder, **QUIET).save(tmp_path / "result")
     for name, data in snapshot(out).items():
         assert str(tmp_path).encode() not in data and socket.gethostname().encode() not in data, name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_new_tokens": -1},
+        {"early_stopping": "x"},
+        {"watermarking_config": 5},
+        {"cache_implementation": "nope"},
+        {"dtype": 3},
+        {"suppress_tokens": 4},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_bad_generation_config_is_typed(folder, fields):
+    write(folder / "generation_config.json", fields)
+    fails(
+        folder,
+        CorruptCheckpointError,
+        r"generation_config\.json: transformers cannot use it \(.*correct the file",
+    )
