@@ -33,13 +33,14 @@ ROOMS = {
     ],
     "hf": [
         ["configs", "names", "compressed_tensors", "processors"],
+        ["dtypes"],
         ["quantizer"],
         ["models"],
         ["state", "sentence"],
     ],
     "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"]],
     "artifact": [
-        ["layouts", "cards"],
+        ["layouts", "cards", "buffers"],
         ["facts"],
         ["tensors"],
         ["saving", "loading"],

@@ -1,10 +1,11 @@
 """One conversion, from a source to a measured result with its report."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from huggingface_hub.utils import tqdm
 
 from mono_quant.api.result import QuantizedModel
@@ -12,12 +13,14 @@ from mono_quant.convert.contract import Progress, Scheme, Task, device_of
 from mono_quant.convert.fidelity import Output, run
 from mono_quant.convert.probes import Probe, ProbeError, given_probe, make_probe
 from mono_quant.convert.schemes import SCHEMES
-from mono_quant.convert.surgery import own_memory_, rollback, structural_copy
+from mono_quant.convert.surgery import own_memory_, recast_, rollback, structural_copy
 from mono_quant.errors import ConfigError
+from mono_quant.hf.models import given_dtypes
 from mono_quant.hf.quantizer import mark_int8_
 from mono_quant.planning.config import QuantizationConfig
+from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.report import QuantReport
-from mono_quant.planning.walk import is_transformers_model, tensor_names
+from mono_quant.planning.walk import common_dtype, is_transformers_model, tensor_names
 from mono_quant.sources.source import Source, Subject
 
 # Above this the output is not measured unless asked for: two forward passes of a large model take minutes.
@@ -26,7 +29,8 @@ AUTO_FIDELITY_PARAMETERS = 10**9
 
 def plan_source(source: Source, request: QuantizationConfig) -> QuantReport:
     """Return the report of what a conversion would do, as far as it can be told without the values."""
-    scheme, task = SCHEMES[request.dtype], Task.of(source.subject.model, source.subject.core_name, request)
+    scheme, subject = SCHEMES[request.dtype], source.subject
+    task = Task.of(subject.model, subject.core_name, request, _floats(source, scheme, request))
     rows = scheme.planned(task, scheme.decide(task)).rows(task)
     return QuantReport(request.dtype, rows, notes=(*source.notes, *scheme.notes(rows, None)), planned=True)
 
@@ -44,10 +48,10 @@ def convert_source(
     """
     scheme = SCHEMES[request.dtype]
     work = source.subject if inplace else _copy(source.subject)
-    task = Task.of(work.model, work.core_name, request)
+    task = Task.of(work.model, work.core_name, request, _floats(source, scheme, request))
     decisions = scheme.decide(task)
     names = [name for name, _, _ in tensor_names(work.model)]
-    reference, note = _reference(work, request, probe)
+    reference, note = _reference(work, source.dtypes, request, probe)
     with rollback(work.model), _bar(type(work.core).__name__) as progress:
         outcome = scheme.apply_(task, decisions, progress)
         own_memory_(work.model, None if inplace else source.subject.model)
@@ -63,24 +67,51 @@ def convert_source(
     return QuantizedModel(work.model, report, request, work)
 
 
+def _floats(source: Source, scheme: Scheme, request: QuantizationConfig) -> dict[str, torch.dtype]:
+    """Return the dtype of the tensors that get another one than the scheme gives them, by name."""
+    core, prefix = source.subject.core, source.subject.core_name
+    lifted = "keep_in_fp32" in request.disable_defaults
+    if scheme.floats is None and source.dtypes:
+        found = dict(source.dtypes)
+    elif lifted:
+        found = {}
+    elif scheme.floats is not None:
+        found = given_dtypes(core, scheme.floats)
+    else:
+        common = common_dtype((p.dtype, p.numel()) for p in core.parameters())
+        found = dict.fromkeys(declared_float32(core, common), torch.float32)
+    known = {name for name, tensor, _ in tensor_names(core) if tensor.is_floating_point()}
+    return {f"{prefix}.{name}".lstrip("."): dtype for name, dtype in found.items() if name in known}
+
+
+def _as_loaded(subject: Subject, dtypes: Mapping[str, torch.dtype]) -> Subject:
+    """Return a model that runs, where a mixture of dtypes in the files would not: as transformers loads it."""
+    if all(dtypes.get(name, tensor.dtype) == tensor.dtype for name, tensor, _ in tensor_names(subject.model)):
+        return subject
+    twin = _copy(subject)
+    recast_(twin.model, dtypes)
+    return twin
+
+
 def _copy(subject: Subject) -> Subject:
     return replace(subject, model=structural_copy(subject.model))
 
 
 def _reference(
-    work: Subject, request: QuantizationConfig, given: Any
+    work: Subject, dtypes: Mapping[str, torch.dtype], request: QuantizationConfig, given: Any
 ) -> tuple[tuple[Probe, Output] | None, str]:
-    """Run the float model on the probe, or say why not."""
+    """Run the float model on the probe, in the dtypes that it runs in, or say why not."""
     if request.fidelity is False:
         return None, "not asked for"
     parameters = sum(p.numel() for p in work.core.parameters())
     if request.fidelity == "auto" and given is None and parameters > AUTO_FIDELITY_PARAMETERS:
         return None, f"{parameters:,} parameters; ask for it with fidelity=True"
+    original = _as_loaded(work, dtypes)
     try:
         if given is not None:
-            probe, model = given_probe(given), work.model
+            probe, model = given_probe(given), original.model
         else:
-            model = work.core
+            model = original.core
             probe = make_probe(model, _processor(work))
         return (probe, run(model, probe)), ""
     except ProbeError as e:

@@ -7,6 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from mono_quant.artifact.cards import INPUTS, CardFacts
 from mono_quant.artifact.layouts import KINDS, LAYOUTS
 from mono_quant.errors import (
@@ -17,7 +19,7 @@ from mono_quant.errors import (
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest, verify_manifest
 from mono_quant.planning.config import QuantizationConfig
-from mono_quant.planning.report import QuantReport
+from mono_quant.planning.report import QuantReport, dtype_name
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Subject
 from mono_quant.version import __version__
@@ -53,12 +55,13 @@ class Manifest:
         layout: `compressed-tensors`, `mono_quant` or `plain`.
         dtype: `int8` or `fp16`.
         tensors: the int8 codes, by name in the file.
-        kept, buffers: dtype of tensors that are not in the dtype of the model, and of buffers that are not saved.
+        buffers: dtype of the buffers that were cast after they were computed, by name; see `buffers`.
         source: where the model came from.
         settings: the request, as plain data.
         versions: of the packages that made it.
         inputs: what the model's forward takes.
         generates: it has `generate`.
+        built: dtype that the class was built in; None in older folders, where it is that of the weights.
         files: size and sha256 of every file.
         mono_quant_version: that wrote the folder.
     """
@@ -68,13 +71,13 @@ class Manifest:
     layout: str
     dtype: str
     tensors: Mapping[str, StoredCodes]
-    kept: Mapping[str, str]
-    buffers: Mapping[str, str]
+    buffers: Mapping[str, torch.dtype]
     source: Origin
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     inputs: tuple[str, ...] = ()
     generates: bool = False
+    built: torch.dtype | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     mono_quant_version: str = __version__
 
@@ -98,7 +101,7 @@ class Manifest:
     @classmethod
     def parse(cls, raw: Mapping[str, Any], folder: Path) -> "Manifest":
         """Check a manifest that was read; see `read`."""
-        for key in ("tensors", "kept", "buffers", "source", "settings", "versions"):
+        for key in ("tensors", "buffers", "source", "settings", "versions"):
             if not isinstance(raw.get(key), Mapping):
                 raise CorruptCheckpointError(
                     f"{folder}: {key} of {MANIFEST} is {raw.get(key)!r}, not an object; save the model again"
@@ -121,13 +124,13 @@ class Manifest:
             str(words["layout"]),
             str(words["dtype"]),
             {name: _stored(folder, name, facts) for name, facts in raw["tensors"].items()},
-            _dtypes(folder, raw["kept"]),
-            _dtypes(folder, raw["buffers"]),
+            {name: _dtype(folder, name, dtype) for name, dtype in raw["buffers"].items()},
             Origin.from_dict(raw["source"]),
             raw["settings"],
             dict(raw["versions"]),
             tuple(n for n in inputs if n in INPUTS) if isinstance(inputs, list) else (),
             raw.get("generates") is True,
+            _dtype(folder, "built", raw["built"]) if "built" in raw else None,
             raw.get("files", {}),
             str(raw.get("mono_quant_version", "")),
         )
@@ -143,12 +146,12 @@ class Manifest:
             "layout": self.layout,
             "dtype": self.dtype,
             "tensors": {name: codes.to_dict() for name, codes in self.tensors.items()},
-            "kept": dict(self.kept),
-            "buffers": dict(self.buffers),
+            "buffers": {name: dtype_name(dtype) for name, dtype in self.buffers.items()},
             "source": self.source.to_dict(),
             "settings": dict(self.settings),
             "inputs": list(self.inputs),
             "generates": self.generates,
+            **({} if self.built is None else {"built": dtype_name(self.built)}),
             "versions": dict(self.versions),
             "files": dict(self.files),
         }
@@ -164,13 +167,13 @@ def _stored(folder: Path, name: str, facts: Any) -> StoredCodes:
         ) from e
 
 
-def _dtypes(folder: Path, found: Mapping[str, Any]) -> dict[str, str]:
-    for name, dtype in found.items():
-        if dtype not in ("float16", "bfloat16", "float32", "float64"):
-            raise CorruptCheckpointError(
-                f"{folder}: {MANIFEST} gives {name} the dtype {dtype!r}; save the model again"
-            )
-    return dict(found)
+def _dtype(folder: Path, name: str, dtype: Any) -> torch.dtype:
+    if dtype not in ("float16", "bfloat16", "float32", "float64"):
+        raise CorruptCheckpointError(
+            f"{folder}: {MANIFEST} gives {name} the dtype {dtype!r}; save the model again"
+        )
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def read_report(folder: Path) -> QuantReport:

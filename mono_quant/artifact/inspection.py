@@ -17,7 +17,7 @@ from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.hub.client import HUB, Hub
 from mono_quant.io.hub.repo import download, resolve
 from mono_quant.io.tensors.checkpoint import open_checkpoint
-from mono_quant.planning.report import human_bytes
+from mono_quant.planning.report import dtype_name, human_bytes
 from mono_quant.sources.guards import Shapes
 from mono_quant.sources.opening import locate
 from mono_quant.sources.remote import remote_headers
@@ -96,7 +96,7 @@ def _inspection(
         if dtype == torch.int8 and f"{name}_scale" in headers:
             quantized[name] = table[name].shape if name in table else shape
         elif not (name.endswith("_scale") and name.removesuffix("_scale") in headers):
-            kept[name] = (str(dtype).removeprefix("torch."), shape)
+            kept[name] = (dtype_name(dtype), shape)
     return Inspection(path, {**_facts(path, manifest), **facts}, quantized, kept, _reasons(path), size)
 
 

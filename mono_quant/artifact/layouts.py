@@ -16,6 +16,7 @@ from mono_quant.hf.compressed_tensors import STANDARD
 from mono_quant.io.disk.manifest import FORMAT
 from mono_quant.planning.kinds import PORTABLE_KINDS
 from mono_quant.planning.report import QuantReport
+from mono_quant.planning.walk import common_dtype
 
 PLAIN = "plain"
 KINDS = ("module", "transformers", "sentence_transformer")
@@ -53,8 +54,13 @@ def layout_of(kind: str, report: QuantReport, state: Mapping[str, Tensor], obsta
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the float part: what a quantized weight would read as, or of the other tensors."""
-    for module in model.modules():
-        if isinstance(module, Int8Module):
-            return module.float_dtype
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    """Return the dtype of most of the float part, in which an int8 weight counts as what it reads as."""
+    codes = {id(p) for m in model.modules() if isinstance(m, Int8Module) for p in m.parameters(recurse=False)}
+    return common_dtype([
+        *((p.dtype, p.numel()) for p in model.parameters() if id(p) not in codes),
+        *(
+            (module.float_dtype, sum(p.numel() for p in module.parameters(recurse=False)))
+            for module in model.modules()
+            if isinstance(module, Int8Module)
+        ),
+    ])

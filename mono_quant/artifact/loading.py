@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mono_quant.artifact.buffers import read_values, restore_
 from mono_quant.artifact.facts import Manifest
 from mono_quant.artifact.layouts import PLAIN
 from mono_quant.artifact.tensors import read_tensors
@@ -22,7 +23,8 @@ from mono_quant.errors import (
 )
 from mono_quant.hf.compressed_tensors import check_ct
 from mono_quant.hf.configs import dtype_of, set_generation_
-from mono_quant.hf.models import load_float, load_int8, model_class
+from mono_quant.hf.models import load_as_stored, load_int8, model_class
+from mono_quant.hf.quantizer import mark_int8_
 from mono_quant.hf.sentence import load_modules
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
@@ -77,16 +79,12 @@ def _load_own(
     raw = _checked_config(folder)
     cls, config = model_class(raw, folder, trust_remote_code=False)
     tensors = read_tensors(folder, manifest)
+    dtype = dtype_of(raw)
     if manifest.layout == PLAIN:
         _refuse_codes(folder, tensors)
-        loaded = load_float(cls, config, tensors, str(folder), torch.float16)
-        kept = manifest.kept
-        _restore_kept(loaded, kept, lambda: load_float(cls, config, tensors, str(folder), torch.float32))
-    else:
-        loaded = load_int8(cls, config, tensors, str(folder), dtype_of(raw))
-    _recast_buffers(loaded, manifest)
+    loaded = load_as_stored(cls, config, tensors, str(folder), dtype, manifest.built)
     set_generation_(loaded, folder)
-    return _settled(loaded, manifest.layout == PLAIN)
+    return _settled(loaded, loaded, folder, manifest, dtype)
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:
@@ -105,29 +103,41 @@ def _refuse_codes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _settled(model: nn.Module, is_half: bool, within: str = "") -> nn.Module:
-    """Bring a model that was filled from files into the form that runs."""
-    if is_half:
-        compute_in_float_(model, within)
+def _settled(
+    model: nn.Module, core: nn.Module, folder: Path, manifest: Manifest, dtype: torch.dtype
+) -> nn.Module:
+    """Bring a model that was filled from files into the form that runs.
+
+    Args:
+        model: that was filled.
+        core: the part of it that is converted.
+        folder: that it came from.
+        manifest: of the folder.
+        dtype: that int8 weights read as, unless the manifest says otherwise.
+    """
+    settle_(core, dtype)
+    restore_(core, manifest.buffers, read_values(folder))
+    if manifest.layout == PLAIN:
+        compute_in_float_(model, next(path for path, module in model.named_modules() if module is core))
+    elif manifest.kind != "module":
+        mark_int8_(core)
+    return model.eval()
+
+
+def settle_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put int8 codes that came from a file into the order of the kernels, and say what the weights read as."""
     for module in model.modules():
         if isinstance(module, Int8Module):
             module.settle_()
-    return model
+            module.read_as_(dtype)
 
 
 def _load_sentence(folder: Path, manifest: Manifest) -> nn.Module:
-    half = manifest.layout == PLAIN
-    _checked_config(folder)
-    model: Any = load_modules(folder, _codes(folder), half)
-    kept = manifest.kept
-    if kept:
-        cls, config = model_class(read_json_object(folder / "config.json"), folder, trust_remote_code=False)
-        tensors = read_tensors(folder, None)
-        core = model[0].auto_model
-        _restore_kept(core, kept, lambda: load_float(cls, config, tensors, str(folder), torch.float32))
-    core = model[0].auto_model
-    _recast_buffers(core, manifest)
-    return _settled(model, half, next(path for path, module in model.named_modules() if module is core))
+    dtype = dtype_of(_checked_config(folder))
+    with open_checkpoint(folder) as checkpoint:
+        stored = {name: header.dtype for name, header in checkpoint.headers.items()}
+    model: Any = load_modules(folder, stored, dtype, manifest.built or dtype, manifest.layout != PLAIN)
+    return _settled(model, model[0].auto_model, folder, manifest, dtype)
 
 
 def _load_plain(
@@ -158,8 +168,7 @@ def _load_plain(
         )
     install_(built, sorted({owners[name] for name in codes}))
     _fill_plain(built, tensors, folder)
-    _recast_buffers(built, manifest)
-    return _settled(built, manifest.layout == PLAIN).eval()
+    return _settled(built, built, folder, manifest, torch.float32)
 
 
 def _fill_plain(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -210,34 +219,7 @@ def _load_foreign(folder: Path) -> nn.Module:
     cls, config = model_class(raw, folder, trust_remote_code=False)
     loaded = load_int8(cls, config, read_tensors(folder, None), str(folder), dtype_of(raw))
     set_generation_(loaded, folder)
-    return _settled(loaded, is_half=False)
-
-
-def _codes(folder: Path) -> list[str]:
-    with open_checkpoint(folder) as checkpoint:
-        return sorted(name for name, header in checkpoint.headers.items() if header.dtype == torch.int8)
-
-
-def _restore_kept(model: nn.Module, kept: Mapping[str, str], full: Callable[[], nn.Module]) -> None:
-    """Give tensors that were not cast their own dtype back, which transformers' loader takes from them."""
-    if not kept:
-        return
-    wide = dict(full().named_parameters()) | dict(full().named_buffers())
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, dtype in kept.items():
-        _known(own, name, model).data = _known(wide, name, model).data.to(getattr(torch, dtype))
-
-
-def _recast_buffers(core: nn.Module, manifest: Manifest) -> None:
-    buffers = dict(core.named_buffers())
-    for name, dtype in manifest.buffers.items():
-        buffer = _known(buffers, name, core)
-        buffer.data = buffer.data.to(getattr(torch, dtype))
-
-
-def _known(found: Mapping[str, Tensor], name: str, model: nn.Module) -> Tensor:
-    if name not in found:
-        raise CorruptCheckpointError(
-            f"{MANIFEST} names {name}, which {type(model).__name__} does not have; save it again"
-        )
-    return found[name]
+    for module in loaded.modules():
+        if isinstance(module, Int8Module):
+            module.settle_()
+    return loaded

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.artifact import cards, loading
+from mono_quant.artifact.buffers import read_values, unsaved_buffers
 from mono_quant.artifact.facts import Manifest, read_card_facts
 from mono_quant.artifact.tensors import read_tensors
 from mono_quant.errors import ConfigError, CorruptCheckpointError, MonoQuantError
@@ -131,7 +132,7 @@ def checked_card(folder: Path, repo_id: str | None = None) -> str:
 
 
 def check_loads(folder: Path, manifest: Manifest, model: nn.Module | None) -> None:
-    """Load a folder and compare every tensor with the model it was saved from, bit for bit.
+    """Load a folder and compare every tensor with the model it was saved from, bit for bit, computed ones too.
 
     Args:
         folder: to load.
@@ -143,18 +144,22 @@ def check_loads(folder: Path, manifest: Manifest, model: nn.Module | None) -> No
     """
     if manifest.kind == "module":
         # only the user's code can build it: compare what is in the files
-        found = read_tensors(folder, manifest)
+        found = read_tensors(folder, manifest) | read_values(folder)
     else:
-        found = loading.load(folder, verify=False)[0].state_dict()
+        found = _tensors(loading.load(folder, verify=False)[0])
     if model is None:
         return
-    expected = model.state_dict()
+    expected = _tensors(model)
     tied = set(expected) - set(found) if manifest.kind == "module" else set()
     wrong = [n for n in (expected.keys() | found.keys()) - tied if not _equal(expected.get(n), found.get(n))]
     if wrong:
         raise CorruptCheckpointError(
             f"{folder} does not load as the model that was saved: {', '.join(sorted(wrong)[:5])} differ. Nothing was published"
         )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**model.state_dict(), **unsaved_buffers(model)}
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mono_quant.artifact.buffers import buffers_of, write_values
 from mono_quant.artifact.cards import render
 from mono_quant.artifact.facts import REPORT, Manifest, StoredCodes, card_facts
 from mono_quant.artifact.layouts import PLAIN, float_dtype, layout_of
@@ -25,8 +26,7 @@ from mono_quant.io.disk.output import OutputFolder, new_folder
 from mono_quant.io.tensors.shards import write_checkpoint
 from mono_quant.io.tensors.tensor_file import TensorEntry
 from mono_quant.planning.config import QuantizationConfig
-from mono_quant.planning.report import QuantReport
-from mono_quant.planning.rules import DEFAULTS
+from mono_quant.planning.report import QuantReport, dtype_name
 from mono_quant.sources.source import Subject
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -59,13 +59,16 @@ def save(
     """
     state = state_of(subject, report)
     layout = _layout(subject, report, state)
+    dtype = read_dtype(subject, layout)
+    buffers = buffers_of(subject.core, dtype)
     with new_folder(
         target, overwrite=overwrite, sources=[subject.folder] if subject.folder else []
     ) as folder:
         table = _write_tensors(folder, subject, state, layout, max_shard_size)
         if subject.kind != "module":
-            _write_configs(folder, subject, state, layout)
+            _write_configs(folder, subject, state, layout, dtype)
         _write_side_files(folder, subject)
+        write_values(folder, buffers.values)
         about = card_facts(subject, report, config, layout, "tokenizer_config.json" in folder.files)
         folder.write_text("README.md", render(about))
         folder.write_text(REPORT, report.to_json())
@@ -75,13 +78,13 @@ def save(
             layout,
             report.dtype,
             table,
-            _kept(subject, report),
-            _cast_buffers(subject.core),
+            buffers.casts,
             subject.origin,
             config.to_dict(),
             about.versions,
             about.inputs,
             about.generates,
+            buffers.built,
         ).to_dict()
     return Path(target)
 
@@ -159,11 +162,20 @@ def _as_is(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor.detach().cpu()
 
 
-def _write_configs(folder: OutputFolder, subject: Subject, state: Mapping[str, Tensor], layout: str) -> None:
+def read_dtype(subject: Subject, layout: str) -> torch.dtype:
+    """Return what a float weight of a saved model is read as, unless it says otherwise for itself."""
+    if layout == PLAIN:
+        return torch.float16
+    # a plain module has no config to say it in
+    return torch.float32 if subject.kind == "module" else float_dtype(subject.core)
+
+
+def _write_configs(
+    folder: OutputFolder, subject: Subject, state: Mapping[str, Tensor], layout: str, dtype: torch.dtype
+) -> None:
     core: Any = subject.core
     data, _ = clean_config(plain_config(core.config))
-    dtype = "float16" if layout == PLAIN else str(float_dtype(core)).removeprefix("torch.")
-    data |= {"architectures": [type(core).__name__], "dtype": dtype}
+    data |= {"architectures": [type(core).__name__], "dtype": dtype_name(dtype)}
     if layout == STANDARD:
         data["quantization_config"] = ct_block(core, state)
     elif layout == FORMAT:
@@ -193,32 +205,3 @@ def _copy_side_file(folder: OutputFolder, name: str, path: Path) -> None:
             folder.write_json(name, {k: v for k, v in clean.items() if k not in paths})
             return
     folder.copy(name, path)
-
-
-def _kept(subject: Subject, report: QuantReport) -> dict[str, str]:
-    """Name the tensors of `core` that stay in another dtype inside a float16 model."""
-    if report.dtype != "fp16":
-        return {}
-    prefix = f"{subject.core_name}." if subject.core_name else ""
-    return {
-        row.name.removeprefix(prefix): row.dtype_after
-        for row in report.rows
-        if row.action == "kept" and row.dtype_after in ("float32", "bfloat16", "float64")
-        if row.name.startswith(prefix) and row.reason != DEFAULTS["keep_in_fp32"]
-    }
-
-
-def _cast_buffers(core: nn.Module) -> dict[str, str]:
-    """Name the float buffers that are not saved (rotary tables) and are not in float32, with their dtype.
-
-    They are computed when a model is built, in float32; a model that was cast in memory has them in another dtype.
-    """
-    saved = core.state_dict(keep_vars=True).keys()
-    return {
-        name: str(buffer.dtype).removeprefix("torch.")
-        for name, buffer in core.named_buffers()
-        if name not in saved
-        and buffer.numel()
-        and buffer.is_floating_point()
-        and buffer.dtype != torch.float32
-    }

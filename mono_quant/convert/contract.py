@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,9 @@ from mono_quant.convert.fidelity import Output
 from mono_quant.convert.probes import Probe
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.layers import find_layers
-from mono_quant.planning.report import TensorReport
+from mono_quant.planning.report import TensorReport, dtype_name
 from mono_quant.planning.rows import Converted, account, survey
-from mono_quant.planning.rules import Decision, Layer
+from mono_quant.planning.rules import DEFAULTS, Decision, Layer
 
 Decisions = Mapping[str, Decision]
 # Called as (name, done, total) before each layer or module.
@@ -30,6 +31,7 @@ class Task:
         request: what the user asks for.
         layers: of the whole model, as `find_layers` gives them.
         rows: one per tensor, as `survey` gives them before anything is changed.
+        floats: dtype of tensors that get another one than the scheme would give them, by name.
     """
 
     model: nn.Module
@@ -37,12 +39,21 @@ class Task:
     request: QuantizationConfig
     layers: Sequence[Layer]
     rows: Mapping[str, TensorReport]
+    floats: Mapping[str, torch.dtype]
 
     @classmethod
-    def of(cls, model: nn.Module, within: str, request: QuantizationConfig) -> "Task":
+    def of(
+        cls,
+        model: nn.Module,
+        within: str,
+        request: QuantizationConfig,
+        floats: Mapping[str, torch.dtype] = MappingProxyType({}),
+    ) -> "Task":
         """Look at a model that is to be converted; works on meta as well."""
         layers = find_layers(model, within)
-        return cls(model, within, request, layers, survey(model, layers))
+        rows = survey(model, layers)
+        first = {name: row.reason if row.action == "shared" else name for name, row in rows.items()}
+        return cls(model, within, request, layers, rows, {first[n]: dtype for n, dtype in floats.items()})
 
 
 class Outcome(NamedTuple):
@@ -61,12 +72,25 @@ class Outcome(NamedTuple):
         return account(task.rows, self.done, self.reasons)
 
 
+def recast(task: Task) -> Outcome:
+    """Return what becomes of the tensors that `recast_` gives another float dtype."""
+    done, reasons = {}, {}
+    for name, dtype in task.floats.items():
+        row = task.rows[name]
+        if row.dtype_before != dtype_name(dtype):
+            done[name] = Converted(row.numel * dtype.itemsize, dtype, kept=True)
+            if done[name].bytes_after > row.bytes_before:
+                reasons[name] = DEFAULTS["keep_in_fp32"]
+    return Outcome(done, reasons)
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How a dtype is made.
 
     Attributes:
         dtype: its name in a request.
+        floats: dtype that it gives floating tensors; None where they stay as they are.
         decide: which layers or modules of a task are converted, and why others are not; from shapes and names alone.
         planned: what `apply_` would do, as far as it can be told without values.
         apply_: converts the model of a task in place; the caller puts it back when that fails.
@@ -78,6 +102,7 @@ class Scheme:
     """
 
     dtype: str
+    floats: torch.dtype | None
     decide: Callable[[Task], Decisions]
     planned: Callable[[Task, Decisions], Outcome]
     apply_: Callable[[Task, Decisions, Progress], Outcome]

@@ -21,6 +21,10 @@ class StoredModule(nn.Module):
         """The dtype of a weight that is read, and of outputs that follow no input."""
         return self.get_buffer("_float").dtype
 
+    def read_as_(self, dtype: torch.dtype) -> None:
+        """Let a weight that is read have this dtype."""
+        self._float = torch.empty(0, dtype=dtype)
+
     def _product(self, x: Tensor, name: str, rows: int | slice, bias: Tensor | None) -> Tensor:
         """Return `x @ W[rows].T + bias` for the matrix, or the stack of matrices, `name`."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ Its large matrices stay float16 in memory, its arithmetic is float32.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from mono_quant.kernels import cast_half
 from mono_quant.kernels.weights import HalfCast
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.kinds import WEIGHTS, kind_of, obstacle
-from mono_quant.planning.layers import fp32_patterns
 from mono_quant.planning.report import TensorReport
 from mono_quant.planning.rows import Converted
 from mono_quant.planning.rules import DEFAULTS, Decision, Layer, container_reason, user_reason
@@ -57,36 +56,52 @@ def to_half_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
     """
     modules = _modules(task)
     keep = {name: decision.reason for name, decision in decisions.items() if decision.reason}
-    halves: dict[int, HalfCast] = {}
+    wide, halves = _wide(task, modules), dict[int, HalfCast]()
     for count, (name, module) in enumerate(modules.items()):
         progress(name, count, len(modules))
         if name not in keep:
-            reason = _cast_all(name, module, halves, task.request)
+            reason = _cast_all(name, module, wide, halves, task.request)
             if reason:
                 keep[name] = reason
     _keep_partners(modules, keep)
-    done: dict[str, Converted] = {}
-    for name, module in modules.items():
-        for own, tensor in own_floats(module).items() if name not in keep else ():
-            half = halves[id(tensor)]
-            tensor.data = half.value
-            done[f"{name}.{own}".lstrip(".")] = Converted(
-                half.value.numel() * 2, torch.float16, flushed=half.flushed
-            )
-    return Outcome(done, _reasons(modules, keep))
+    outcome = _outcome(task, modules, keep, {key: half.flushed for key, half in halves.items()})
+    for name, tensor in _tensors(modules).items():
+        if name in outcome.done:
+            dtype = outcome.done[name].dtype_after
+            tensor.data = halves[id(tensor)].value if dtype == torch.float16 else tensor.data.to(dtype)
+    return outcome
 
 
 def planned(task: Task, decisions: Decisions) -> Outcome:
     """Return what `to_half_` would do, as far as it can be told without the values."""
-    modules = _modules(task)
     keep = {name: decision.reason for name, decision in decisions.items() if decision.reason}
-    done = {
-        f"{name}.{own}".lstrip("."): Converted(tensor.numel() * 2, torch.float16)
-        for name, module in modules.items()
-        if name not in keep
-        for own, tensor in own_floats(module).items()
-    }
-    return Outcome(done, _reasons(modules, keep))
+    return _outcome(task, _modules(task), keep, {})
+
+
+def _outcome(
+    task: Task, modules: Mapping[str, nn.Module], keep: Mapping[str, str], flushed: Mapping[int, int]
+) -> Outcome:
+    done, reasons = {}, {}
+    wide = _wide(task, modules)
+    for name, tensor in _tensors(modules).items():
+        reason = keep.get(name.rpartition(".")[0], "")
+        dtype = wide.get(id(tensor), tensor.dtype if reason else torch.float16)
+        if reason or id(tensor) in wide:
+            reasons[name] = reason or DEFAULTS["keep_in_fp32"]
+            if not reason or dtype.itemsize > tensor.dtype.itemsize:
+                done[name] = Converted(tensor.numel() * dtype.itemsize, dtype, kept=True)
+        else:
+            done[name] = Converted(tensor.numel() * 2, dtype, flushed=flushed.get(id(tensor), 0))
+    return Outcome(done, reasons)
+
+
+def _wide(task: Task, modules: Mapping[str, nn.Module]) -> dict[int, torch.dtype]:
+    """Return the dtype of the tensors that must not become float16, by id."""
+    return {id(t): task.floats[name] for name, t in _tensors(modules).items() if name in task.floats}
+
+
+def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {f"{n}.{own}".lstrip("."): t for n, m in modules.items() for own, t in own_floats(m).items()}
 
 
 def _modules(task: Task) -> dict[str, nn.Module]:
@@ -99,19 +114,8 @@ def _as_layer(name: str, module: nn.Module, aliases: tuple[str, ...]) -> Layer:
     return Layer(name, kind_of(module) or cls, cls, 1, size, aliases=aliases)
 
 
-def _reasons(modules: Mapping[str, nn.Module], keep: Mapping[str, str]) -> dict[str, str]:
-    return {
-        f"{name}.{own}".lstrip("."): keep[name]
-        for name, module in modules.items()
-        if name in keep
-        for own in own_floats(module)
-    }
-
-
 def _kept_in_float(task: Task, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     rules = task.request.rules()
-    core = task.model.get_submodule(task.within)
-    patterns = fp32_patterns(core) if "keep_in_fp32" not in rules.disable_defaults else []
     aliases = module_aliases(task.model)
     classes = {name: type(module).__name__ for name, module in task.model.named_modules()}
     keep = {}
@@ -121,19 +125,21 @@ def _kept_in_float(task: Task, modules: Mapping[str, nn.Module]) -> dict[str, st
         reason = user_reason(every, type(module).__name__, weights, rules) or container_reason(
             every, classes, rules
         )
-        if not reason and any(p.search(name) for p in patterns):
-            reason = DEFAULTS["keep_in_fp32"]
         if reason:
             keep[name] = reason
     return keep
 
 
 def _cast_all(
-    prefix: str, module: nn.Module, halves: dict[int, HalfCast], request: QuantizationConfig
+    prefix: str,
+    module: nn.Module,
+    wide: Container[int],
+    halves: dict[int, HalfCast],
+    request: QuantizationConfig,
 ) -> str:
-    """Cast all own tensors of a module into `halves` by id, or say why the module is kept."""
+    """Cast all own tensors of a module but the `wide` ones into `halves` by id, or say why the module is kept."""
     for name, tensor in own_floats(module).items():
-        if id(tensor) not in halves:
+        if id(tensor) not in halves and id(tensor) not in wide:
             half, reason = _cast(f"{prefix}.{name}".lstrip("."), tensor, request)
             if half is None:
                 return reason
@@ -283,6 +289,7 @@ def _cast_tree(value: Any, dtype: torch.dtype) -> Any:
 
 FP16 = Scheme(
     "fp16",
+    floats=torch.float16,
     decide=decide,
     planned=planned,
     apply_=to_half_,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mono_quant import kernels
-from mono_quant.convert.contract import Decisions, Outcome, Progress, Scheme, Task, device_of
+from mono_quant.convert.contract import Decisions, Outcome, Progress, Scheme, Task, device_of, recast
 from mono_quant.convert.fidelity import Output, compare, run
 from mono_quant.convert.int8_layers import (
     Int8Conv1d,
@@ -20,7 +20,7 @@ from mono_quant.convert.int8_layers import (
     Int8TransposedLinear,
 )
 from mono_quant.convert.probes import Probe
-from mono_quant.convert.surgery import disable_float_fast_paths_, put_
+from mono_quant.convert.surgery import disable_float_fast_paths_, put_, recast_
 from mono_quant.errors import NonFiniteWeightError
 from mono_quant.kernels import encode_rows
 from mono_quant.kernels.weights import RowCodes, weight_limit_db
@@ -61,6 +61,7 @@ def to_int8_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
         NonFiniteWeightError: a chosen weight holds NaN or infinity, and the request does not keep such layers.
     """
     model = task.model
+    recast_(model, task.floats)
     modules = dict(model.named_modules())
     if task.request.on_nonfinite == "keep":
         decisions = keep_also(decisions, _non_finite(modules, decisions))
@@ -72,7 +73,12 @@ def to_int8_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
         _record(layer, encoded, done)
         old = modules[layer.name]
         put_(model, (layer.name, *layer.aliases), old, build(old, layer.kind, encoded))
-    return Outcome(done, layer_reasons(task.rows, decisions))
+    return _outcome(task, decisions, done)
+
+
+def _outcome(task: Task, decisions: Decisions, done: Mapping[str, Converted]) -> Outcome:
+    others = recast(task)
+    return Outcome({**others.done, **done}, {**others.reasons, **layer_reasons(task.rows, decisions)})
 
 
 def encode(module: nn.Module, layer: Layer) -> dict[str, RowCodes]:
@@ -128,7 +134,7 @@ def planned(task: Task, decisions: Decisions) -> Outcome:
             shape = task.model.get_submodule(layer.name).get_parameter(name).shape
             scales = 4 * rows_of(shape, layer.kind).numel()
             done[f"{layer.name}.{name}".lstrip(".")] = Converted(shape.numel() + scales, torch.int8)
-    return Outcome(done, layer_reasons(task.rows, decisions))
+    return _outcome(task, decisions, done)
 
 
 def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:
@@ -154,6 +160,7 @@ def _record(layer: Layer, encoded: Mapping[str, RowCodes], done: dict[str, Conve
 
 INT8 = Scheme(
     "int8",
+    floats=None,
     decide=decide,
     planned=planned,
     apply_=to_int8_,

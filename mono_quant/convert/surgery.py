@@ -1,7 +1,7 @@
 """Copying a model without its weights, putting modules in the place of others, and putting everything back."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from mono_quant.convert.forwards import StoredModule
 from mono_quant.errors import UnsupportedModelError
+from mono_quant.planning.walk import tensor_names
 
 _HOOKS = tuple(
     name
@@ -69,11 +70,18 @@ def own_memory_(model: nn.Module, original: nn.Module | None) -> None:
                 parameter.data = parameter.data.contiguous()
 
 
+def recast_(model: nn.Module, floats: Mapping[str, torch.dtype]) -> None:
+    """Give tensors of a model another float dtype, by name."""
+    for name, tensor, _ in tensor_names(model):
+        if floats.get(name, tensor.dtype) != tensor.dtype:
+            tensor.data = tensor.data.to(floats[name])
+
+
 @contextmanager
 def rollback(model: nn.Module) -> Iterator[None]:
     """Put modules, parameter data, buffers and hooks of `model` back when the block fails."""
     modules = [(m, {n: dict(vars(m)[n]) for n in _REGISTRIES}, dict(vars(m))) for m in model.modules()]
-    data = [(p, p.data) for p in model.parameters()]
+    data = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
     try:
         yield
     except BaseException:
@@ -85,8 +93,8 @@ def rollback(model: nn.Module) -> Iterator[None]:
                 registry = vars(module)[name]
                 registry.clear()
                 registry.update(before)
-        for parameter, tensor in data:
-            parameter.data = tensor
+        for tensor, values in data:
+            tensor.data = values
         raise
 
 

@@ -20,9 +20,12 @@ from mono_quant.errors import (
     UnsupportedModelError,
 )
 from mono_quant.hf.configs import BUILD_ERRORS, clean_config
+from mono_quant.hf.dtypes import loaded_dtypes
 from mono_quant.hf.names import renamer
-from mono_quant.hf.quantizer import METHOD, classes, mark_int8_
+from mono_quant.hf.quantizer import METHOD, codes_among, mark_int8_, register, stored_method, unmark_
 from mono_quant.io.text import one_line
+from mono_quant.planning.layers import declared_float32
+from mono_quant.planning.walk import is_transformers_model
 
 
 def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> tuple[type[Any], Any]:
@@ -88,59 +91,123 @@ def _remote_class(auto_map: Mapping[str, Any], name: str, folder: Path) -> tuple
     return get_class_from_dynamic_module(references[0], str(folder)), config
 
 
-def load_float(
+def load_as_stored(
     cls: type[Any],
     config: Any,
     tensors: Mapping[str, Tensor],
     subject: str,
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype,
+    built: torch.dtype | None = None,
 ) -> nn.Module:
-    """Build a model and fill it from a checkpoint, every weight accounted for.
-
-    Args:
-        cls: the model class.
-        config: its config object.
-        tensors: by checkpoint name.
-        subject: what to call the checkpoint in errors.
-        dtype: of the model; `auto` takes it from the config, else from the tensors.
-
-    Raises:
-        CorruptCheckpointError: weights are missing or have other shapes than the config says.
-    """
-    return _load(cls, config, dict(tensors), subject, dtype=dtype)
-
-
-def load_int8(
-    cls: type[Any], config: Any, tensors: Mapping[str, Tensor], subject: str, dtype: torch.dtype
-) -> nn.Module:
-    """Build a model with int8 layers where the checkpoint has int8 weights, and fill it.
+    """Build a model and fill it from a checkpoint, every weight accounted for and in the dtype that it has there.
 
     Args:
         cls: the model class.
         config: its config object.
         tensors: by checkpoint name; int8 codes in the shape of the float weight, scales fp32 [N, 1].
         subject: what to call the checkpoint in errors.
-        dtype: of the float part of the model.
+        dtype: of most float tensors, and what int8 weights read as.
+        built: dtype that the class is built in, which decides what it computes by itself; `dtype` when None.
 
     Raises:
         CorruptCheckpointError: weights are missing, left over, or have other shapes than the config says.
     """
-    classes()
-    config = copy.deepcopy(config)
-    codes = sorted(name for name, tensor in tensors.items() if tensor.dtype == torch.int8)
+    named = _with_renamed_scales(cls, config, tensors, subject)
+    method = stored_method({name: tensor.dtype for name, tensor in named.items()}, dtype)
+    return _load_with(cls, config, named, subject, method, built or dtype)
+
+
+def load_int8(
+    cls: type[Any], config: Any, tensors: Mapping[str, Tensor], subject: str, dtype: torch.dtype
+) -> nn.Module:
+    """Build a model with int8 layers where somebody's checkpoint has int8 weights, the rest as transformers loads it.
+
+    Args:
+        cls: the model class.
+        config: its config object.
+        tensors: by checkpoint name; int8 codes in the shape of the float weight, scales fp32 [N, 1].
+        subject: what to call the checkpoint in errors.
+        dtype: that is asked of transformers.
+
+    Raises:
+        CorruptCheckpointError: weights are missing, left over, or have other shapes than the config says.
+    """
+    named = _with_renamed_scales(cls, config, tensors, subject)
+    method = {"quant_method": METHOD, "codes": codes_among(named)}
+    model = _load_with(cls, config, named, subject, method, dtype)
+    mark_int8_(model)
+    return model
+
+
+def _with_renamed_scales(
+    cls: type[Any], config: Any, tensors: Mapping[str, Tensor], subject: str
+) -> dict[str, Tensor]:
+    """Of what the file holds in one tensor per matrix, transformers renames the scales as well."""
     named = dict(tensors)
-    # of what the file holds in one tensor per matrix, transformers renames the scales as well
-    stacked = [key for key in codes if tensors[key].dim() > 2]
+    stacked = [key for key in codes_among(tensors) if tensors[key].dim() > 2]
     if stacked:
-        rename = renamer(skeleton(cls, config, dtype, subject))
+        rename = renamer(skeleton(cls, config, torch.float32, subject))
         for key in stacked:
             name, merged = rename(key)
             if not merged and f"{key}_scale" in named and rename(f"{key}_scale")[0] != f"{name}_scale":
                 named[f"{name}_scale"] = named.pop(f"{key}_scale")
-    config.quantization_config = {"quant_method": METHOD, "codes": codes}
-    model = _load(cls, config, named, subject, dtype=dtype)
-    mark_int8_(model)
+    return named
+
+
+def _load_with(
+    cls: type[Any],
+    config: Any,
+    tensors: dict[str, Tensor],
+    subject: str,
+    method: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> nn.Module:
+    register()
+    config = copy.deepcopy(config)
+    config.quantization_config = method
+    model = _load(cls, config, tensors, subject, dtype=dtype)
+    unmark_(model)
     return model
+
+
+def computed_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the buffers that are not in a checkpoint, as they are computed when the class of `model` is loaded.
+
+    Args:
+        model: a transformers model.
+        dtype: that the class is built in.
+
+    Raises:
+        CorruptCheckpointError: the class cannot be built from the config.
+    """
+    name, config = type(model).__name__, model.config
+    bare = skeleton(type(model), config, dtype, name)
+    dtypes = loaded_dtypes(bare, dtype)
+    # one zero for all values of a tensor: nothing of the size of the model is allocated
+    zeros = {
+        n: torch.zeros((), dtype=dtypes.get(n, t.dtype)).expand(t.shape) for n, t in bare.state_dict().items()
+    }
+    loaded = _load(type(model), copy.deepcopy(config), zeros, name, dtype=dtype)
+    return {n: buffer for n, buffer in loaded.named_buffers() if n not in zeros}
+
+
+def given_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the dtype of the float tensors that transformers would not give `dtype` when loading `model` in it.
+
+    What cannot be built from a config (modules of other libraries) has only its declarations.
+
+    Args:
+        model: any module, meta included.
+        dtype: that is asked for.
+    """
+    declared = dict.fromkeys(declared_float32(model, dtype), torch.float32)
+    if not is_transformers_model(model):
+        return declared
+    try:
+        bare = skeleton(type(model), model.config, dtype, type(model).__name__)
+    except CorruptCheckpointError:
+        return declared
+    return {name: own for name, own in loaded_dtypes(bare, dtype).items() if own != dtype}
 
 
 def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> nn.Module:

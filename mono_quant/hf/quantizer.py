@@ -4,13 +4,17 @@ The classes need transformers as their base, so they are made when they are firs
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mono_quant.convert.int8 import install_
 from mono_quant.errors import CorruptCheckpointError, UnsupportedModelError
+from mono_quant.hf.dtypes import take_dtypes_
 from mono_quant.hf.names import renamer, split_names
+from mono_quant.planning.layers import DECLARATIONS
 from mono_quant.planning.walk import weight_owners
 
 METHOD = "mono_quant"
@@ -28,10 +32,34 @@ def register() -> None:
     classes()
 
 
+def codes_among(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the int8 codes of a checkpoint."""
+    return sorted(name for name, tensor in tensors.items() if tensor.dtype == torch.int8)
+
+
+def stored_method(stored: Mapping[str, torch.dtype], dtype: torch.dtype) -> dict[str, Any]:
+    """Return a `quantization_config` that fills a model with what a checkpoint holds, codes and floats, as they are.
+
+    Args:
+        stored: dtype of every tensor of the checkpoint, by name.
+        dtype: of most float tensors, and what int8 weights read as.
+    """
+    codes = sorted(name for name, held in stored.items() if held == torch.int8)
+    scales = {f"{name}_scale" for name in codes}
+    floats = {n: str(held) for n, held in stored.items() if held.is_floating_point and n not in scales}
+    return {"quant_method": METHOD, "codes": codes, "dtype": str(dtype), "floats": floats}
+
+
 def mark_int8_(model: nn.Module) -> None:
     """Tell transformers that the model is quantized by us, so that its own saving does not write codes as floats."""
     config_class, quantizer_class = classes()
+    unmark_(model)
     model.hf_quantizer = quantizer_class(config_class(), pre_quantized=True)
+
+
+def unmark_(model: nn.Module) -> None:
+    """Remove from a loaded model what says that its loader was a quantization method."""
+    model.__dict__.pop("hf_quantizer", None)
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_is_quantized"):
@@ -50,11 +78,22 @@ def classes() -> tuple[type[Any], type[Any]]:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
-        """What the loader has to know: which checkpoint tensors are int8 codes."""
+        """What the loader has to know: which checkpoint tensors are int8 codes, and which dtypes the others have.
 
-        def __init__(self, codes: list[str] | None = None, **_: Any) -> None:
+        Without `dtype`, the others get the dtypes that transformers gives them.
+        """
+
+        def __init__(
+            self,
+            codes: list[str] | None = None,
+            dtype: str = "",
+            floats: Mapping[str, str] | None = None,
+            **_: Any,
+        ) -> None:
             self.quant_method = METHOD
             self.codes = codes or []
+            self.dtype = dtype
+            self.floats = floats or {}
 
     class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         """Puts int8 layers where the checkpoint has int8 codes."""
@@ -69,7 +108,16 @@ def classes() -> tuple[type[Any], type[Any]]:
             )
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-            install_(model, _modules_of(model, self.quantization_config.codes))
+            asked = self.quantization_config
+            if asked.dtype:
+                take_dtypes_(model, _dtype(asked.dtype), {n: _dtype(d) for n, d in asked.floats.items()})
+                # what the class declares would be cast: here the file decides
+                self.declared = {name: getattr(model, name, None) for name in DECLARATIONS}
+                model.__dict__.update(dict.fromkeys(DECLARATIONS, frozenset()))
+            install_(model, _modules_of(model, asked.codes))
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+            model.__dict__.update(getattr(self, "declared", {}))
 
         def _dequantize(self, model: Any, dtype: Any = None) -> Any:
             raise UnsupportedModelError("dequantize() is not supported; load the original model instead")
@@ -79,6 +127,11 @@ def classes() -> tuple[type[Any], type[Any]]:
     register_quantization_config(METHOD)(Int8Config)
     register_quantizer(METHOD)(Int8Quantizer)
     return Int8Config, Int8Quantizer
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    return dtype
 
 
 def _modules_of(model: nn.Module, codes: list[str]) -> list[str]:

@@ -1,13 +1,15 @@
 """SentenceTransformer folders: what lies around the transformer that does the work."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mono_quant.errors import MissingDependencyError
 from mono_quant.hf.models import quiet
-from mono_quant.hf.quantizer import METHOD, mark_int8_, register
+from mono_quant.hf.quantizer import classes, stored_method, unmark_
 from mono_quant.io.disk.output import OutputFolder
 
 
@@ -27,34 +29,40 @@ def write_modules(folder: OutputFolder, model: Any, core: nn.Module) -> None:
         del core.__dict__["save_pretrained"]
 
 
-def load_modules(folder: Path, codes: list[str], half: bool) -> nn.Module:
+def load_modules(
+    folder: Path, stored: Mapping[str, torch.dtype], dtype: torch.dtype, built: torch.dtype, is_int8: bool
+) -> nn.Module:
     """Load a SentenceTransformer whose transformer has int8 layers where the file has int8 codes.
 
     Args:
-        folder: in the standard layout.
-        codes: names of the int8 tensors in the file.
-        half: the transformer is in float16.
+        folder: in the standard or the plain layout.
+        stored: dtype of every tensor of the transformer in the file, by name.
+        dtype: of most of its float tensors, and what int8 weights read as.
+        built: dtype that its class is built in.
+        is_int8: its config names a quantization method, which ours has to stand in for.
 
     Raises:
         MissingDependencyError: sentence-transformers is not installed.
     """
+    config_class, _ = classes()
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as e:
         raise MissingDependencyError(
             f"{folder} is a SentenceTransformer; install it with: pip install sentence-transformers"
         ) from e
-    register()
-    config = {} if half else {"quantization_config": {"quant_method": METHOD, "codes": codes}}
+    method = stored_method(stored, dtype)
+    # transformers takes a method from the config where that names one, and from the caller elsewhere
+    instead = {"quantization_config": method} if is_int8 else {}
+    added = {} if is_int8 else {"quantization_config": config_class(**method)}
     with quiet():
         model: Any = SentenceTransformer(
             str(folder),
             device="cpu",
             local_files_only=True,
-            config_kwargs=config,
-            model_kwargs={"dtype": "auto"},
+            config_kwargs=instead,
+            model_kwargs={"dtype": built, **added},
         )
-    if not half:
-        mark_int8_(model[0].auto_model)
+    unmark_(model[0].auto_model)
     loaded: nn.Module = model.eval()
     return loaded

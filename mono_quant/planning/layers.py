@@ -5,8 +5,10 @@ Works on real and on meta modules alike, so that a plan and a conversion see the
 
 import re
 from collections import defaultdict
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from mono_quant.kernels import MAX_IN_FEATURES
@@ -20,10 +22,12 @@ from mono_quant.planning.kinds import (
     obstacle,
 )
 from mono_quant.planning.rules import Layer
-from mono_quant.planning.walk import below, is_transformers_model, module_aliases, owners_of
+from mono_quant.planning.walk import below, is_transformers_model, module_aliases, owners_of, tensor_names
 
 # What a model made of portable layers holds beside them, and can keep in float at a small price.
 _COSTLY_KINDS = ("conv1d", "conv2d", "attention")
+# Where a transformers model lists what needs float32: against float16 alone, and against any other dtype.
+DECLARATIONS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 _HEADS = frozenset({"lm_head", "classifier", "score", "qa_outputs", "proj_out", "classification_head"})
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
@@ -49,6 +53,7 @@ def find_layers(model: nn.Module, within: str = "") -> list[Layer]:
 def _layers_of(model: nn.Module) -> list[Layer]:
     aliases = module_aliases(model)
     owners = owners_of(model)
+    declared = declared_float32(model)
     covered: set[str] = set()
     layers = []
     for name, module in model.named_modules():
@@ -62,7 +67,8 @@ def _layers_of(model: nn.Module) -> list[Layer]:
             own = dict(module.named_parameters())
             weights = [own[w] for w in WEIGHTS.get(kind, ()) if w in own] or list(matrices(module))
             tied = any(len(owners[id(p)]) > 1 for p in weights)
-            rules = _router_rule(name, module) | _fp32_rule(model, name) | ({"tied"} if tied else set())
+            rules = _router_rule(name, module) | ({"tied"} if tied else set())
+            rules |= {"keep_in_fp32"} if _holds_any(name, module, kind, declared) else set()
             rules |= {"embedding"} if kind == "embedding" else set()
             layers.append(replace(layer, defaults=frozenset(rules), aliases=aliases[id(module)]))
     return _with_portable_rule(model, _with_heads(model, layers))
@@ -93,16 +99,41 @@ def _router_rule(name: str, module: nn.Module) -> set[str]:
     return {"router"} if is_router else set()
 
 
-def _fp32_rule(model: nn.Module, name: str) -> set[str]:
-    return {"keep_in_fp32"} if any(p.search(name) for p in fp32_patterns(model)) else set()
+def _holds_any(name: str, module: nn.Module, kind: str, declared: Collection[str]) -> bool:
+    weights = WEIGHTS.get(kind) or [own for own, _ in module.named_parameters(recurse=False)]
+    return any(f"{name}.{weight}".lstrip(".") in declared for weight in weights)
 
 
-def fp32_patterns(model: nn.Module) -> list[re.Pattern[str]]:
-    """Return expressions for the module names that a transformers model keeps in float32."""
-    names: set[str] = set()
-    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        names |= set(getattr(model, attribute, None) or ())
-    return [re.compile(rf"(^|\.){n.replace('*', '.*')}($|\.)") for n in sorted(names)]
+def declared_float32(model: nn.Module, dtype: torch.dtype | None = None) -> set[str]:
+    """Return the names of the float tensors that a transformers model, or one inside, declares to need float32.
+
+    A declaration is an expression that transformers looks for anywhere in the name of a parameter or buffer.
+
+    Args:
+        model: any module, meta included.
+        dtype: what transformers would load it in: for float16 every declaration counts, for bfloat16 the strict ones, for
+            others none. All count when it is None.
+    """
+    found = set()
+    for prefix, expression in _declarations(model, dtype):
+        for name, tensor, _ in tensor_names(model.get_submodule(prefix)):
+            if tensor.is_floating_point() and expression.search(name):
+                found.add(f"{prefix}.{name}".lstrip("."))
+    return found
+
+
+def _declarations(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, re.Pattern[str]]]:
+    """Yield the name of each outermost module that declares something with the expression for names inside it."""
+    covered: list[str] = []
+    in_force = {torch.float16: DECLARATIONS, torch.bfloat16: DECLARATIONS[1:], None: DECLARATIONS}
+    for prefix, module in model.named_modules():
+        names = {
+            name for attribute in in_force.get(dtype, ()) for name in getattr(module, attribute, None) or ()
+        }
+        # a model has taken over the declarations of those inside it
+        if names and not any(below(prefix, outer) for outer in covered):
+            covered.append(prefix)
+            yield prefix, re.compile("|".join(f"({n.replace('*', '.*')})" for n in sorted(names)))
 
 
 def _with_heads(model: nn.Module, layers: list[Layer]) -> list[Layer]:

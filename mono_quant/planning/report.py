@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 from mono_quant.errors import CorruptCheckpointError
 from mono_quant.io.disk.json_text import canonical_json
 from mono_quant.kernels.weights import FP16_MAX
@@ -225,6 +227,11 @@ class QuantReport:
     def table(self) -> str:
         """Return the report as text for a terminal: groups of equal layers, sizes, reasons, fidelity."""
         return "\n".join(_lines(self))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without `torch.`."""
+    return str(dtype).removeprefix("torch.")
 
 
 _MEASURES = {

@@ -9,47 +9,46 @@ from torch import Tensor, nn
 
 from mono_quant.io.text import listed
 from mono_quant.planning.kinds import WEIGHTS
-from mono_quant.planning.report import TensorReport
+from mono_quant.planning.report import TensorReport, dtype_name
 from mono_quant.planning.rules import Decision, Layer
 from mono_quant.planning.walk import tensor_names
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of one float tensor."""
+    """What became of one float tensor; `kept` when it only got another float dtype, for a reason other than the request."""
 
     bytes_after: int
     dtype_after: torch.dtype
     sqnr_db: float | None = None
     gap_db: float | None = None
     flushed: int = 0
+    kept: bool = False
 
 
 def account(
     original: Mapping[str, TensorReport], done: Mapping[str, Converted], reasons: Mapping[str, str]
 ) -> tuple[TensorReport, ...]:
     """Complete the rows of `survey` with what was done."""
-    rows = []
+    rows: dict[str, TensorReport] = {}
     for name, row in original.items():
+        c = done.get(name)
         if row.action == "shared":
-            rows.append(row)
-        elif name in done:
-            c = done[name]
-            rows.append(
-                replace(
-                    row,
-                    action="quantized",
-                    reason="",
-                    bytes_after=c.bytes_after,
-                    dtype_after=str(c.dtype_after).removeprefix("torch."),
-                    sqnr_db=c.sqnr_db,
-                    gap_db=c.gap_db,
-                    flushed=c.flushed,
-                )
+            rows[name] = replace(row, dtype_after=rows[row.reason].dtype_after)
+            continue
+        rows[name] = replace(row, reason=reasons.get(name, row.reason))
+        if c is not None:
+            rows[name] = replace(
+                rows[name],
+                action="kept" if c.kept else "quantized",
+                reason=rows[name].reason if c.kept else "",
+                bytes_after=c.bytes_after,
+                dtype_after=dtype_name(c.dtype_after),
+                sqnr_db=c.sqnr_db,
+                gap_db=c.gap_db,
+                flushed=c.flushed,
             )
-        else:
-            rows.append(replace(row, reason=reasons.get(name, row.reason)))
-    return tuple(rows)
+    return tuple(rows.values())
 
 
 def survey(model: nn.Module, layers: Sequence[Layer]) -> dict[str, TensorReport]:
@@ -63,7 +62,7 @@ def survey(model: nn.Module, layers: Sequence[Layer]) -> dict[str, TensorReport]
         owner, _, _ = name.rpartition(".")
         layer = by_tensor.get(name) or (by_module.get(owner) if tensor.dim() > 1 else None)
         shared_with = first.setdefault(id(tensor), name)
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         size = 0 if shared_with != name else tensor.numel() * tensor.element_size()
         rows[name] = TensorReport(
             name=name,

@@ -1,8 +1,9 @@
 """Walking over the modules and tensors of a model, shared ones included."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from mono_quant.planning.kinds import WEIGHTS, kind_of
@@ -32,6 +33,18 @@ def own_floats(module: nn.Module) -> dict[str, Tensor]:
     return own | {
         n: b for n, b in module.named_buffers(recurse=False) if b.is_floating_point() and n not in skip
     }
+
+
+def common_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """Return the floating dtype that most values have; float32 where there are none.
+
+    Args:
+        sizes: dtype and number of values of each tensor.
+    """
+    values: Counter[torch.dtype] = Counter()
+    for dtype, size in sizes:
+        values[dtype] += size if dtype.is_floating_point else 0
+    return max(values, key=lambda dtype: values[dtype]) if values.total() else torch.float32
 
 
 def below(name: str, within: str) -> bool:

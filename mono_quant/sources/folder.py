@@ -15,12 +15,14 @@ from mono_quant.errors import (
     UnsafeInputError,
 )
 from mono_quant.hf.configs import set_generation_
-from mono_quant.hf.models import load_float, model_class, skeleton
+from mono_quant.hf.dtypes import loaded_dtypes, take_dtypes_
+from mono_quant.hf.models import load_as_stored, model_class, skeleton
 from mono_quant.hf.names import check_fit, renamer, split_names
-from mono_quant.io.disk.allowed import is_allowed
+from mono_quant.io.disk.allowed import BUFFERS, is_allowed
 from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.hub.metadata import local_card
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
+from mono_quant.planning.walk import common_dtype
 from mono_quant.sources.guards import (
     Shapes,
     check_dtypes,
@@ -39,10 +41,21 @@ def _local_origin(name: str, folder: Path) -> Origin:
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """A model on meta that a checkpoint fits, and how to make the real one."""
+    """A model on meta that a checkpoint fits, and how to make the real one.
+
+    Attributes:
+        model: with every tensor in the dtype of the checkpoint.
+        config: of the model.
+        dtype: of most of the checkpoint.
+        dtypes: that transformers would give the float tensors.
+        notes: what the user should know.
+        has_code: the repository's own code was run.
+    """
 
     model: nn.Module
     config: Any
+    dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
     notes: list[str]
     has_code: bool
 
@@ -66,10 +79,10 @@ def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool =
         bare = _skeleton(folder, raw, access, shapes)
         if not weights:
             check_complete(bare.model, shapes, folder)
-            return _of_folder(bare.model, folder, bare.notes)
-        model = load_float(type(bare.model), bare.config, _read_all(checkpoint), str(folder))
+            return _of_folder(bare.model, folder, bare)
+        model = load_as_stored(type(bare.model), bare.config, _read_all(checkpoint), str(folder), bare.dtype)
         files = {} if pickled or is_cache else checkpoint.sha256s()
-    source = _of_folder(model, folder, bare.notes)
+    source = _of_folder(model, folder, bare)
     used = {"allow_pickle": pickled, "trust_remote_code": bare.has_code}
     origin = source.subject.origin
     source.subject.origin = replace(
@@ -94,25 +107,25 @@ def from_headers(folder: Path, access: Access, shapes: Shapes) -> Source:
     """
     bare = _skeleton(folder, read_config(folder), access, shapes)
     check_complete(bare.model, shapes, folder)
-    return _of_folder(bare.model, folder, bare.notes)
+    return _of_folder(bare.model, folder, bare)
 
 
 def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shapes) -> _Skeleton:
     check_float(folder, shapes)
     check_proportion(folder, raw, shapes)
     cls, config = model_class(raw, folder, access.trust_remote_code)
-    sizes: dict[torch.dtype, int] = {}
-    for dtype, shape in shapes.values():
-        if dtype.is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
-    dtype = max(sizes, key=lambda d: sizes[d], default=torch.float32)
+    # the files decide: a config may say another dtype than they hold
+    dtype = common_dtype((held, math.prod(shape)) for held, shape in shapes.values())
     model = skeleton(cls, config, dtype, str(folder))
     left = check_fit(model, {name: shape for name, (_, shape) in shapes.items()}, str(folder))
     check_dtypes(folder, shapes, model, left)
     notes = []
     if left:
         notes.append(f"left out, because no layer of {cls.__name__} uses them: {_grouped(left)}")
-    return _Skeleton(model, config, notes, access.trust_remote_code and bool(raw.get("auto_map")))
+    dtypes = loaded_dtypes(model, dtype)
+    take_dtypes_(model, dtype, {name: held for name, (held, _) in shapes.items() if held.is_floating_point})
+    has_code = access.trust_remote_code and bool(raw.get("auto_map"))
+    return _Skeleton(model, config, dtype, dtypes, notes, has_code)
 
 
 def check_complete(model: nn.Module, shapes: Shapes, folder: Path) -> None:
@@ -161,8 +174,8 @@ def _grouped(names: list[str]) -> str:
     return ", ".join(list(groups)[:8]) + (" ..." if len(groups) > 8 else "")
 
 
-def _of_folder(model: nn.Module, folder: Path, notes: list[str]) -> Source:
-    side_files = find_side_files(folder)
+def _of_folder(model: nn.Module, folder: Path, bare: _Skeleton) -> Source:
+    side_files, notes = find_side_files(folder), bare.notes
     if "modules.json" in side_files:
         lost = (
             f"a SentenceTransformer: only the {type(model).__name__} inside it was converted, and load() gives that alone; "
@@ -171,7 +184,7 @@ def _of_folder(model: nn.Module, folder: Path, notes: list[str]) -> Source:
         notes = [lost, *notes]
     origin = _local_origin(type(model).__name__, folder)
     subject = Subject(model, "transformers", folder=folder, side_files=side_files, origin=origin)
-    return Source(subject, owned=True, notes=notes)
+    return Source(subject, owned=True, dtypes=bare.dtypes, notes=notes)
 
 
 def _read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -180,7 +193,14 @@ def _read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 def find_side_files(folder: Path) -> tuple[str, ...]:
     """Return the files beside the weights that belong to a model, by the list of what an output may hold."""
-    own = ("config.json", "generation_config.json", "README.md", MANIFEST, "mono_quant_report.json")
+    own = (
+        "config.json",
+        "generation_config.json",
+        "README.md",
+        MANIFEST,
+        "mono_quant_report.json",
+        f"{BUFFERS}/model.safetensors",
+    )
     names = [p.relative_to(folder).as_posix() for p in [*folder.glob("*"), *folder.glob("*/*")]]
     # the weights of sentence-transformers' dense modules lie in folders of their own
     chosen = [n for n in names if is_allowed(n) and n not in own and ("/" in n or ".safetensors" not in n)]

@@ -1,9 +1,11 @@
 """One model to convert with what belongs to it, and how to reach it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mono_quant.hf.processors import load_processor
@@ -53,11 +55,14 @@ class Source:
     Attributes:
         subject: the float model with what belongs to it.
         owned: True when nobody else holds the model, so that it may be changed.
+        dtypes: that transformers would give the float tensors, by name: one that files hold in another dtype is in the model
+            as they hold it. Empty for a model in memory, which is what it is.
         notes: what the user should know.
     """
 
     subject: Subject
     owned: bool = False
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

@@ -9,7 +9,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from mono_quant.planning.kinds import PORTABLE_KINDS, WEIGHTS, kind_of
-from mono_quant.planning.layers import find_layers, fp32_patterns
+from mono_quant.planning.layers import declared_float32, find_layers
 from mono_quant.planning.walk import is_transformers_model, tensor_names
 
 
@@ -248,18 +248,55 @@ def test_routers_are_named_exactly():
     assert rules(model) == {n: {"router"} for n in ("gate", "router", "shared_expert_gate")}
 
 
-def test_the_declared_float32_modules_are_matched_by_whole_parts():
+def test_what_is_declared_to_need_float32_is_looked_for_in_the_names_of_tensors_as_transformers_does():
     model = nn.ModuleDict({
         "wo": nn.Linear(8, 8),
         "two": nn.Linear(8, 8),
-        "wolf": nn.Linear(8, 8),
-        "x": nn.ModuleDict({"wo": nn.Linear(8, 8)}),
+        "x": nn.ModuleDict({"gate": nn.Linear(8, 8), "gate_weight_proj": nn.Linear(8, 8)}),
     })
     model._keep_in_fp32_modules = ["wo"]
-    assert rules(model) == {"wo": {"keep_in_fp32"}, "x.wo": {"keep_in_fp32"}}
-    model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = None, ["t*o"]
-    assert rules(model) == {"two": {"keep_in_fp32"}}
-    assert [p.pattern for p in fp32_patterns(nn.Linear(2, 2))] == []
+    assert rules(model, "wo", "proj") == {n: {"keep_in_fp32"} for n in ("wo", "two")} | {
+        "x.gate_weight_proj": set()
+    }
+    model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = None, ["x*t_pr", "gate.weight"]
+    assert rules(model, "wo", "gate", "proj") == {
+        "wo": set(), "two": set(), "x.gate": {"keep_in_fp32", "router"}, "x.gate_weight_proj": {"keep_in_fp32"}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (None, {"a.weight", "a.bias", "b.bias", "mean"}),
+        (torch.float16, {"a.weight", "a.bias", "b.bias", "mean"}),
+        (torch.bfloat16, {"b.bias", "mean"}),
+        (torch.float32, set()),
+        (torch.float64, set()),
+    ],
+)
+@pytest.mark.parametrize("outer", [lambda model: model, lambda model: nn.Sequential(nn.ReLU(), model)])
+def test_which_declarations_are_in_force_depends_on_the_dtype(outer, dtype, expected):
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = (
+        {"a"},
+        ["b.b*s", "mean", "count", "table"],
+    )
+    model.register_buffer("mean", torch.ones(4))
+    model.register_buffer("count", torch.ones(4, dtype=torch.int64))
+    model.register_buffer("table", torch.ones(4), persistent=False)
+    whole = outer(model)
+    prefix = "" if whole is model else "1."
+    assert declared_float32(whole, dtype) == {f"{prefix}{name}" for name in expected}
+
+
+def test_a_model_speaks_for_the_ones_inside_it_and_others_declare_nothing():
+    inner = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "inner": inner})
+    inner._keep_in_fp32_modules = ["^b"]
+    assert declared_float32(model) == {"inner.b.weight", "inner.b.bias"}
+    model._keep_in_fp32_modules = ["a.w", *inner._keep_in_fp32_modules]
+    assert declared_float32(model) == {"a.weight", "inner.a.weight"}
+    assert declared_float32(nn.Linear(2, 2)) == set()
 
 
 # transformers

@@ -5,6 +5,9 @@ Everything else stays behind, above all code (*.py), pickles (*.bin), secrets (.
 
 import re
 
+# The folder of the buffers that belong to no checkpoint.
+BUFFERS = "mono_quant_buffers"
+
 ALLOWED = (
     # the model's description
     r"config\.json|generation_config\.json",
@@ -21,6 +24,8 @@ ALLOWED = (
     # sentence-transformers: the list of modules and each module's settings and dense weights
     r"modules\.json|config_sentence_transformers\.json|sentence_[a-z0-9]+_config\.json",
     r"\d+_[A-Za-z][A-Za-z0-9_]*/(config\.json|model\.safetensors)",
+    # out of the way of loaders that take every file beside the weights
+    rf"{BUFFERS}/model\.safetensors",
     # terms that must travel along
     r"(?i:LICEN[SC]E|NOTICE|USE_POLICY)[A-Za-z0-9_-]*(\.(txt|md|rst|pdf))?",
 )

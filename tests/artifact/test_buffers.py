@@ -1,0 +1,73 @@
+"""Buffers outside the state dict: how they come back."""
+
+import pytest
+import torch
+import transformers as hf
+from models import transformer
+from torch import nn
+
+from mono_quant.artifact.buffers import Buffers, buffers_of, restore_, unsaved_buffers
+from mono_quant.convert.int8 import install_
+from mono_quant.errors import CorruptCheckpointError
+
+fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+CONFIG = hf.Gemma3TextConfig(**transformer | {"hidden_size": 48, "num_hidden_layers": 1}, head_dim=16)
+SCALE = "embed_tokens.embed_scale"
+
+
+def gemma(dtype: torch.dtype = fp32) -> hf.Gemma3TextModel:
+    return hf.Gemma3TextModel._from_config(hf.Gemma3TextConfig(**CONFIG.to_dict()), dtype=dtype)
+
+
+def facts(found: Buffers) -> tuple[torch.dtype, dict[str, torch.dtype], list[str]]:
+    return found.built, dict(found.casts), sorted(found.values)
+
+
+def test_what_building_gives_back_is_not_written_down():
+    assert facts(buffers_of(gemma(), fp32)) == (fp32, {}, [])
+    assert facts(buffers_of(gemma(bf16), bf16)) == (bf16, {}, [])
+
+
+def test_a_cast_after_building_is_named():
+    model = gemma().half()
+    assert facts(buffers_of(model, fp16)) == (fp32, dict.fromkeys(unsaved_buffers(model), fp16), [])
+
+
+def test_what_was_changed_is_kept_by_value():
+    model = gemma(bf16)
+    model.embed_tokens.embed_scale.mul_(2)
+    model.config.rope_parameters["sliding_attention"]["rope_theta"] = 7.0
+    built, casts, values = facts(buffers_of(model, bf16))
+    assert (built, casts, values[0]) == (bf16, {}, SCALE)
+    assert values[1:] and all("inv_freq" in name for name in values[1:])
+
+
+def test_a_model_that_cannot_be_built_again_keeps_all_by_value():
+    class Needs(hf.Gemma3TextModel):
+        def __init__(self, config, more):
+            super().__init__(config)
+
+    model = Needs(CONFIG, 1)
+    assert facts(buffers_of(model, fp32)) == (fp32, {}, sorted(unsaved_buffers(model)))
+
+
+@pytest.mark.parametrize("dtype", [fp32, bf16])
+def test_int8_layers_that_read_as_another_dtype_than_most_are_named(dtype):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16())
+    install_(model, ["0", "1"])
+    assert unsaved_buffers(model) == {}
+    other = {fp32: {"1._float": bf16}, bf16: {"0._float": fp32}}
+    assert facts(buffers_of(model, dtype)) == (fp32, other[dtype], [])
+
+
+def test_buffers_come_back_by_name():
+    model = gemma()
+    restore_(model, {SCALE: fp16}, {"rotary_emb.sliding_attention_inv_freq": torch.ones(3)})
+    assert model.embed_tokens.embed_scale.dtype == fp16
+    assert torch.equal(model.rotary_emb.sliding_attention_inv_freq, torch.ones(3))
+    assert "rotary_emb.sliding_attention_inv_freq" not in model.state_dict()
+    for casts, values in (({"x.y": fp32}, {}), ({}, {"x.y": torch.ones(3)})):
+        with pytest.raises(
+            CorruptCheckpointError, match=r"mono_quant.json names x\.y, which Gemma3TextModel does not have"
+        ):
+            restore_(model, casts, values)
