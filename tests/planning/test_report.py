@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mono_quant.errors import CorruptCheckpointError
+from mono_quant.errors import CorruptCheckpointError, OutputError
 from mono_quant.planning.report import QuantReport, TensorReport, human_bytes
 
 
@@ -118,7 +118,7 @@ def test_json_is_canonical_and_carries_totals():
         "name": "fc1.bias", "module": "fc1", "kind": "linear", "shape": [40], "dtype_before": "float32",
         "dtype_after": "float32", "bytes_before": 160, "bytes_after": 160, "action": "kept", "reason": "bias",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(OutputError, match="'the report' cannot be written as JSON"):
         REPORT.with_fidelity({"relative_error": float("nan")}).to_json()
 
 
