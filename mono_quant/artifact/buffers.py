@@ -21,6 +21,7 @@ from mono_quant.io.disk.allowed import BUFFERS
 from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.disk.output import OutputFolder
 from mono_quant.io.tensors.checkpoint import open_checkpoint
+from mono_quant.io.tensors.headers import DTYPE_NAMES
 from mono_quant.io.tensors.shards import write_tensors
 from mono_quant.planning.walk import is_transformers_model
 
@@ -53,18 +54,24 @@ def buffers_of(core: nn.Module, dtype: torch.dtype) -> Buffers:
         with contextlib.suppress(CorruptCheckpointError):
             computed = computed_buffers(core, built) if unsaved else {}
     casts = {
-        f"{name}._float": module.float_dtype
+        f"{name}._float".lstrip("."): module.float_dtype
         for name, module in core.named_modules()
         if isinstance(module, Int8Module) and module.float_dtype != dtype
     }
     values = {}
     for name, buffer in unsaved.items():
         again = computed.get(name)
-        if again is None or not torch.equal(again.to(buffer.dtype), buffer.cpu()):
+        if again is not None and again.is_floating_point() and buffer.is_floating_point():
+            again = again.to(buffer.dtype)
+        if not _equal(again, buffer):
             values[name] = buffer
-        elif again.dtype != buffer.dtype:
+        elif computed[name].dtype != buffer.dtype:
             casts[name] = buffer.dtype
     return Buffers(built, casts, values)
+
+
+def _equal(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and a.dtype == b.dtype and torch.equal(a, b.cpu())
 
 
 def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -75,9 +82,13 @@ def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_values(folder: OutputFolder, values: Mapping[str, Tensor]) -> None:
-    """Write buffers into their own file, if there are any."""
-    if values:
-        stored = {name: value.detach().cpu().contiguous() for name, value in values.items()}
+    """Write buffers into their own file, if there are any that a file can hold."""
+    stored = {
+        name: value.detach().cpu().contiguous()
+        for name, value in values.items()
+        if value.dtype in DTYPE_NAMES and value.layout == torch.strided
+    }
+    if stored:
         write_tensors(folder, f"{BUFFERS}/model.safetensors", stored)
 
 

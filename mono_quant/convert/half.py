@@ -212,7 +212,8 @@ def compute_in_float_(model: nn.Module, within: str = "") -> None:
         if all(id(module.get_parameter(w)) in free for w in WEIGHTS[kind_of(module)]):
             new = HALF_LAYERS[kind_of(module)](module, lambda p: _frozen(p, shared))
             put_(model, (name, *aliases[id(module)]), module, new)
-    for module in model.get_submodule(within).modules():
+    # what lies outside gets float32 from the part that is float16
+    for module in model.modules():
         if not isinstance(module, StoredModule):
             _cast_inputs_(module)
     disable_float_fast_paths_(model)

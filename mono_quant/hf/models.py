@@ -27,6 +27,9 @@ from mono_quant.io.text import one_line
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.walk import is_transformers_model
 
+# The mark by which transformers knows what a checkpoint has filled.
+_INITIALIZED = "_is_hf_initialized"
+
 
 def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> tuple[type[Any], Any]:
     """Return the class that `config.architectures` names, and the config object.
@@ -180,15 +183,27 @@ def computed_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     Raises:
         CorruptCheckpointError: the class cannot be built from the config.
     """
-    name, config = type(model).__name__, model.config
-    bare = skeleton(type(model), config, dtype, name)
-    dtypes = loaded_dtypes(bare, dtype)
-    # one zero for all values of a tensor: nothing of the size of the model is allocated
-    zeros = {
-        n: torch.zeros((), dtype=dtypes.get(n, t.dtype)).expand(t.shape) for n, t in bare.state_dict().items()
-    }
-    loaded = _load(type(model), copy.deepcopy(config), zeros, name, dtype=dtype)
-    return {n: buffer for n, buffer in loaded.named_buffers() if n not in zeros}
+    subject = type(model).__name__
+    bare: Any = skeleton(type(model), model.config, dtype, subject)
+    # as after loading: everything that a checkpoint holds is there, and the rest is not
+    saved = bare.state_dict(keep_vars=True)
+    for tensor in (*bare.parameters(), *bare.buffers()):
+        vars(tensor)[_INITIALIZED] = True
+    for module in bare.modules():
+        vars(module)[_INITIALIZED] = False
+    unsaved = [name for name, _ in bare.named_buffers() if name not in saved]
+    for name in unsaved:
+        owner, _, last = name.rpartition(".")
+        # a value that shows where nothing is computed
+        setattr(bare.get_submodule(owner), last, torch.full_like(bare.get_buffer(name), 77, device="cpu"))
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            bare.initialize_weights()
+    except BUILD_ERRORS as e:
+        raise CorruptCheckpointError(
+            f"{subject}: transformers cannot initialise it ({one_line(e, 300)})"
+        ) from e
+    return {name: bare.get_buffer(name) for name in unsaved}
 
 
 def given_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

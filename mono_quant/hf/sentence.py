@@ -11,6 +11,7 @@ from mono_quant.errors import MissingDependencyError
 from mono_quant.hf.models import quiet
 from mono_quant.hf.quantizer import classes, stored_method, unmark_
 from mono_quant.io.disk.output import OutputFolder
+from mono_quant.io.tensors.checkpoint import open_checkpoint
 
 
 def write_modules(folder: OutputFolder, model: Any, core: nn.Module) -> None:
@@ -64,5 +65,16 @@ def load_modules(
             model_kwargs={"dtype": built, **added},
         )
     unmark_(model[0].auto_model)
+    _fill_others_(model, folder)
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def _fill_others_(model: nn.Module, folder: Path) -> None:
+    """Give the modules behind the transformer what their files hold: they were cast to the dtype of its first weight."""
+    for index, module in list(model.named_children())[1:]:
+        for file in folder.glob(f"{index}_*/model.safetensors"):
+            with open_checkpoint(file.parent) as checkpoint:
+                for name, tensor in module.state_dict(keep_vars=True).items():
+                    if name in checkpoint:
+                        tensor.data = checkpoint[name]

@@ -11,7 +11,7 @@ import transformers as hf
 from models import relative_error, seeded, transformer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from torch import Tensor, nn
 
 import mono_quant
@@ -684,7 +684,8 @@ def test_a_sentence_transformer_computes_what_it_computed(
     for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         shutil.copy(minilm / file, core)
     transformer = Transformer(str(core), model_kwargs={"dtype": dtype})
-    original = SentenceTransformer(modules=[transformer, Pooling(48)], device="cpu").eval()
+    modules = [transformer, Pooling(48), seeded(lambda: Dense(48, 32))]
+    original = SentenceTransformer(modules=modules, device="cpu").eval()
 
     result = mono_quant.quantize(original, into, fidelity=False)
 
