@@ -24,6 +24,8 @@ Catch `MonoQuantError` for all of them, or a branch for one family::
     ├── NonFiniteWeightError        NaN or infinity in a weight
     ├── Fp16RangeError              a value does not fit float16
     ├── FormatVersionError          the saved format is newer than this package
+    ├── InputError                  a converted layer got an input that it cannot take
+    ├── FrozenWeightError           a converted weight was to be changed or trained
     ├── OutputError                 the result could not be written
     │   ├── OutputExistsError       something that is not ours is there
     │   ├── OutputBusyError         another run is writing there
@@ -126,6 +128,14 @@ class Fp16RangeError(MonoQuantError):
 
 class FormatVersionError(MonoQuantError):
     """The saved format is newer than this package."""
+
+
+class InputError(MonoQuantError):
+    """A converted layer got an input that it cannot take."""
+
+
+class FrozenWeightError(MonoQuantError):
+    """A weight of a converted layer was to be changed or trained."""
 
 
 class OutputError(MonoQuantError):

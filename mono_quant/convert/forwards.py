@@ -1,33 +1,11 @@
-"""What int8 and float16 layers share: the float dtype they stand for, and forward passes of more than one product."""
+"""Forward passes of more than one product, which int8 and float16 layers share."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class StoredModule(nn.Module):
-    """A layer whose weight lies in another form than its arithmetic uses; `.weight` reads as a float tensor."""
-
-    # transformers re-initialises modules that do not carry this mark.
-    _is_hf_initialized = True
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        # Follows `.to(dtype)`, so that a weight that is read has the dtype a float weight would have.
-        self.register_buffer("_float", torch.empty(0, dtype=dtype), persistent=False)
-
-    @property
-    def float_dtype(self) -> torch.dtype:
-        """The dtype of a weight that is read, and of outputs that follow no input."""
-        return self.get_buffer("_float").dtype
-
-    def read_as_(self, dtype: torch.dtype) -> None:
-        """Let a weight that is read have this dtype."""
-        self._float = torch.empty(0, dtype=dtype)
-
-    def _product(self, x: Tensor, name: str, rows: int | slice, bias: Tensor | None) -> Tensor:
-        """Return `x @ W[rows].T + bias` for the matrix, or the stack of matrices, `name`."""
-        raise NotImplementedError
+from mono_quant import kernels
+from mono_quant.convert.stored import StoredModule
 
 
 class ConvForward(StoredModule):
@@ -63,6 +41,9 @@ class ConvForward(StoredModule):
     def forward(self, input: Tensor) -> Tensor:
         """Map [B, in, ...] or [in, ...] to the convolution's output in the dtype of `input`."""
         sizes = len(self.kernel_size)
+        kernels.check_input(
+            input, type(self).__name__, self.in_channels, axis=-sizes - 1, dims=(sizes + 1, sizes + 2)
+        )
         batched = input.dim() == sizes + 2
         x, padding = self._padded(input if batched else input.unsqueeze(0))
         if sizes == 1:
@@ -92,8 +73,10 @@ class ConvForward(StoredModule):
 class ExpertsForward(StoredModule):
     """The forward pass of transformers' fused experts, with the signature of the module it replaces."""
 
-    def _take_routing(self, source: nn.Module, experts: int) -> None:
-        self.num_experts = experts
+    held = ("gate_up_proj", "down_proj")
+
+    def _take_routing(self, source: nn.Module) -> None:
+        self.num_experts, _, self.hidden_size = self.stored("gate_up_proj").shape
         self.act_fn = source.act_fn
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -107,6 +90,7 @@ class ExpertsForward(StoredModule):
         Returns:
             [T, H] in the dtype of `hidden_states`.
         """
+        kernels.check_input(hidden_states, type(self).__name__, self.hidden_size)
         out = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
@@ -118,6 +102,16 @@ class ExpertsForward(StoredModule):
             out.index_add_(0, token, y.to(out.dtype))
         return out
 
+    @property
+    def gate_up_proj(self) -> Tensor:
+        """The weights of the gate and of what it gates, float [E, 2I, H]."""
+        return self.read("gate_up_proj")
+
+    @property
+    def down_proj(self) -> Tensor:
+        """The weights of the way back, float [E, H, I]."""
+        return self.read("down_proj")
+
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"
 
@@ -127,8 +121,14 @@ class AttentionForward(StoredModule):
 
     # The fused float path of nn.TransformerEncoderLayer reads the weights itself unless this is False.
     _qkv_same_embed_dim = False
+    held = ("in_proj_weight",)
     in_proj_bias: nn.Parameter | None
     out_proj: nn.Module
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """The input projection, float [3E, E]."""
+        return self.read("in_proj_weight")
 
     def _take_heads(self, source: nn.MultiheadAttention) -> None:
         self.embed_dim, self.num_heads, self.head_dim = source.embed_dim, source.num_heads, source.head_dim
@@ -150,6 +150,8 @@ class AttentionForward(StoredModule):
             raise ValueError(
                 "is_causal=True needs attn_mask as well, as in nn.MultiheadAttention; pass the causal mask"
             )
+        for given in (query, key, value):
+            kernels.check_input(given, type(self).__name__, self.embed_dim)
         batched = query.dim() == 3
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from mono_quant import kernels
 from mono_quant.convert.contract import Decisions, Outcome, Progress, Scheme, Task
 from mono_quant.convert.fidelity import Output, compare, digits, peak_activation, run
-from mono_quant.convert.forwards import StoredModule
 from mono_quant.convert.half_layers import HALF_LAYERS
 from mono_quant.convert.probes import Probe
+from mono_quant.convert.stored import StoredModule
 from mono_quant.convert.surgery import disable_float_fast_paths_, put_
 from mono_quant.errors import Fp16RangeError, NonFiniteWeightError
 from mono_quant.kernels import cast_half

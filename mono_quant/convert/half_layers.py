@@ -5,14 +5,15 @@ the float16 weight, widen it in registers, and pass float32 on; everything else 
 memory with values that float16 holds. `.half()` gives a model that computes in float16 throughout, for a GPU.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mono_quant import kernels
-from mono_quant.convert.forwards import AttentionForward, ExpertsForward, StoredModule
+from mono_quant.convert.forwards import AttentionForward, ExpertsForward
+from mono_quant.convert.stored import StoredModule
 
 Share = Callable[[Tensor], nn.Parameter]
 
@@ -34,22 +35,44 @@ class HalfModule(StoredModule):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
 
-    def stored(self, name: str = "weight") -> Tensor:
-        """Return the parameter `name` as it lies in memory: float16."""
-        held = self._parameters[name]
-        assert held is not None
-        return held
+    def _restore(self, name: str) -> Tensor:
+        return self.stored(name).to(self.float_dtype)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as a tensor of the dtype that the model computes in."""
-        return self.stored().to(self.float_dtype)
+    def _state_problems(self, given: Mapping[str, Tensor], assign: bool) -> Iterator[str]:
+        for name, tensor in given.items():
+            own = self.stored(name).dtype
+            if assign and tensor.dtype != own or not tensor.is_floating_point():
+                yield (
+                    f"{name} is {tensor.dtype}, but {type(self).__name__} holds {own}; load it with assign=False, which rounds "
+                    f"floating-point values"
+                )
+            elif lost := _lost(tensor, own):
+                yield f"{name} has {lost} values that {own} cannot hold; convert the model that has them (quantize)"
+
+    def _form(self, name: str) -> str:
+        return f"{self.stored(name).dtype} values"
 
     def _product(self, x: Tensor, name: str, rows: int | slice, bias: Tensor | None) -> Tensor:
         return kernels.half_linear(x, self.stored(name)[rows], bias)
 
 
-class HalfLinear(HalfModule):
+def _lost(tensor: Tensor, dtype: torch.dtype) -> int:
+    """Count the finite values that are not finite in `dtype`."""
+    if tensor.is_meta or tensor.dtype == dtype:
+        return 0
+    return int((torch.isfinite(tensor) & ~torch.isfinite(tensor.to(dtype))).sum())
+
+
+class _HalfWeight(HalfModule):
+    """A float16 layer with the one parameter `weight`."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a tensor of the dtype that the model computes in."""
+        return self.read("weight")
+
+
+class HalfLinear(_HalfWeight):
     """`nn.Linear` with float16 weights [out, in]."""
 
     def __init__(self, source: nn.Linear, share: Share) -> None:
@@ -60,7 +83,7 @@ class HalfLinear(HalfModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in the dtype of `input`."""
-        return kernels.half_linear(input, self.stored(), self.bias)
+        return kernels.half_linear(input, self.stored("weight"), self.bias)
 
     def extra_repr(self) -> str:
         return (
@@ -68,7 +91,7 @@ class HalfLinear(HalfModule):
         )
 
 
-class HalfTransposedLinear(HalfModule):
+class HalfTransposedLinear(_HalfWeight):
     """GPT-2's `Conv1D`: a linear layer whose weight is [in, out]."""
 
     def __init__(self, source: nn.Module, share: Share) -> None:
@@ -83,13 +106,13 @@ class HalfTransposedLinear(HalfModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""
-        return kernels.half_linear(x, self.stored().t(), self.bias)
+        return kernels.half_linear(x, self.stored("weight").t(), self.bias)
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}"
 
 
-class HalfEmbedding(HalfModule):
+class HalfEmbedding(_HalfWeight):
     """`nn.Embedding` with float16 rows."""
 
     def __init__(self, source: nn.Embedding, share: Share) -> None:
@@ -100,7 +123,8 @@ class HalfEmbedding(HalfModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map integer indices [...] to rows [..., D] in the dtype that the model computes in."""
-        return F.embedding(input, self.stored(), self.padding_idx).to(self.float_dtype)
+        kernels.check_indices(input, type(self).__name__)
+        return F.embedding(input, self.stored("weight"), self.padding_idx).to(self.float_dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
@@ -113,7 +137,7 @@ class HalfExperts(ExpertsForward, HalfModule):
         super().__init__()
         for name in ("gate_up_proj", "down_proj"):
             self._hold(name, share(source.get_parameter(name)))
-        self._take_routing(source, self.stored("gate_up_proj").shape[0])
+        self._take_routing(source)
 
 
 class HalfMultiheadAttention(AttentionForward, HalfModule):
@@ -125,11 +149,6 @@ class HalfMultiheadAttention(AttentionForward, HalfModule):
         self.register_parameter("in_proj_bias", source.in_proj_bias)
         self.out_proj = HalfLinear(source.out_proj, share)
         self._take_heads(source)
-
-    @property
-    def in_proj_weight(self) -> Tensor:
-        """The input projection [3E, E] in the dtype that the model computes in."""
-        return self.stored("in_proj_weight").to(self.float_dtype)
 
 
 # By kind of layer. Convolutions are not among them: nothing here is faster for them than torch's float32 ones.

@@ -6,14 +6,16 @@ scales beside it (`weight_scale`, fp32 [N, 1]), as plain Parameters without grad
 keeps working; the codes are in the state dict, and in `codes("weight")`. `forward` writes no attribute.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mono_quant import kernels
-from mono_quant.convert.forwards import AttentionForward, ConvForward, ExpertsForward, StoredModule
+from mono_quant.convert.forwards import AttentionForward, ConvForward, ExpertsForward
+from mono_quant.convert.stored import StoredModule
+from mono_quant.errors import FrozenWeightError
 from mono_quant.kernels.weights import RowCodes, dequantize_rows
 from mono_quant.planning.kinds import as_rows, from_rows, rows_of
 
@@ -51,24 +53,55 @@ class Int8Module(StoredModule):
 
     def codes(self, name: str = "weight") -> Tensor:
         """Return the int8 matrix [N, K] behind the parameter `name`."""
-        held = self._parameters[name]
-        assert held is not None
-        return as_rows(int8_values(held), self.kind)
+        return as_rows(int8_values(self.stored(name)), self.kind)
 
     def scale(self, name: str = "weight") -> Tensor:
         """Return the fp32 scales [N, 1] of the parameter `name`."""
-        scale = self._parameters[f"{name}_scale"]
-        assert scale is not None
-        return scale
+        return self.stored(f"{name}_scale")
 
     def dequantize(self, name: str = "weight") -> Tensor:
         """Return the float parameter that the codes of `name` stand for, in its original shape."""
-        shape = self._parameters[name].shape  # type: ignore[union-attr]
         rows = dequantize_rows(self.codes(name), self.scale(name), self.float_dtype)
-        return from_rows(rows, shape, self.kind)
+        return from_rows(rows, self.stored(name).shape, self.kind)
+
+    def _restore(self, name: str) -> Tensor:
+        codes = self.stored(name)
+        # while a loader fills the layer, one of the two may be there already
+        if codes.is_meta or self.scale(name).is_meta:
+            return torch.empty(codes.shape, dtype=self.float_dtype, device="meta")
+        return self.dequantize(name)
 
     def _product(self, x: Tensor, name: str, rows: int | slice, bias: Tensor | None) -> Tensor:
-        return kernels.int8_linear(x, self.codes(name)[rows], self.scale(name)[rows], bias)
+        codes = int8_values(self.stored(name)[rows])
+        return kernels.int8_linear(x, codes, self.scale(name)[rows], bias)
+
+    def _stored_names(self) -> tuple[str, ...]:
+        return (*self.held, *(f"{name}_scale" for name in self.held))
+
+    def _misfit(self, name: str, param: Tensor) -> str:
+        # scales come in the dtype of their checkpoint
+        is_scale = name not in self.held and param.is_floating_point()
+        return super()._misfit(name, param.float() if is_scale else param)
+
+    def _settled(self, name: str, param: nn.Parameter) -> nn.Parameter:
+        if name not in self.held and param.dtype != torch.float32:
+            param = nn.Parameter(param.detach().float(), requires_grad=False)
+        return super()._settled(name, param)
+
+    def _state_problems(self, given: Mapping[str, Tensor], assign: bool) -> Iterator[str]:
+        for name in self.held:
+            codes, scale = given.get(name), given.get(f"{name}_scale")
+            if codes is not None and codes.dtype != torch.int8:
+                yield (
+                    f"{name} is {codes.dtype}, but {type(self).__name__} holds int8 codes. Quantize the model that has these "
+                    f"weights, or leave them out of the state dict"
+                )
+            elif (codes is None) != (scale is None):
+                there, lost = (f"{name}_scale", name) if codes is None else (name, f"{name}_scale")
+                yield f"{there} comes without {lost}, and either means nothing alone; load both or none"
+
+    def _form(self, name: str) -> str:
+        return "int8 codes"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scales = {n: p.data for n, p in self._parameters.items() if n.endswith("_scale") and p is not None}
@@ -82,8 +115,20 @@ class Int8Module(StoredModule):
 
 
 def int8_values(codes: Tensor) -> Tensor:
-    """Return codes as int8: accelerate's offload hooks cast them to the dtype that `.weight` shows, all of which hold them."""
-    return codes if codes.dtype == torch.int8 else codes.to(torch.int8)
+    """Return codes as int8: accelerate's offload hooks cast them to the dtype that `.weight` shows, all of which hold them.
+
+    Raises:
+        FrozenWeightError: they are no codes: float weights were put in their place.
+    """
+    if codes.dtype == torch.int8:
+        return codes
+    values = codes.to(torch.int8)
+    if not kernels.is_watched() and not codes.is_meta and not torch.equal(values.to(codes.dtype), codes):
+        raise FrozenWeightError(
+            f"an int8 layer found {codes.dtype} weights in the place of its int8 codes. Put codes there, or convert the model "
+            f"that has these weights (quantize)"
+        )
+    return values
 
 
 class _Int8Weight(Int8Module):
@@ -100,7 +145,7 @@ class _Int8Weight(Int8Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight: float, in the shape of the layer this one replaced."""
-        return self.dequantize("weight")
+        return self.read("weight")
 
 
 class Int8Linear(_Int8Weight):
@@ -129,7 +174,7 @@ class Int8TransposedLinear(_Int8Weight):
 
     def __init__(self, source: nn.Module, encoded: RowCodes | None) -> None:
         super().__init__(source.weight, source.bias, encoded)  # type: ignore[arg-type]
-        self.nx, self.nf = self.weight.shape
+        self.nx, self.nf = self.stored("weight").shape
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""
@@ -154,9 +199,7 @@ class _Int8Conv(ConvForward, _Int8Weight):
         padding: tuple[int, ...],
         dilation: tuple[int, ...],
     ) -> Tensor:
-        held = self._parameters["weight"]
-        assert held is not None
-        codes = int8_values(held)
+        codes = int8_values(self.stored("weight"))
         codes = codes if codes.dim() == 4 else codes.unsqueeze(2)
         return kernels.int8_conv(x, codes, self.scale(), self.bias, stride, padding, dilation, self.groups)
 
@@ -205,13 +248,11 @@ class Int8Experts(ExpertsForward, Int8Module):
         super().__init__(gate_up.dtype)
         self._put("gate_up_proj", gate_up.shape, None if encoded is None else encoded["gate_up_proj"])
         self._put("down_proj", down.shape, None if encoded is None else encoded["down_proj"])
-        self._take_routing(source, gate_up.shape[0])
+        self._take_routing(source)
 
     def codes(self, name: str = "gate_up_proj") -> Tensor:
         """Return the int8 codes [E, N, K] of the parameter `name`."""
-        codes = self._parameters[name]
-        assert codes is not None
-        return int8_values(codes)
+        return int8_values(self.stored(name))
 
 
 class Int8MultiheadAttention(AttentionForward, Int8Module):
@@ -230,8 +271,3 @@ class Int8MultiheadAttention(AttentionForward, Int8Module):
         self.register_parameter("in_proj_bias", source.in_proj_bias)
         self.out_proj = Int8Linear(source.out_proj, None if encoded is None else encoded["out_proj.weight"])
         self._take_heads(source)
-
-    @property
-    def in_proj_weight(self) -> Tensor:
-        """The dequantized input projection, float [3E, E]."""
-        return self.dequantize("in_proj_weight")

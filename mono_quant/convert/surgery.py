@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mono_quant.convert.forwards import StoredModule
+from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import UnsupportedModelError
 from mono_quant.planning.walk import tensor_names
 

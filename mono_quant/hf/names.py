@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from mono_quant.convert.forwards import StoredModule
+from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import CorruptCheckpointError
 
 

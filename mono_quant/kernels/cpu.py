@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.kernels import reference
+from mono_quant.kernels.inputs import INDICES
 
 # Instruction sets, best last; the numbers are those of the C interface.
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512vnni": 3}
@@ -245,7 +246,7 @@ class Cpu:
     ) -> Tensor | None:
         """Gather and dequantize rows; see `mono_quant.kernels.int8_embedding`."""
         known = _DTYPES.get(dtype)
-        if known is None or not (indices.is_cpu and weight.is_cpu) or indices.is_floating_point():
+        if known is None or not (indices.is_cpu and weight.is_cpu) or indices.dtype not in INDICES:
             return None
         if weight.dtype is not torch.int8 or weight_scale.dtype is not torch.float32:
             return None

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mono_quant.errors import FrozenWeightError
 from mono_quant.kernels import reference
 from mono_quant.kernels.choice import active
+from mono_quant.kernels.inputs import check_indices, check_input
+
+_INT8, _HALF = "an int8 linear layer", "a float16 linear layer"
 
 # Rows of unfolded patches held at once by a convolution, in elements: bounds its scratch memory.
 _PATCH_ELEMENTS = 1 << 24
@@ -30,6 +34,9 @@ def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
 
     Returns:
         [..., N] in the dtype of `x`. Each row depends on that row of `x` alone.
+
+    Raises:
+        InputError: `x` is not floating point, or has another width.
     """
     if _needs_op(x, bias):
         out: Tensor = torch.ops.mono_quant.int8_linear(x, weight, weight_scale, bias)
@@ -76,11 +83,15 @@ def int8_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype:
 
     Returns:
         `dtype` [*indices.shape, D].
+
+    Raises:
+        InputError: the indices are no int64 or int32.
     """
     if active.cpu is not None and not _needs_op(indices, None):
         out = active.cpu.embedding(indices, weight, weight_scale, dtype)
         if out is not None:
             return out
+    check_indices(indices, "an int8 embedding")
     rows = F.embedding(indices, weight)
     return (rows.float() * F.embedding(indices, weight_scale)).to(dtype)
 
@@ -98,22 +109,43 @@ def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Returns:
         [..., N] in the dtype of `x`.
+
+    Raises:
+        InputError: `x` is not floating point, or has another width.
     """
     if weight.dtype is not torch.float16 or weight.device.type not in ("cpu", "meta"):
+        check_input(x, _HALF, weight.shape[1])
         own = weight.dtype
         return F.linear(x.to(own), weight, None if bias is None else bias.to(own)).to(x.dtype)
-    if _needs_op(x, bias):
+    if _needs_op(x, bias, weight):
         out: Tensor = torch.ops.mono_quant.half_linear(x, weight, bias)
         return out
     return _half_linear(x, weight, bias)
 
 
-def _needs_op(x: Tensor, bias: Tensor | None) -> bool:
+def is_watched() -> bool:
+    """Say whether a compiler, a tracer, a transform or a mode runs this code on something that stands for tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or not _has_memory()
+    )
+
+
+def _needs_op(x: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> bool:
     """Say whether someone other than the CPU looks at this call: a compiler, a tracer, autograd, a fake tensor."""
     return (
         type(x) is not Tensor
         or torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or (
+            torch.is_grad_enabled()
+            and (
+                x.requires_grad
+                or (bias is not None and bias.requires_grad)
+                or (weight is not None and weight.requires_grad)
+            )
+        )
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     )
@@ -124,6 +156,7 @@ def _linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
         out = active.cpu.linear(x, weight, weight_scale, bias)
         if out is not None:
             return out
+    check_input(x, _INT8, weight.shape[1])
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     codes, scale = reference.quantize_tokens(rows)
     matmul = torch._int_mm if _has_int_mm(codes, weight) else reference.int_matmul
@@ -137,6 +170,7 @@ def _half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = active.cpu.half_linear(x, weight, bias)
         if out is not None:
             return out
+    check_input(x, _HALF, weight.shape[1])
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
@@ -228,6 +262,7 @@ def _linear_op(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
 
 @_linear_op.register_fake
 def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_input(x, _INT8, weight.shape[1])
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -266,6 +301,11 @@ def _conv_fake(
 
 
 def _half_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    if ctx.needs_input_grad[1]:
+        raise FrozenWeightError(
+            "the weight of a float16 layer requires gradients, which it does not get; switch them off with "
+            ".requires_grad_(False) and train adapters, or convert the model after training"
+        )
     (weight,) = ctx.saved_tensors
     grad_x = (grad.float() @ weight.float()).to(grad.dtype)
     return grad_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
@@ -282,6 +322,7 @@ def _half_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @_half_op.register_fake
 def _half_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check_input(x, _HALF, weight.shape[1])
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

@@ -1,0 +1,80 @@
+"""A weight that is made when it is read: reading works as with any tensor, a write would be lost and is refused."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mono_quant.errors import FrozenWeightError
+
+
+class ComputedWeight(Tensor):
+    """A tensor that others may only read. What is computed from it is a plain tensor; a view of it is like it."""
+
+    # transformers initialises a tensor without this mark: a parent does it to the weights of its children.
+    _is_hf_initialized = True
+    _plain: Tensor
+    _refusal: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run `func` on the plain tensor, and refuse when it writes there."""
+        held: list[ComputedWeight] = []
+        plain = [_unwrap(value, held) for value in args]
+        named = {name: _unwrap(value, held) for name, value in (kwargs or {}).items()}
+        if args and isinstance(args[0], cls) and _changes_its_tensor(getattr(func, "__name__", "")):
+            raise FrozenWeightError(args[0]._refusal)
+        before = [weight._plain._version for weight in held]
+        out = func(*plain, **named)
+        for weight, version in zip(held, before, strict=True):
+            # whatever way the write came, through `out=`, a list or `inplace=True`
+            if weight._plain._version != version:
+                raise FrozenWeightError(weight._refusal)
+        return _wrap(out, held)
+
+
+def computed(value: Tensor, refusal: str) -> Tensor:
+    """Return `value` as a tensor that refuses writes.
+
+    Args:
+        value: fresh; nobody else holds it.
+        refusal: the text of the error.
+    """
+    # neither keeps track of writes, and there is nothing to write into
+    if value.is_inference() or value.is_meta or not value.numel():
+        return value
+    weight = value.as_subclass(ComputedWeight)
+    weight._plain, weight._refusal = value, refusal
+    return weight
+
+
+def _changes_its_tensor(name: str) -> bool:
+    """Tell by torch's convention whether a method changes the tensor it is called on, be it the values or a property."""
+    return name == "__set__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _unwrap(value: Any, held: list[ComputedWeight]) -> Any:
+    if isinstance(value, ComputedWeight):
+        held.append(value)
+        return value._plain
+    return type(value)(_unwrap(v, held) for v in value) if type(value) in (tuple, list) else value
+
+
+def _wrap(out: Any, held: Iterable[ComputedWeight]) -> Any:
+    if type(out) in (tuple, list):
+        return type(out)(_wrap(value, held) for value in out)
+    if not isinstance(out, Tensor):
+        return out
+    for weight in held:
+        if out is weight._plain:
+            return weight
+        if out.layout == torch.strided and _memory(out) == _memory(weight._plain):
+            return computed(out, weight._refusal)
+    return out
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,150 @@
+"""What int8 and float16 layers share: a weight in another form than arithmetic uses, which nobody can change by accident."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant import kernels
+from mono_quant.convert.computed import computed
+from mono_quant.errors import FrozenWeightError
+
+# What pruning, weight norm and spectral norm of torch.nn.utils hang beside a weight that they take over.
+_TAKEN_OVER = ("_orig", "_g", "_v")
+_REMEDY = "Change the float model and convert that one (quantize), or take a tensor of your own with .clone()"
+
+
+class StoredModule(nn.Module):
+    """A layer whose weight lies in another form than its arithmetic uses; `.weight` reads as a float tensor.
+
+    Attributes:
+        held: names of the parameters in that form.
+    """
+
+    held: ClassVar[tuple[str, ...]] = ("weight",)
+
+    # transformers re-initialises modules that do not carry this mark.
+    _is_hf_initialized = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        # Follows `.to(dtype)`, so that a weight that is read has the dtype a float weight would have.
+        self.register_buffer("_float", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The dtype of a weight that is read, and of outputs that follow no input."""
+        return self.get_buffer("_float").dtype
+
+    def read_as_(self, dtype: torch.dtype) -> None:
+        """Let a weight that is read have this dtype."""
+        self._float = torch.empty(0, dtype=dtype)
+
+    def stored(self, name: str) -> Tensor:
+        """Return the parameter `name` in the form in which it lies in memory.
+
+        Raises:
+            FrozenWeightError: something took it away.
+        """
+        held = self._parameters.get(name)
+        if held is None:
+            raise FrozenWeightError(f"{self._name(name)} is gone, so the layer cannot run. {_REMEDY}")
+        return held
+
+    def read(self, name: str) -> Tensor:
+        """Return the parameter `name` as float; what is written into it is refused, unless it is the parameter itself."""
+        if kernels.is_watched():
+            return self._restore(name)
+        # an inference tensor does not count the writes into it
+        with torch.inference_mode(False):
+            value = self._restore(name)
+        if value is self._parameters[name]:
+            return value
+        return computed(
+            value,
+            f"{self._name(name)} is made from {self._form(name)} when it is read: what is written into it would be lost. "
+            f"{_REMEDY}",
+        )
+
+    def _restore(self, name: str) -> Tensor:
+        """Return the float tensor that the stored parameter `name` stands for."""
+        raise NotImplementedError
+
+    def _product(self, x: Tensor, name: str, rows: int | slice, bias: Tensor | None) -> Tensor:
+        """Return `x @ W[rows].T + bias` for the matrix, or the stack of matrices, `name`."""
+        raise NotImplementedError
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Set a parameter; one that the layer stores is replaced only by one of the same form.
+
+        Raises:
+            FrozenWeightError: it is of another form.
+        """
+        if name not in self._stored_names():
+            taken = next((n for n in self.held for end in _TAKEN_OVER if name == f"{n}{end}"), None)
+            if taken is not None:
+                raise FrozenWeightError(
+                    f"{self._name(taken)} holds {self._form(taken)}, which cannot be pruned or normalized here. "
+                    f"Do that to the float model, make it permanent, and convert the result (quantize)"
+                )
+            super().register_parameter(name, param)
+            return
+        problem = "is to be removed" if param is None else self._misfit(name, param)
+        if param is None or problem:
+            raise FrozenWeightError(f"{self._name(name)} {problem}. {_REMEDY}")
+        # not by torch's method: it looks whether the class answers the name, and that makes the float weight
+        self._parameters[name] = self._settled(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._stored_names() and name in self._parameters:
+            raise FrozenWeightError(f"{self._name(name)} is to be removed. {_REMEDY}")
+        super().__delattr__(name)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {n: state_dict[prefix + n] for n in self._stored_names() if prefix + n in state_dict}
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        problems = [f"{prefix}{problem}" for problem in self._state_problems(given, assign)]
+        if problems:
+            # all or nothing: a layer that is half replaced computes nonsense
+            error_msgs += problems
+            missing_keys += [prefix + n for n in self._parameters if prefix + n not in state_dict]
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _state_problems(self, given: Mapping[str, Tensor], assign: bool) -> Iterator[str]:
+        """Yield what is wrong with the stored parameters of a state dict, each line beginning with a name."""
+        raise NotImplementedError
+
+    def _misfit(self, name: str, param: Tensor) -> str:
+        """Return why `param` cannot take the place of the stored parameter `name`; empty when it can."""
+        held = self.stored(name)
+        if param.dtype == held.dtype and param.shape == held.shape:
+            return ""
+        return f"is {held.dtype} {tuple(held.shape)} and cannot become {param.dtype} {tuple(param.shape)}"
+
+    def _settled(self, name: str, param: nn.Parameter) -> nn.Parameter:
+        """Return a new stored parameter as it has to be; it takes no gradient."""
+        param.requires_grad = False
+        return param
+
+    def _stored_names(self) -> tuple[str, ...]:
+        return self.held
+
+    def _name(self, name: str) -> str:
+        return f"{type(self).__name__}.{name}"
+
+    def _form(self, name: str) -> str:
+        """Say what a stored parameter holds."""
+        raise NotImplementedError

@@ -1,0 +1,45 @@
+"""What an input has to be: asked where a fast path has no answer, so that the ordinary call pays nothing."""
+
+import torch
+from torch import Tensor
+
+from mono_quant.errors import InputError
+
+INDICES = frozenset({torch.int64, torch.int32})
+
+
+def check_input(x: Tensor, layer: str, width: int, axis: int = -1, dims: tuple[int, ...] = ()) -> None:
+    """Refuse what a float layer would refuse, too.
+
+    Args:
+        x: the input.
+        layer: what an error calls the layer.
+        width: of the dimension `axis` of `x`.
+        axis: the features, or the channels.
+        dims: how many dimensions `x` may have; any number but none when not given.
+
+    Raises:
+        InputError: `x` is not floating point, or of another shape.
+    """
+    if not x.is_floating_point():
+        raise InputError(
+            f"{layer} takes floating-point inputs, not {x.dtype} {tuple(x.shape)}; cast them first, with .float()"
+        )
+    wrong = x.dim() not in dims if dims else not x.dim()
+    if wrong or x.shape[axis] != width:
+        what = "channels" if dims else "features"
+        raise InputError(
+            f"{layer} takes inputs with {width} {what}, not {tuple(x.shape)}; give it what the float layer took"
+        )
+
+
+def check_indices(indices: Tensor, layer: str) -> None:
+    """Refuse indices that are no int64 or int32.
+
+    Raises:
+        InputError: they are of another dtype.
+    """
+    if indices.dtype not in INDICES:
+        raise InputError(
+            f"{layer} takes int64 or int32 indices, not {indices.dtype} {tuple(indices.shape)}; cast them first, with .long()"
+        )
