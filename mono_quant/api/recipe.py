@@ -16,7 +16,7 @@ from mono_quant.convert.schemes import SCHEMES
 from mono_quant.convert.surgery import own_memory_, recast_, rollback, structural_copy
 from mono_quant.errors import ConfigError
 from mono_quant.hf.models import given_dtypes
-from mono_quant.hf.quantizer import mark_int8_
+from mono_quant.hf.quantizer import mark_
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.report import QuantReport
@@ -61,8 +61,8 @@ def convert_source(
         notes = (*source.notes, *scheme.notes(rows, work.model))
         report = QuantReport(request.dtype, rows, bits, notes=notes)
         report.check(names)
-    if request.dtype == "int8" and is_transformers_model(work.core):
-        mark_int8_(work.core)
+    if is_transformers_model(work.core):
+        mark_(work.model, work.core, request.dtype)
     report = _measured(report, scheme, work, reference, note)
     return QuantizedModel(work.model, report, request, work)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mono_quant.convert.forwards import StoredModule
+from mono_quant.convert.stored import StoredModule
 from mono_quant.convert.int8_layers import Int8Module
 from mono_quant.errors import CorruptCheckpointError
 from mono_quant.hf.dtypes import built_dtype

@@ -24,7 +24,7 @@ from mono_quant.errors import (
 from mono_quant.hf.compressed_tensors import check_ct
 from mono_quant.hf.configs import dtype_of, set_generation_
 from mono_quant.hf.models import load_as_stored, load_int8, model_class
-from mono_quant.hf.quantizer import mark_int8_
+from mono_quant.hf.quantizer import mark_
 from mono_quant.hf.sentence import load_modules
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
@@ -119,8 +119,8 @@ def _settled(
     restore_(core, manifest.buffers, read_values(folder))
     if manifest.layout == PLAIN:
         compute_in_float_(model, next(path for path, module in model.named_modules() if module is core))
-    elif manifest.kind != "module":
-        mark_int8_(core)
+    if manifest.kind != "module":
+        mark_(model, core, "fp16" if manifest.layout == PLAIN else "int8")
     return model.eval()
 
 

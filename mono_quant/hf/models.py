@@ -22,7 +22,7 @@ from mono_quant.errors import (
 from mono_quant.hf.configs import BUILD_ERRORS, clean_config
 from mono_quant.hf.dtypes import loaded_dtypes
 from mono_quant.hf.names import renamer
-from mono_quant.hf.quantizer import METHOD, codes_among, mark_int8_, register, stored_method, unmark_
+from mono_quant.hf.quantizer import METHOD, codes_among, mark_, register, stored_method, unmark_
 from mono_quant.io.text import one_line
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.walk import is_transformers_model
@@ -138,7 +138,7 @@ def load_int8(
     named = _with_renamed_scales(cls, config, tensors, subject)
     method = {"quant_method": METHOD, "codes": codes_among(named)}
     model = _load_with(cls, config, named, subject, method, dtype)
-    mark_int8_(model)
+    mark_(model, model, "int8")
     return model
 
 

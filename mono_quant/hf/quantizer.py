@@ -1,9 +1,11 @@
-"""What transformers wants of a quantization method, so that its own loader fills our layers.
+"""What transformers wants of a quantization method, so that its own loader fills our layers and its Trainer knows what it has.
 
 The classes need transformers as their base, so they are made when they are first asked for.
 """
 
+import copy
 import functools
+import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.convert.int8 import install_
-from mono_quant.errors import CorruptCheckpointError, UnsupportedModelError
+from mono_quant.errors import CorruptCheckpointError, FrozenWeightError, UnsupportedModelError
 from mono_quant.hf.dtypes import take_dtypes_
 from mono_quant.hf.names import renamer, split_names
 from mono_quant.planning.layers import DECLARATIONS
 from mono_quant.planning.walk import weight_owners
 
 METHOD = "mono_quant"
+_NAMES = ("Int8Config", "Int8Quantizer", "HalfQuantizer")
 
 
 def __getattr__(name: str) -> Any:
     # The classes need transformers as their base, and pickle needs to find them here.
-    if name in ("Int8Config", "Int8Quantizer"):
-        return classes()[name == "Int8Quantizer"]
+    if name in _NAMES:
+        return classes()[_NAMES.index(name)]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -50,11 +53,20 @@ def stored_method(stored: Mapping[str, torch.dtype], dtype: torch.dtype) -> dict
     return {"quant_method": METHOD, "codes": codes, "dtype": str(dtype), "floats": floats}
 
 
-def mark_int8_(model: nn.Module) -> None:
-    """Tell transformers that the model is quantized by us, so that its own saving does not write codes as floats."""
-    config_class, quantizer_class = classes()
-    unmark_(model)
-    model.hf_quantizer = quantizer_class(config_class(), pre_quantized=True)
+def mark_(model: nn.Module, core: nn.Module, dtype: str) -> None:
+    """Tell transformers that the model is converted: Trainer asks before it trains, saving before it writes codes as floats.
+
+    Args:
+        model: of transformers, or a SentenceTransformer around one.
+        core: the model of transformers.
+        dtype: `int8` or `fp16`.
+    """
+    config_class, int8_class, half_class = classes()
+    for part in dict.fromkeys((core, model)):
+        unmark_(part)
+        quantizer = (int8_class if dtype == "int8" else half_class)(config_class(), pre_quantized=True)
+        quantizer.watch(part)
+        part.hf_quantizer = quantizer
 
 
 def unmark_(model: nn.Module) -> None:
@@ -70,9 +82,32 @@ def unmark_(model: nn.Module) -> None:
         model.__dict__.pop(name, None)
 
 
+def _has_adapters(model: nn.Module) -> bool:
+    return getattr(model, "_hf_peft_config_loaded", False) or any(
+        type(module).__module__.startswith("peft.") for module in model.modules()
+    )
+
+
+def _refuse_training(model: nn.Module, what: str) -> None:
+    """Refuse to train a converted model, whose weights would stay as they are while the rest of it changes."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    free = sum(size for size, trains in sizes if trains)
+    if free and not _has_adapters(model):
+        raise FrozenWeightError(
+            f"{type(model).__name__} holds {what} weights, which cannot be trained: only {free:,} of its "
+            f"{sum(size for size, _ in sizes):,} parameters would be. Train LoRA adapters on it instead: convert it with skip=NAMES, "
+            f"the layers that get adapters, then model.add_adapter(peft.LoraConfig(target_modules=NAMES)), with the same names. "
+            f"To evaluate alone, call model.requires_grad_(False) first"
+        )
+
+
 @functools.cache
-def classes() -> tuple[type[Any], type[Any]]:
-    """Make the two classes that transformers wants for a quantization method, and register them once."""
+def classes() -> tuple[type[Any], type[Any], type[Any]]:
+    """Make the classes that transformers wants for a quantization method, and register them once.
+
+    Returns:
+        The config, and the quantizers of int8 and float16 models.
+    """
     from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -95,13 +130,60 @@ def classes() -> tuple[type[Any], type[Any]]:
             self.dtype = dtype
             self.floats = floats or {}
 
-    class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
+    class Watching(HfQuantizer):  # type: ignore[misc]
+        """A quantizer that knows its model, without keeping it alive, and is copied and pickled with it."""
+
+        what = ""
+
+        def watch(self, model: nn.Module) -> None:
+            self._model = weakref.ref(model)
+
+        @property
+        def model(self) -> nn.Module | None:
+            """The model; None while transformers loads it."""
+            found = self.__dict__.get("_model")
+            return None if found is None else found()
+
+        @property
+        def is_trainable(self) -> bool:
+            """Whether there is something to train beside the converted weights; Trainer asks this first.
+
+            Raises:
+                FrozenWeightError: there is not, and why.
+            """
+            if self.model is not None:
+                _refuse_training(self.model, self.what)
+            return True
+
+        def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+            raise UnsupportedModelError("dequantize() is not supported; load the original model instead")
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            twin = copy.copy(self)
+            twin.quantization_config = copy.deepcopy(self.quantization_config, memo)
+            if self.model is not None:
+                twin.watch(memo.get(id(self.model), self.model))
+            return twin
+
+        def __getstate__(self) -> dict[str, Any]:
+            return self.__dict__ | {"_model": self.model}
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.__dict__.update(state)
+            model = self.__dict__.pop("_model")
+            if model is not None:
+                self.watch(model)
+
+    class Int8Quantizer(Watching):
         """Puts int8 layers where the checkpoint has int8 codes."""
 
         serialized_names: ClassVar = {"weight": ["weight", "weight_scale"]}
-        is_trainable = False
+        what = "int8"
 
         def is_serializable(self) -> bool:
+            if getattr(self.model, "_hf_peft_config_loaded", False):
+                # then transformers saves the adapters alone
+                return False
             raise UnsupportedModelError(
                 "save_pretrained and push_to_hub of transformers would write the int8 codes without what is needed to read "
                 "them. Use quantize(...).save(folder) or .push_to_hub(repo)"
@@ -119,14 +201,23 @@ def classes() -> tuple[type[Any], type[Any]]:
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
             model.__dict__.update(getattr(self, "declared", {}))
 
-        def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-            raise UnsupportedModelError("dequantize() is not supported; load the original model instead")
+    class HalfQuantizer(Watching):
+        """Says that a float16 model cannot be trained; it is saved and compiled like any other."""
 
-    for cls in (Int8Config, Int8Quantizer):
+        what = "float16"
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_compileable(self) -> bool:
+            return True
+
+    for cls in (Int8Config, Int8Quantizer, HalfQuantizer):
         cls.__module__, cls.__qualname__ = __name__, cls.__name__
     register_quantization_config(METHOD)(Int8Config)
     register_quantizer(METHOD)(Int8Quantizer)
-    return Int8Config, Int8Quantizer
+    return Int8Config, Int8Quantizer, HalfQuantizer
 
 
 def _dtype(name: str) -> torch.dtype:

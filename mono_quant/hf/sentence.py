@@ -45,7 +45,7 @@ def load_modules(
     Raises:
         MissingDependencyError: sentence-transformers is not installed.
     """
-    config_class, _ = classes()
+    config_class, *_ = classes()
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as e:

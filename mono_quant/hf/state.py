@@ -56,7 +56,7 @@ def _with_scale_conversions(model: nn.Module) -> nn.Module:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
     plain = [c for c in conversions if not all(t.endswith("_scale") for t in c.target_patterns)]
-    config_class, quantizer_class = classes()
+    config_class, quantizer_class, _ = classes()
     twin = copy.copy(model)
     twin.__dict__["_weight_conversions"] = quantizer_class(config_class()).update_weight_conversions(
         plain, model
