@@ -34,8 +34,8 @@ ROOMS = {
         ["schemes"],
     ],
     "hf": [
-        ["configs", "names", "compressed_tensors", "processors"],
-        ["dtypes"],
+        ["configs", "names", "methods", "processors"],
+        ["dtypes", "compressed_tensors"],
         ["quantizer"],
         ["models"],
         ["state", "sentence"],

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mono_quant.convert.stored import StoredModule
 from mono_quant.convert.int8_layers import Int8Module
+from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import CorruptCheckpointError
 from mono_quant.hf.dtypes import built_dtype
 from mono_quant.hf.models import computed_buffers

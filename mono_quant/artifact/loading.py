@@ -1,8 +1,9 @@
 """Reading a saved folder back, bit for bit, or a compressed-tensors int8 checkpoint of somebody else."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from mono_quant.errors import (
     MissingFileError,
     UnsupportedModelError,
 )
-from mono_quant.hf.compressed_tensors import check_ct
+from mono_quant.hf.compressed_tensors import STANDARD, check_ct
 from mono_quant.hf.configs import dtype_of, set_generation_
+from mono_quant.hf.methods import method_of, way_out
 from mono_quant.hf.models import load_as_stored, load_int8, model_class
 from mono_quant.hf.quantizer import mark_
 from mono_quant.hf.sentence import load_modules
@@ -31,8 +33,10 @@ from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 from mono_quant.planning.walk import weight_owners
 from mono_quant.sources.folder import find_side_files
-from mono_quant.sources.guards import check_proportion
+from mono_quant.sources.guards import Shapes, check_proportion, packed_weights
 from mono_quant.sources.source import Subject
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -90,9 +94,13 @@ def _load_own(
 def _checked_config(folder: Path) -> dict[str, Any]:
     """Read config.json and hold it against the headers of the weights before a model of its size is built."""
     raw = read_json_object(folder / "config.json")
-    with open_checkpoint(folder) as checkpoint:
-        check_proportion(folder, raw, {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()})
+    check_proportion(folder, raw, _shapes(folder))
     return raw
+
+
+def _shapes(folder: Path) -> Shapes:
+    with open_checkpoint(folder) as checkpoint:
+        return {name: (header.dtype, header.shape) for name, header in checkpoint.headers.items()}
 
 
 def _refuse_codes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -205,17 +213,22 @@ def _load_foreign(folder: Path) -> nn.Module:
     if not (folder / "config.json").exists():
         raise MissingFileError(f"{folder} has neither {MANIFEST} nor config.json; it is no saved model")
     raw = read_json_object(folder / "config.json")
-    block = raw.get("quantization_config")
-    if not isinstance(block, Mapping):
-        raise UnsupportedModelError(
-            f"{folder} is not quantized; use quantize({str(folder)!r}) first, or transformers to load it"
-        )
-    if block.get("quant_method") == FORMAT:
+    method = method_of(raw, {path.name for path in folder.iterdir()})
+    if method == FORMAT:
         raise MissingFileError(
             f"{folder} is a mono_quant model without its {MANIFEST}; download the whole folder again"
         )
-    check_ct(folder, block)
-    _checked_config(folder)
+    if method not in ("", STANDARD):
+        raise UnsupportedModelError(
+            f"{folder} was quantized by another method (quant_method is {method!r}); {way_out(method)}"
+        )
+    shapes = _shapes(folder)
+    if not method:
+        _refuse_unnamed(folder, shapes)
+    dtypes = {name: dtype for name, (dtype, _) in shapes.items()}
+    for difference in check_ct(folder, raw["quantization_config"], dtypes):
+        logger.warning("%s: %s; outputs differ a little", folder, difference)
+    check_proportion(folder, raw, shapes)
     cls, config = model_class(raw, folder, trust_remote_code=False)
     loaded = load_int8(cls, config, read_tensors(folder, None), str(folder), dtype_of(raw))
     set_generation_(loaded, folder)
@@ -223,3 +236,16 @@ def _load_foreign(folder: Path) -> nn.Module:
         if isinstance(module, Int8Module):
             module.settle_()
     return loaded
+
+
+def _refuse_unnamed(folder: Path, shapes: Shapes) -> NoReturn:
+    """Say what to do with a folder whose config names no quantization method."""
+    packed = packed_weights(shapes)
+    if packed:
+        raise UnsupportedModelError(
+            f"{folder}: {packed[0]} is {shapes[packed[0]][0]}, but config.json has no quantization_config that says how to "
+            f"read it; run it with the library that wrote it"
+        )
+    raise UnsupportedModelError(
+        f"{folder} is not quantized; use quantize({str(folder)!r}) first, or transformers to load it"
+    )

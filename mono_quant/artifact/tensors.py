@@ -76,6 +76,7 @@ def read_tensors(folder: Path, manifest: Manifest | None) -> dict[str, Tensor]:
     with open_checkpoint(folder) as checkpoint:
         tensors = {name: checkpoint[name] for name in checkpoint}
     if manifest is None:
+        _drop_zero_points(folder, tensors)
         codes = {name: tensor for name, tensor in tensors.items() if _is_code(name, tensor, tensors)}
         table = {n: StoredCodes(tuple(t.shape), False, (t.shape[0], 1)) for n, t in codes.items()}
     else:
@@ -86,6 +87,20 @@ def read_tensors(folder: Path, manifest: Manifest | None) -> dict[str, Tensor]:
         scale = f"{name}_scale"
         tensors[scale] = checked_scale(folder, scale, tensors.get(scale), promised.scale)
     return tensors
+
+
+def _drop_zero_points(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Take out zero points, which some write for symmetric weights, too, and which then are zero.
+
+    Raises:
+        CorruptCheckpointError: one is not zero.
+    """
+    for name in [n for n in tensors if n.endswith(".weight_zero_point")]:
+        if bool(tensors.pop(name).any()):
+            raise CorruptCheckpointError(
+                f"{folder}: {name} is not zero, but config.json describes symmetric weights, which have no zero point. Correct "
+                f"one of the two: with symmetric: false, transformers and compressed-tensors run it"
+            )
 
 
 def _is_code(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:

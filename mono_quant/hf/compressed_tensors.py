@@ -1,13 +1,15 @@
 """The `int-quantized` format of compressed-tensors: the block that describes a model in it, and blocks of others."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mono_quant.convert.int8_layers import Int8Module
 from mono_quant.errors import UnsupportedModelError
+from mono_quant.hf.methods import way_out
 
 STANDARD = "compressed-tensors"
 
@@ -50,17 +52,9 @@ def _has_float_matrix(module: nn.Module) -> bool:
     return weight is not None and weight.dim() == 2 and weight.is_floating_point()
 
 
-def check_ct(folder: Path, block: Mapping[str, Any]) -> None:
-    """Refuse compressed-tensors checkpoints that are not int8 W8A8 with dynamic activations.
-
-    Raises:
-        UnsupportedModelError: naming everything that is different.
-    """
+def ct_problems(block: Mapping[str, Any]) -> list[str]:
+    """Return what of a compressed-tensors checkpoint the int8 layers here cannot hold; nothing for W8A8 and W8A16."""
     problems = []
-    if block.get("quant_method") != STANDARD:
-        problems.append(f"quant_method is {block.get('quant_method')!r}")
-    if block.get("quantization_status") != "compressed":
-        problems.append(f"quantization_status is {block.get('quantization_status')!r}")
     if block.get("transform_config"):
         problems.append("it uses transforms")
     sparse = block.get("sparsity_config")
@@ -68,14 +62,51 @@ def check_ct(folder: Path, block: Mapping[str, Any]) -> None:
         problems.append(f"sparsity_config is {sparse.get('format')!r}")
     groups = block.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
-        problems.append(f"config_groups is {groups!r}")
-    else:
-        for name, group in groups.items():
-            problems += [f"{name}: {problem}" for problem in _group_problems(group, block.get("format"))]
+        return [*problems, f"config_groups is {groups!r}"]
+    for name, group in groups.items():
+        problems += [f"{name}: {problem}" for problem in _group_problems(group, block.get("format"))]
+    return problems
+
+
+def check_ct(folder: Path, block: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """Refuse compressed-tensors checkpoints that are not int8 with dynamic activations, or none.
+
+    What the weights are is told by the tensors: `quantization_status` is not, as checkpoints with codes come with any.
+
+    Args:
+        folder: for errors.
+        block: the `quantization_config`.
+        dtypes: of the tensors in the file, by name.
+
+    Returns:
+        What the checkpoint asks for and is computed in another way here, one sentence each.
+
+    Raises:
+        UnsupportedModelError: naming everything that is different.
+    """
+    problems = ct_problems(block)
     if problems:
+        # transformers reads no transforms: it would compute with weights that are turned
+        remedy = "run it with vLLM" if block.get("transform_config") else way_out(STANDARD)
+        raise UnsupportedModelError(f"{folder} cannot be kept in int8 here: {'; '.join(problems)}; {remedy}")
+    loose = [n for n, dtype in dtypes.items() if f"{n}_scale" in dtypes and dtype != torch.int8]
+    if loose or torch.int8 not in dtypes.values():
+        what = f"{loose[0]} is {dtypes[loose[0]]} beside its scale" if loose else "it holds no int8 weights"
         raise UnsupportedModelError(
-            f"{folder} cannot be kept in int8 here: {'; '.join(problems)}. Load it with transformers instead"
+            f"{folder} cannot be kept in int8 here: {what} (quantization_status is {block.get('quantization_status')!r}), so its "
+            f"weights are not compressed; quantize the original model in float"
         )
+    return list(_differences(block))
+
+
+def _differences(block: Mapping[str, Any]) -> Iterator[str]:
+    for name, group in block["config_groups"].items():
+        if group.get("input_activations") is None:
+            yield f"{name} leaves activations in float (W8A16), but here they are quantized per token"
+        if group.get("output_activations") is not None:
+            yield f"{name} quantizes output_activations, but here they stay in float"
+    if block.get("kv_cache_scheme"):
+        yield "kv_cache_scheme quantizes the KV cache, but here it stays in float"
 
 
 def _group_problems(group: Any, default_format: Any) -> list[str]:
@@ -84,12 +115,17 @@ def _group_problems(group: Any, default_format: Any) -> list[str]:
     if not isinstance(weights, Mapping) or not isinstance(inputs, (Mapping, type(None))):
         return [f"its description is {group!r}"]
     problems = []
-    if any(weights.get(k) != v for k, v in _CT_ARGS.items()) or weights.get("strategy") != "channel":
+    if not _is_int8(weights) or weights.get("strategy") != "channel":
         problems.append("weights are not symmetric int8 per channel")
     form = group.get("format") or default_format
     if form not in ("int-quantized", "naive-quantized"):
         problems.append(f"format is {form!r}")
     dynamic = inputs is None or (inputs.get("dynamic") is True and inputs.get("strategy") == "token")
-    if not dynamic or (inputs and any(inputs.get(k) != v for k, v in _CT_ARGS.items())):
+    if not dynamic or (inputs is not None and not _is_int8(inputs)):
         problems.append("activations are not symmetric int8 per token")
     return problems
+
+
+def _is_int8(arguments: Mapping[str, Any]) -> bool:
+    # what is left out has the value that compressed-tensors gives it, which is ours
+    return all(arguments.get(name, value) == value for name, value in _CT_ARGS.items())

@@ -5,6 +5,7 @@ The classes need transformers as their base, so they are made when they are firs
 
 import copy
 import functools
+import logging
 import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from mono_quant.planning.layers import DECLARATIONS
 from mono_quant.planning.walk import weight_owners
 
 METHOD = "mono_quant"
+logger = logging.getLogger(__name__)
 _NAMES = ("Int8Config", "Int8Quantizer", "HalfQuantizer")
 
 
@@ -196,7 +198,9 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
                 # what the class declares would be cast: here the file decides
                 self.declared = {name: getattr(model, name, None) for name in DECLARATIONS}
                 model.__dict__.update(dict.fromkeys(DECLARATIONS, frozenset()))
-            install_(model, _modules_of(model, asked.codes))
+            modules = _modules_of(model, asked.codes)
+            install_(model, modules)
+            _untie_(model, modules)
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
             model.__dict__.update(getattr(self, "declared", {}))
@@ -223,6 +227,24 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
 def _dtype(name: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
     return dtype
+
+
+def _untie_(model: Any, modules: list[str]) -> None:
+    """Take int8 layers out of the model's ties: codes of their own are in the file, and a float table cannot be one of them.
+
+    transformers does the same with two float tensors that differ.
+    """
+    ties: dict[str, str] = model.all_tied_weights_keys
+    for target, source in list(ties.items()):
+        if {target.rpartition(".")[0], source.rpartition(".")[0]} & set(modules):
+            del ties[target]
+            model.config.tie_word_embeddings = False
+            logger.warning(
+                "config.json ties %s to %s, but the checkpoint has int8 codes for one of them, which are used. Set "
+                "tie_word_embeddings to false there, as other loaders may use the other",
+                target,
+                source,
+            )
 
 
 def _modules_of(model: nn.Module, codes: list[str]) -> list[str]:

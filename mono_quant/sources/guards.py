@@ -23,8 +23,10 @@ from mono_quant.errors import (
     UnsupportedModelError,
     WrappedModelError,
 )
+from mono_quant.hf.compressed_tensors import STANDARD, ct_problems
+from mono_quant.hf.methods import method_of, way_out
 from mono_quant.io.disk.json_text import read_json_object
-from mono_quant.io.disk.manifest import MANIFEST
+from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.tensors.pickles import PICKLES
 from mono_quant.planning.kinds import kind_of
 from mono_quant.planning.walk import is_transformers_model
@@ -150,12 +152,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{folder} is a diffusers {raw['_class_name']}; load it with diffusers and pass the object"
         )
-    block = raw.get("quantization_config")
-    if block is not None:
-        method = block.get("quant_method") if isinstance(block, Mapping) else block
-        raise AlreadyQuantizedError(
-            f"{folder} is quantized already (quant_method {method!r}); quantize the original model, or use load() to run it"
-        )
+    method = method_of(raw, names)
+    if method:
+        ours = method == FORMAT or method == STANDARD and not ct_problems(raw["quantization_config"])
+        remedy = f"use load({str(folder)!r}) to run it" if ours else way_out(method)
+        raise AlreadyQuantizedError(f"{folder} is quantized already (quant_method {method!r}); {remedy}")
     return raw
 
 
@@ -207,12 +208,17 @@ def check_dtypes(folder: Path, shapes: Shapes, model: nn.Module, unused: Collect
         )
 
 
-def check_float(folder: Path, shapes: Shapes) -> None:
-    packed = [
+def packed_weights(shapes: Shapes) -> list[str]:
+    """Name the matrices of a checkpoint that are no float weights, but codes of some method."""
+    return [
         n
         for n, (d, s) in shapes.items()
         if len(s) > 1 and (d in (torch.int8, torch.uint8) or d.itemsize == 1 and d.is_floating_point)
     ]
+
+
+def check_float(folder: Path, shapes: Shapes) -> None:
+    packed = packed_weights(shapes)
     if packed:
         raise AlreadyQuantizedError(
             f"{folder}: {packed[0]} is {shapes[packed[0]][0]}: the weights are quantized already; pass the original model"

@@ -440,7 +440,6 @@ VARIANTS = {
     "packed": ({"format": "pack-quantized"}, "format is 'pack-quantized'"),
     "packed group": ({"group": {"format": "pack-quantized"}}, "format is 'pack-quantized'"),
     "no format": ({"format": None}, "format is None"),
-    "frozen": ({"quantization_status": "frozen"}, "quantization_status is 'frozen'"),
     "transforms": ({"transform_config": {"config_groups": {"u": {}}}}, "it uses transforms"),
     "other method": ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
     "groups are a list": ({"config_groups": [1]}, "config_groups"),
