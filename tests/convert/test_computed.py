@@ -36,7 +36,14 @@ def test_a_view_is_like_the_weight(view):
 
 def test_what_has_memory_of_its_own_is_a_plain_tensor():
     weight = make()
-    for out in (weight + 1, weight.double(), weight.sum(), weight[[0, 2]], torch.cat([weight, weight]), F.relu(weight)):
+    for out in (
+        weight + 1,
+        weight.double(),
+        weight.sum(),
+        weight[[0, 2]],
+        torch.cat([weight, weight]),
+        F.relu(weight),
+    ):
         assert type(out) is torch.Tensor
     assert weight.shape == (3, 4) and weight.tolist()[0] == [0.0, 1.0, 2.0, 3.0]
 
@@ -64,6 +71,8 @@ def test_a_weight_may_be_the_source_of_a_write():
     assert torch.equal(target[0], weight[0]) and torch.equal(target[1:], 2 * weight[1:])
 
 
-@pytest.mark.parametrize("value", [torch.empty(2, 3, device="meta"), torch.empty(0, 3)], ids=["meta", "empty"])
+@pytest.mark.parametrize(
+    "value", [torch.empty(2, 3, device="meta"), torch.empty(0, 3)], ids=["meta", "empty"]
+)
 def test_what_holds_no_values_stays_what_it_is(value):
     assert computed(value, "it is frozen") is value

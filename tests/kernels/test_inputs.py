@@ -32,7 +32,9 @@ def test_the_shapes_that_a_tracer_asks_for_are_refused_too(bad):
             kernels.half_linear(fake[0], fake[1].half(), fake[3])
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int16, torch.float32, torch.complex64], ids=str
+)
 @pytest.mark.parametrize("path", PATHS)
 def test_indices_are_int64_or_int32_as_torch_has_it(path, dtype):
     table = torch.ones(4, 3, dtype=torch.int8), torch.ones(4, 1), torch.float32
