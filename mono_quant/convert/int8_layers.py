@@ -3,7 +3,8 @@
 Each keeps its codes under the name and in the shape of the float parameter it replaces (`weight`, int8) with the
 scales beside it (`weight_scale`, fp32 [N, 1]), as plain Parameters without gradient. Reading the attribute
 `.weight` gives the dequantized weight, so that code which looks at a layer's weight, its dtype or its device
-keeps working; the codes are in the state dict, and in `codes("weight")`. `forward` writes no attribute.
+keeps working, and refuses writes, which would be lost; the codes are in the state dict, and in `codes("weight")`.
+`forward` writes no attribute.
 """
 
 from collections.abc import Callable, Iterator, Mapping
