@@ -17,7 +17,7 @@ from mono_quant.errors import (
     MissingFileError,
 )
 from mono_quant.io.disk.json_text import read_json_object
-from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest, verify_manifest
+from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest, verify_files
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport, dtype_name
 from mono_quant.sources.origin import Origin
@@ -95,7 +95,7 @@ class Manifest:
         """
         raw = read_manifest(folder)
         if hashes is not None:
-            verify_manifest(folder, hashes=hashes, extras=extras)
+            verify_files(folder, raw["files"], hashes=hashes, extras=extras)
         return cls.parse(raw, folder)
 
     @classmethod

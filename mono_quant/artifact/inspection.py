@@ -166,7 +166,8 @@ def verify(folder: str | Path) -> list[str]:
         else "no int8 tensors, as the report says"
     )
     if manifest.kind == "module":
-        read_tensors(path, manifest)
+        with open_checkpoint(path) as checkpoint:
+            read_tensors(checkpoint, manifest)
         passed.append(
             f"codes and scales are sound; {manifest.class_name} itself can only be built by your code"
         )

@@ -30,8 +30,8 @@ from mono_quant.hf.quantizer import mark_
 from mono_quant.hf.sentence import load_modules
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
-from mono_quant.io.tensors.checkpoint import open_checkpoint
-from mono_quant.planning.walk import weight_owners
+from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
+from mono_quant.planning.walk import is_transformers_model, weight_owners
 from mono_quant.sources.folder import find_side_files
 from mono_quant.sources.guards import Shapes, check_proportion, packed_weights
 from mono_quant.sources.source import Subject
@@ -67,7 +67,7 @@ def loaded_subject(folder: Path, model: nn.Module, manifest: Manifest) -> Subjec
     """Return the subject that a loaded model stands for, so that it can be saved again."""
     core: Any = model[0].auto_model if manifest.kind == "sentence_transformer" else model  # type: ignore[index]
     name = next(path for path, module in model.named_modules() if module is core)
-    side = find_side_files(folder) if manifest.kind == "transformers" else ()
+    side = find_side_files(folder) if manifest.kind != "sentence_transformer" else ()
     return Subject(model, manifest.kind, name, folder, side, origin=manifest.source)
 
 
@@ -80,9 +80,11 @@ def _load_own(
         raise ConfigError(f"{folder} holds a {manifest.class_name} that builds itself; leave out model=")
     if manifest.kind == "sentence_transformer":
         return _load_sentence(folder, manifest)
-    raw = _checked_config(folder)
-    cls, config = model_class(raw, folder, trust_remote_code=False)
-    tensors = read_tensors(folder, manifest)
+    raw = read_json_object(folder / "config.json")
+    with open_checkpoint(folder) as checkpoint:
+        check_proportion(folder, raw, _shapes(checkpoint))
+        cls, config = model_class(raw, folder, trust_remote_code=False)
+        tensors = read_tensors(checkpoint, manifest)
     dtype = dtype_of(raw)
     if manifest.layout == PLAIN:
         _refuse_codes(folder, tensors)
@@ -91,16 +93,8 @@ def _load_own(
     return _settled(loaded, loaded, folder, manifest, dtype)
 
 
-def _checked_config(folder: Path) -> dict[str, Any]:
-    """Read config.json and hold it against the headers of the weights before a model of its size is built."""
-    raw = read_json_object(folder / "config.json")
-    check_proportion(folder, raw, _shapes(folder))
-    return raw
-
-
-def _shapes(folder: Path) -> Shapes:
-    with open_checkpoint(folder) as checkpoint:
-        return {name: (header.dtype, header.shape) for name, header in checkpoint.headers.items()}
+def _shapes(checkpoint: Checkpoint) -> Shapes:
+    return {name: (header.dtype, header.shape) for name, header in checkpoint.headers.items()}
 
 
 def _refuse_codes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -127,7 +121,7 @@ def _settled(
     restore_(core, manifest.buffers, read_values(folder))
     if manifest.layout == PLAIN:
         compute_in_float_(model, next(path for path, module in model.named_modules() if module is core))
-    if manifest.kind != "module":
+    if is_transformers_model(core):
         mark_(model, core, "fp16" if manifest.layout == PLAIN else "int8")
     return model.eval()
 
@@ -141,10 +135,12 @@ def settle_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _load_sentence(folder: Path, manifest: Manifest) -> nn.Module:
-    dtype = dtype_of(_checked_config(folder))
+    raw = read_json_object(folder / "config.json")
     with open_checkpoint(folder) as checkpoint:
-        stored = {name: header.dtype for name, header in checkpoint.headers.items()}
-    model: Any = load_modules(folder, stored, dtype, manifest.built or dtype, manifest.layout != PLAIN)
+        headers = _shapes(checkpoint)
+        check_proportion(folder, raw, headers)
+    dtype = dtype_of(raw)
+    model: Any = load_modules(folder, headers, dtype, manifest.built or dtype, manifest.layout != PLAIN)
     return _settled(model, model[0].auto_model, folder, manifest, dtype)
 
 
@@ -163,7 +159,8 @@ def _load_plain(
     built = structural_copy(model) if isinstance(model, nn.Module) else model()
     if not isinstance(built, nn.Module):
         raise ConfigError(f"model= made a {type(built).__name__}, not an nn.Module")
-    tensors = read_tensors(folder, manifest)
+    with open_checkpoint(folder) as checkpoint:
+        tensors = read_tensors(checkpoint, manifest)
     codes = {
         name for name, tensor in tensors.items() if tensor.dtype == torch.int8 and f"{name}_scale" in tensors
     }
@@ -222,15 +219,17 @@ def _load_foreign(folder: Path) -> nn.Module:
         raise UnsupportedModelError(
             f"{folder} was quantized by another method (quant_method is {method!r}); {way_out(method)}"
         )
-    shapes = _shapes(folder)
-    if not method:
-        _refuse_unnamed(folder, shapes)
-    dtypes = {name: dtype for name, (dtype, _) in shapes.items()}
-    for difference in check_ct(folder, raw["quantization_config"], dtypes):
-        logger.warning("%s: %s; outputs differ a little", folder, difference)
-    check_proportion(folder, raw, shapes)
-    cls, config = model_class(raw, folder, trust_remote_code=False)
-    loaded = load_int8(cls, config, read_tensors(folder, None), str(folder), dtype_of(raw))
+    with open_checkpoint(folder) as checkpoint:
+        shapes = _shapes(checkpoint)
+        if not method:
+            _refuse_unnamed(folder, shapes)
+        dtypes = {name: dtype for name, (dtype, _) in shapes.items()}
+        for difference in check_ct(folder, raw["quantization_config"], dtypes):
+            logger.warning("%s: %s; outputs differ a little", folder, difference)
+        check_proportion(folder, raw, shapes)
+        cls, config = model_class(raw, folder, trust_remote_code=False)
+        tensors = read_tensors(checkpoint, None)
+    loaded = load_int8(cls, config, tensors, str(folder), dtype_of(raw))
     set_generation_(loaded, folder)
     for module in loaded.modules():
         if isinstance(module, Int8Module):

@@ -20,6 +20,7 @@ from mono_quant.io.hub.client import HUB, Hub
 from mono_quant.io.hub.push import PushResult, push
 from mono_quant.io.hub.repo import RepoFacts
 from mono_quant.io.hub.target import full_id
+from mono_quant.io.tensors.checkpoint import open_checkpoint
 
 README = "README.md"
 
@@ -144,13 +145,20 @@ def check_loads(folder: Path, manifest: Manifest, model: nn.Module | None) -> No
     """
     if manifest.kind == "module":
         # only the user's code can build it: compare what is in the files
-        found = read_tensors(folder, manifest) | read_values(folder)
+        with open_checkpoint(folder) as checkpoint:
+            found = read_tensors(checkpoint, manifest) | read_values(folder)
     else:
         found = _tensors(loading.load(folder, verify=False)[0])
     if model is None:
         return
     expected = _tensors(model)
     tied = set(expected) - set(found) if manifest.kind == "module" else set()
+    if manifest.kind == "module":
+        # what is float16 in the file may be float32 in memory, with the same values
+        found = {
+            n: t.to(expected[n].dtype) if t.dtype == torch.float16 and n in expected else t
+            for n, t in found.items()
+        }
     wrong = [n for n in (expected.keys() | found.keys()) - tied if not _equal(expected.get(n), found.get(n))]
     if wrong:
         raise CorruptCheckpointError(

@@ -12,7 +12,7 @@ from mono_quant.errors import (
     CorruptCheckpointError,
 )
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
-from mono_quant.io.tensors.checkpoint import open_checkpoint
+from mono_quant.io.tensors.checkpoint import Checkpoint
 
 
 def shaped_codes(folder: Path, name: str, stored: Tensor | None, promised: StoredCodes, flat: bool) -> Tensor:
@@ -66,15 +66,15 @@ def checked_scale(folder: Path, name: str, scale: Tensor | None, shape: tuple[in
     return value
 
 
-def read_tensors(folder: Path, manifest: Manifest | None) -> dict[str, Tensor]:
+def read_tensors(checkpoint: Checkpoint, manifest: Manifest | None) -> dict[str, Tensor]:
     """Read all tensors, give flat codes their shape back, and check codes and scales.
 
     Args:
-        folder: to read.
-        manifest: of the folder; None for a foreign checkpoint, whose codes are those with scales beside them.
+        checkpoint: to read.
+        manifest: of its folder; None for a foreign checkpoint, whose codes are those with scales beside them.
     """
-    with open_checkpoint(folder) as checkpoint:
-        tensors = {name: checkpoint[name] for name in checkpoint}
+    folder = checkpoint.folder
+    tensors = {name: checkpoint[name] for name in checkpoint}
     if manifest is None:
         _drop_zero_points(folder, tensors)
         codes = {name: tensor for name, tensor in tensors.items() if _is_code(name, tensor, tensors)}

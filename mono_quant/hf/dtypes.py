@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mono_quant.hf.names import renamer, split_names
 from mono_quant.planning.layers import declared_float32
 
 
@@ -28,27 +27,16 @@ def take_dtypes_(skeleton: nn.Module, dtype: torch.dtype, stored: Mapping[str, t
 
     Args:
         skeleton: on meta, of a model whose config says which dtype it was built in.
-        dtype: of most of the checkpoint, and of what it has no tensor for.
-        stored: dtypes of the float tensors of the checkpoint, by their names there.
+        dtype: of most of the checkpoint, and of what it has no floats for.
+        stored: dtypes of what a checkpoint has, by name in the model.
     """
-    floats = _floats(skeleton)
     built = built_dtype(skeleton)
-    special = [name for name, tensor in floats.items() if tensor.dtype != built]
-    for name in floats.keys() - special:
-        floats[name].data = floats[name].data.to(dtype)
-    rename = renamer(skeleton)
-    # renaming is slow, and mostly there is nothing to rename
-    keys = {key for key, held in stored.items() if held != dtype}
-    if special or any(rename(key)[1] for key in keys):
-        keys = set(stored)
-    found: dict[str, torch.dtype] = {}
-    for key in keys:
-        name, merged = rename(key)
-        for part in split_names(skeleton, name) if merged else (name,):
-            # of tensors that are merged into one, the widest decides
-            found[part] = torch.promote_types(found.get(part, stored[key]), stored[key])
-    for name in found.keys() & floats.keys():
-        floats[name].data = floats[name].data.to(found[name])
+    for name, tensor in _floats(skeleton).items():
+        held = stored.get(name)
+        if held is not None and held.is_floating_point:
+            tensor.data = tensor.data.to(held)
+        elif tensor.dtype == built:
+            tensor.data = tensor.data.to(dtype)
 
 
 def built_dtype(model: nn.Module) -> torch.dtype:

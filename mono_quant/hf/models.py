@@ -21,8 +21,8 @@ from mono_quant.errors import (
 )
 from mono_quant.hf.configs import BUILD_ERRORS, clean_config
 from mono_quant.hf.dtypes import loaded_dtypes
-from mono_quant.hf.names import renamer
-from mono_quant.hf.quantizer import METHOD, codes_among, mark_, register, stored_method, unmark_
+from mono_quant.hf.names import fit, floats_of, grouped
+from mono_quant.hf.quantizer import loading_method, mark_, register, unmark_
 from mono_quant.io.text import one_line
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.walk import is_transformers_model
@@ -55,8 +55,8 @@ def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -
     if trust_remote_code and auto_map:
         return _remote_class(auto_map, names[0], folder)
     cls: Any = getattr(transformers, names[0], None)
-    kind = raw.get("model_type")
-    if not _is_model_class(cls) or not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+    config_class = _config_class(cls, raw.get("model_type")) if _is_model_class(cls) else None
+    if config_class is None:
         if auto_map:
             raise RemoteCodeError(
                 f"{folder}: {names[0]} is not part of transformers {transformers.__version__} and its repository brings "
@@ -68,13 +68,35 @@ def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -
         )
     clean, _ = clean_config(raw)
     try:
-        config_class = transformers.CONFIG_MAPPING[raw["model_type"]]
         config = config_class.from_dict(config_class._decode_special_floats(clean))  # noqa: SLF001
     except BUILD_ERRORS as e:
         raise CorruptCheckpointError(
             f"{folder / 'config.json'}: transformers cannot use it ({one_line(e, 300)})"
         ) from e
     return cls, config
+
+
+def builds_itself(model: Any) -> bool:
+    """True when `load` finds the class of a transformers model by its name; others need the code that has them."""
+    import transformers
+
+    cls = type(model)
+    return (
+        getattr(transformers, cls.__name__, None) is cls
+        and _config_class(cls, model.config.model_type) is type(model.config)
+        # made by `post_init`, without which transformers cannot load a class
+        and hasattr(model, "all_tied_weights_keys")
+    )
+
+
+def _config_class(cls: Any, kind: Any) -> Any:
+    """Return the config class of a `model_type`; parts of some models are known to their model class alone."""
+    import transformers
+
+    if isinstance(kind, str) and kind in transformers.CONFIG_MAPPING:
+        return transformers.CONFIG_MAPPING[kind]
+    own = cls.config_class
+    return own if kind and own is not None and own.model_type == kind else None
 
 
 def _is_model_class(cls: Any) -> bool:
@@ -115,9 +137,8 @@ def load_as_stored(
     Raises:
         CorruptCheckpointError: weights are missing, left over, or have other shapes than the config says.
     """
-    named = _with_renamed_scales(cls, config, tensors, subject)
-    method = stored_method({name: tensor.dtype for name, tensor in named.items()}, dtype)
-    return _load_with(cls, config, named, subject, method, built or dtype)
+    method = loading_method(_headers(tensors), dtype)
+    return _load_with(cls, config, tensors, subject, method, built or dtype)
 
 
 def load_int8(
@@ -135,32 +156,19 @@ def load_int8(
     Raises:
         CorruptCheckpointError: weights are missing, left over, or have other shapes than the config says.
     """
-    named = _with_renamed_scales(cls, config, tensors, subject)
-    method = {"quant_method": METHOD, "codes": codes_among(named)}
-    model = _load_with(cls, config, named, subject, method, dtype)
+    model = _load_with(cls, config, tensors, subject, loading_method(_headers(tensors)), dtype)
     mark_(model, model, "int8")
     return model
 
 
-def _with_renamed_scales(
-    cls: type[Any], config: Any, tensors: Mapping[str, Tensor], subject: str
-) -> dict[str, Tensor]:
-    """Of what the file holds in one tensor per matrix, transformers renames the scales as well."""
-    named = dict(tensors)
-    stacked = [key for key in codes_among(tensors) if tensors[key].dim() > 2]
-    if stacked:
-        rename = renamer(skeleton(cls, config, torch.float32, subject))
-        for key in stacked:
-            name, merged = rename(key)
-            if not merged and f"{key}_scale" in named and rename(f"{key}_scale")[0] != f"{name}_scale":
-                named[f"{name}_scale"] = named.pop(f"{key}_scale")
-    return named
+def _headers(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def _load_with(
     cls: type[Any],
     config: Any,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     subject: str,
     method: Mapping[str, Any],
     dtype: torch.dtype,
@@ -168,7 +176,7 @@ def _load_with(
     register()
     config = copy.deepcopy(config)
     config.quantization_config = method
-    model = _load(cls, config, tensors, subject, dtype=dtype)
+    model = _load(cls, config, dict(tensors), subject, dtype=dtype)
     unmark_(model)
     return model
 
@@ -232,7 +240,7 @@ def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> n
         CorruptCheckpointError: the config describes no model.
     """
     try:
-        with torch.device("meta"), quiet():
+        with torch.device("meta"), quiet(), torch.random.fork_rng(devices=[]):
             model: nn.Module = cls._from_config(copy.deepcopy(config), dtype=dtype)
     except BUILD_ERRORS as e:
         raise CorruptCheckpointError(
@@ -267,17 +275,25 @@ def _load(cls: type[Any], config: Any, tensors: dict[str, Tensor], subject: str,
     except MonoQuantError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as e:
+        # transformers tells in its log, which is silenced, what is wrong
+        problem = _problem(cls, config, tensors, subject)
         raise CorruptCheckpointError(
-            f"{subject}: transformers cannot fill {cls.__name__} from it ({one_line(e, 300)})"
+            f"{subject}: {problem or f'transformers cannot fill {cls.__name__} from it ({one_line(e, 300)})'}"
         ) from e
     missing = sorted(info["missing_keys"])
-    wrong = sorted(str(entry[0]) for entry in info["mismatched_keys"])
     left = sorted(n for n in info["unexpected_keys"] if tensors.get(n, torch.empty(0)).dtype == torch.int8)
-    for names, what in ((missing, "are missing"), (wrong, "have another shape than config.json says"),
-                        (left, "are int8 but belong to no layer")):  # fmt: skip
+    for names, what in ((missing, "are missing"), (left, "are int8 but belong to no layer")):
         if names:
             raise CorruptCheckpointError(
-                f"{subject}: {len(names)} weights of {cls.__name__} {what}: {', '.join(names[:5])}"
-                f"{' ...' if len(names) > 5 else ''}. If that is intended, load the model yourself and pass the object"
+                f"{subject}: {len(names)} weights of {cls.__name__} {what}: {grouped(names)}. "
+                f"If that is intended, load the model yourself and pass the object"
             )
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _problem(cls: type[Any], config: Any, tensors: Mapping[str, Tensor], subject: str) -> str:
+    """Say which tensors do not fit the model of a config; empty when it is something else."""
+    plain = copy.deepcopy(config)
+    plain.__dict__.pop("quantization_config", None)
+    codes = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]
+    return fit(skeleton(cls, plain, torch.float32, subject), floats_of(tensors, codes)).problem(cls.__name__)

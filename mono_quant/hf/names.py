@@ -1,94 +1,296 @@
-"""How a checkpoint calls the tensors of a transformers model: renamed, merged or split on the way into it."""
+"""How a checkpoint calls the tensors of a transformers model: renamed, merged or split on the way into it.
 
+transformers' mapping is read once for a whole checkpoint, and its own operations run, on tensors without data where names
+and shapes are enough: what comes out where is never guessed from names.
+"""
+
+import copy
 import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mono_quant.convert.stored import StoredModule
-from mono_quant.errors import CorruptCheckpointError
+
+SCALE = "_scale"
+
+# What transformers' operations raise for tensors that they cannot merge or split.
+_CONVERSION_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 
-def check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], subject: str) -> list[str]:
-    """Compare a skeleton with the headers of a checkpoint, before a weight is read.
+@dataclass(frozen=True)
+class Placement:
+    """Where the tensors of a checkpoint go in a model.
+
+    Attributes:
+        tensors: what arrives, by name in the model.
+        sources: the checkpoint names that it is made of, by name in the model.
+        left: the name that it would have in the model, by checkpoint name of a tensor that has no place there.
+        broken: why a tensor cannot be made, by name in the model.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What keeps a checkpoint from filling a model.
+
+    Attributes:
+        left: checkpoint names of tensors that no layer takes.
+        missing: names in the model of tensors that nothing fills.
+        wrong: what arrives in another shape than the model's, or cannot be made; a sentence each.
+        integers: what arrives as something else than floats where the model has floats; a sentence each.
+        placed: what arrives, and from where.
+    """
+
+    left: list[str]
+    missing: list[str]
+    wrong: list[str]
+    integers: list[str]
+    placed: Placement
+
+    def problem(self, name: str) -> str:
+        """Return what keeps a checkpoint from filling a class of that name; empty when nothing does."""
+        if self.wrong:
+            return f"{len(self.wrong)} tensors have another shape than config.json says: {'; '.join(self.wrong[:3])}"
+        if self.missing:
+            return f"{len(self.missing)} weights of {name} are missing: {grouped(self.missing)}"
+        return ""
+
+
+def on_meta(headers: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> dict[str, Tensor]:
+    """Return tensors without data for the dtypes and shapes of a checkpoint."""
+    return {
+        name: torch.empty(tuple(shape), dtype=dtype, device="meta")
+        for name, (dtype, shape) in headers.items()
+    }
+
+
+def floats_of(tensors: Mapping[str, Tensor], codes: Iterable[str]) -> dict[str, Tensor]:
+    """Return the floats that a checkpoint stands for, without data: codes as such, and no scales."""
+    found = set(codes)
+    scales = {f"{name}{SCALE}" for name in found}
+    return {
+        name: torch.empty(t.shape, dtype=torch.float32 if name in found else t.dtype, device="meta")
+        for name, t in tensors.items()
+        if name not in scales
+    }
+
+
+def place(model: Any, tensors: Mapping[str, Tensor]) -> Placement:
+    """Do what transformers' loader does with a checkpoint.
 
     Args:
-        model: on meta.
-        shapes: of the checkpoint's tensors, by name.
-        subject: what to call the checkpoint in errors.
-
-    Returns:
-        Names of tensors that belong to no layer of the model.
-
-    Raises:
-        CorruptCheckpointError: a tensor has another shape than the model's.
+        model: a transformers model in float, on any device.
+        tensors: of the checkpoint by name, without scales of int8 codes.
     """
-    rename = renamer(model)
-    state = model.state_dict()
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    left, wrong = [], []
-    for key, shape in shapes.items():
-        name, merged = rename(key)
-        if name not in state:
-            left += [] if any(re.search(pattern, name) for pattern in ignored) else [key]
-        elif not merged and tuple(state[name].shape) != tuple(shape):
-            wrong.append(f"{key} is {tuple(shape)} and should be {tuple(state[name].shape)}")
-    if wrong:
-        raise CorruptCheckpointError(
-            f"{subject}: {len(wrong)} tensors have another shape than config.json says: {'; '.join(wrong[:3])}"
-        )
-    return left
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+    renamings, converters = _mapping(model)
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    state, prefix = model.state_dict(), model.base_model_prefix
+    placed = Placement()
+    gathered: dict[str, Any] = {}
+    # sorted as transformers does it: some renamings depend on the names before
+    for key in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        if name not in state or name in placed.tensors or (pattern is None and name in gathered):
+            placed.left[key] = name
+        elif pattern is None:
+            placed.tensors[name], placed.sources[name] = tensors[key], (key,)
+        else:
+            if name not in gathered:
+                gathered[name] = copy.deepcopy(by_pattern[pattern])
+            gathered[name].add_tensor(name, key, pattern, tensors[key])
+    for name, converter in gathered.items():
+        _convert(model, name, converter, placed, state)
+    return placed
+
+
+def _mapping(model: Any) -> tuple[list[Any], list[Any]]:
+    """Return the renamings and the conversions of a model's class."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    return [m for m in mapping if not isinstance(m, WeightConverter)], converters
+
+
+def _convert(model: Any, name: str, converter: Any, placed: Placement, state: Mapping[str, Tensor]) -> None:
+    keys = tuple(sorted(converter.layer_targets[name]))
+    try:
+        made = converter.convert(name, model=model, config=model.config)
+    except _CONVERSION_ERRORS as e:
+        placed.broken[name] = f"it cannot be made of {_some(keys)} ({e})"
+        return
+    for target, value in made.items():
+        if target in state:
+            placed.tensors[target] = value[0] if isinstance(value, list) else value
+            placed.sources[target] = keys
+        else:
+            placed.broken[target] = f"{type(model).__name__} has no such tensor to be made of {_some(keys)}"
+
+
+def fit(model: Any, tensors: Mapping[str, Tensor]) -> Fit:
+    """Hold a checkpoint against a model, as transformers' loader does.
+
+    Args:
+        model: a transformers model in float, on meta.
+        tensors: of the checkpoint by name, without scales of int8 codes; on meta.
+    """
+    placed = place(model, tensors)
+    state = model.state_dict(keep_vars=True)
+    # a tied tensor has several names, of which a checkpoint holds one
+    present = {id(state[name]) for name in [*placed.tensors, *placed.broken] if name in state}
+    absent = [name for name, tensor in state.items() if id(tensor) not in present]
+    missing = _unless(absent, getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    needless = _unless(placed.left.values(), _needless(model))
+    left = [key for key, name in placed.left.items() if name in needless]
+    wrong = [f"{name}: {problem}" for name, problem in placed.broken.items()]
+    integers = []
+    for name, tensor in placed.tensors.items():
+        what, shape = _made(name, placed.sources[name]), tuple(state[name].shape)
+        if tuple(tensor.shape) != shape:
+            wrong.append(f"{what} is {tuple(tensor.shape)} and should be {shape}")
+        elif state[name].is_floating_point() and not tensor.is_floating_point():
+            integers.append(f"{what} is {tensor.dtype}")
+    return Fit(left, missing, wrong, integers, placed)
+
+
+def _needless(model: Any) -> list[str]:
+    """Return patterns of tensors that may be left over, as transformers has them."""
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        patterns.append(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        patterns.append(r"(^|\.)position_ids$")
+    return patterns
+
+
+def _unless(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    patterns = list(patterns)
+    return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+
+
+def _made(name: str, sources: Sequence[str]) -> str:
+    return name if tuple(sources) == (name,) else f"{name} (of {_some(sources)})"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def grouped(names: Sequence[str]) -> str:
+    """List names; of many, those below one numbered layer as one."""
+    if len(names) <= 8:
+        return ", ".join(names)
+    groups = dict.fromkeys(re.sub(r"^(.*\.\d+)\..*$", r"\1.*", name) for name in names)
+    return ", ".join(list(groups)[:8]) + (" ..." if len(groups) > 8 else "")
+
+
+def scales_follow(conversions: Iterable[Any], codes: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """Return transformers' conversions such that the scales of int8 codes go the way of their codes.
+
+    Rows stay rows in all of them: what merges, splits or reorders the rows of a matrix does the same to its scales. A
+    pattern may end inside the name of a weight or behind it; for a scale it sees the name of the codes.
+
+    Args:
+        conversions: of a model.
+        codes: names of the int8 codes where the conversions begin.
+        names: of all tensors there.
+    """
+    scales = {f"{name}{SCALE}" for name in codes}
+    # parameters of the model itself may be called so, too
+    others = {name for name in names if name.endswith(SCALE)} - scales
+    classes: dict[type[Any], type[Any]] = {}
+    followed = []
+    for conversion in conversions:
+        plain = plain_class(conversion)
+        twin = copy.copy(conversion)
+        twin.__class__ = classes.setdefault(plain, _following(plain, others))
+        followed.append(twin)
+    return followed
+
+
+def plain_class(conversion: Any) -> type[Any]:
+    """Return the class that transformers gave a conversion."""
+    return getattr(type(conversion), "plain", type(conversion))
+
+
+def _following(plain: type[Any], others: set[str]) -> type[Any]:
+    def rename_source_key(self: Any, source_key: str) -> tuple[str, str | None]:
+        if source_key.endswith(SCALE) and source_key not in others:
+            name, pattern = plain.rename_source_key(self, source_key.removesuffix(SCALE))
+            return f"{name}{SCALE}", pattern
+        name, pattern = plain.rename_source_key(self, source_key)
+        if name.endswith(SCALE):
+            others.add(name)
+        return name, pattern
+
+    def convert(self: Any, layer_name: str, model: Any = None, **options: Any) -> Any:
+        return plain.convert(self, layer_name, model=_Held(model), **options)
+
+    # no slots of its own: an object of the plain class can change into it
+    own = {"__slots__": (), "rename_source_key": rename_source_key, "convert": convert, "plain": plain}
+    return type(plain.__name__, (plain,), own)
+
+
+class _Held:
+    """A model whose `get_parameter` gives what a layer holds; reading `weight` of an int8 layer gives floats."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def get_parameter(self, name: str) -> Tensor | None:
+        module, _, last = name.rpartition(".")
+        return dict(self._model.get_submodule(module).named_parameters(recurse=False)).get(last)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def inseparable(converters: Sequence[Any], state: Mapping[str, Tensor]) -> set[str]:
+    """Name the tensors that a file cannot hold merged: a partner has another dtype, or is not there.
+
+    Args:
+        converters: reversed conversions of a model.
+        state: its tensors by name.
+    """
+    groups: dict[tuple[int, str], dict[str, str]] = defaultdict(dict)
+    for name in state:
+        for count, converter in enumerate(converters):
+            merged, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                groups[count, merged][name] = pattern
+                break
+    apart: set[str] = set()
+    for (count, _), parts in groups.items():
+        complete = set(parts.values()) == set(converters[count].source_patterns)
+        if not complete or len({state[name].dtype for name in parts}) > 1:
+            apart |= parts.keys()
+    return apart
 
 
 def standard_obstacle(model: nn.Module) -> str:
     """Return why transformers cannot load int8 linear layers of this model by itself; empty when it can."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
     for module in model.modules():
         matrices = [p for p in module.parameters(recurse=False) if p.dim() == 3 and p.is_floating_point()]
         if "Experts" in type(module).__name__ and not isinstance(module, StoredModule) and matrices:
             return f"{type(module).__name__} stays in float, which compressed-tensors cannot load beside int8 layers"
-    targets = [
-        target
-        for conversion in get_model_conversion_mapping(model)
-        if isinstance(conversion, WeightConverter)
-        for target in conversion.target_patterns
-    ]
+    targets = [target for converter in _mapping(model)[1] for target in converter.target_patterns]
     other = [target for target in targets if not target.endswith(("gate_up_proj", "down_proj"))]
     return (
         f"transformers builds {other[0]} from several tensors, which it does not do for int8" if other else ""
     )
-
-
-def renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """Return what turns a checkpoint name into the model's name, and says whether several tensors become one there."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    state = model.state_dict()
-    prefix = model.base_model_prefix
-
-    def rename(key: str) -> tuple[str, bool]:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, state)
-        return name, pattern is not None
-
-    return rename
-
-
-def split_names(model: nn.Module, name: str) -> list[str]:
-    """Return all names in the model that one tensor of the checkpoint is split into; `name` is one of them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    for conversion in get_model_conversion_mapping(model):
-        targets = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
-        own = next((target for target in targets if name.endswith(target)), None)
-        if own is not None:
-            return [name.removesuffix(own) + target for target in targets]
-    return [name]

@@ -7,8 +7,8 @@ import copy
 import functools
 import logging
 import weakref
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mono_quant.convert.int8 import install_
 from mono_quant.errors import CorruptCheckpointError, FrozenWeightError, UnsupportedModelError
 from mono_quant.hf.dtypes import take_dtypes_
-from mono_quant.hf.names import renamer, split_names
+from mono_quant.hf.names import SCALE, Placement, on_meta, place, plain_class, scales_follow
 from mono_quant.planning.layers import DECLARATIONS
 from mono_quant.planning.walk import weight_owners
 
@@ -37,22 +37,42 @@ def register() -> None:
     classes()
 
 
-def codes_among(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the int8 codes of a checkpoint."""
-    return sorted(name for name, tensor in tensors.items() if tensor.dtype == torch.int8)
+class Headers(dict[str, tuple[str, tuple[int, ...]]]):
+    """Dtype and shape of every tensor of a checkpoint, by name; of int8 codes the shape of the float weight."""
+
+    def __deepcopy__(self, memo: object) -> "Headers":
+        # transformers copies a config many times, and this has an entry per expert
+        return self
+
+    @property
+    def codes(self) -> list[str]:
+        """Names of the int8 codes."""
+        return [name for name, (dtype, _) in self.items() if dtype == str(torch.int8)]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return tensors without data for everything but the scales of int8 codes."""
+        scales = {f"{name}{SCALE}" for name in self.codes}
+        return on_meta({n: (_dtype(own), shape) for n, (own, shape) in self.items() if n not in scales})
 
 
-def stored_method(stored: Mapping[str, torch.dtype], dtype: torch.dtype) -> dict[str, Any]:
-    """Return a `quantization_config` that fills a model with what a checkpoint holds, codes and floats, as they are.
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    return dtype
+
+
+def loading_method(
+    headers: Mapping[str, tuple[torch.dtype, Sequence[int]]], dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Return a `quantization_config` that makes transformers' loader fill our layers.
 
     Args:
-        stored: dtype of every tensor of the checkpoint, by name.
-        dtype: of most float tensors, and what int8 weights read as.
+        headers: dtype and shape of every tensor of the checkpoint, by name; of int8 codes the shape of the float weight.
+        dtype: of most float tensors, and what int8 weights read as: every tensor gets the dtype that it has in the checkpoint.
+            None gives floats the dtypes that transformers gives them.
     """
-    codes = sorted(name for name, held in stored.items() if held == torch.int8)
-    scales = {f"{name}_scale" for name in codes}
-    floats = {n: str(held) for n, held in stored.items() if held.is_floating_point and n not in scales}
-    return {"quant_method": METHOD, "codes": codes, "dtype": str(dtype), "floats": floats}
+    # as text: transformers writes configs into its log
+    held = Headers({name: (str(own), tuple(shape)) for name, (own, shape) in headers.items()})
+    return {"quant_method": METHOD, "headers": held, "dtype": "" if dtype is None else str(dtype)}
 
 
 def mark_(model: nn.Module, core: nn.Module, dtype: str) -> None:
@@ -82,6 +102,9 @@ def unmark_(model: nn.Module) -> None:
             del config.quantization_config
     for name in ("is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
+    # those that scales followed cannot be pickled
+    for conversion in getattr(model, "_weight_conversions", None) or ():
+        conversion.__class__ = plain_class(conversion)
 
 
 def _has_adapters(model: nn.Module) -> bool:
@@ -115,22 +138,12 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
-        """What the loader has to know: which checkpoint tensors are int8 codes, and which dtypes the others have.
+        """What the loader has to know of a checkpoint; without `dtype`, floats get the dtypes that transformers gives them."""
 
-        Without `dtype`, the others get the dtypes that transformers gives them.
-        """
-
-        def __init__(
-            self,
-            codes: list[str] | None = None,
-            dtype: str = "",
-            floats: Mapping[str, str] | None = None,
-            **_: Any,
-        ) -> None:
+        def __init__(self, headers: Headers | None = None, dtype: str = "", **_: Any) -> None:
             self.quant_method = METHOD
-            self.codes = codes or []
+            self.headers = headers or Headers()
             self.dtype = dtype
-            self.floats = floats or {}
 
     class Watching(HfQuantizer):  # type: ignore[misc]
         """A quantizer that knows its model, without keeping it alive, and is copied and pickled with it."""
@@ -179,7 +192,6 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
     class Int8Quantizer(Watching):
         """Puts int8 layers where the checkpoint has int8 codes."""
 
-        serialized_names: ClassVar = {"weight": ["weight", "weight_scale"]}
         what = "int8"
 
         def is_serializable(self) -> bool:
@@ -193,14 +205,21 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
             asked = self.quantization_config
+            placed = place(model, asked.headers.weights())
             if asked.dtype:
-                take_dtypes_(model, _dtype(asked.dtype), {n: _dtype(d) for n, d in asked.floats.items()})
+                stored = {name: tensor.dtype for name, tensor in placed.tensors.items()}
+                take_dtypes_(model, _dtype(asked.dtype), stored)
                 # what the class declares would be cast: here the file decides
                 self.declared = {name: getattr(model, name, None) for name in DECLARATIONS}
                 model.__dict__.update(dict.fromkeys(DECLARATIONS, frozenset()))
-            modules = _modules_of(model, asked.codes)
+            modules = _modules_of(model, placed, set(asked.headers.codes))
             install_(model, modules)
             _untie_(model, modules)
+
+        def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+            headers = self.quantization_config.headers
+            codes = headers.codes
+            return scales_follow(weight_conversions, codes, headers) if codes else weight_conversions
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
             model.__dict__.update(getattr(self, "declared", {}))
@@ -224,11 +243,6 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
     return Int8Config, Int8Quantizer, HalfQuantizer
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
-    return dtype
-
-
 def _untie_(model: Any, modules: list[str]) -> None:
     """Take int8 layers out of the model's ties: codes of their own are in the file, and a float table cannot be one of them.
 
@@ -247,17 +261,18 @@ def _untie_(model: Any, modules: list[str]) -> None:
             )
 
 
-def _modules_of(model: nn.Module, codes: list[str]) -> list[str]:
-    """Return the layers of a float skeleton that int8 checkpoint tensors belong to."""
-    rename = renamer(model)
+def _modules_of(model: nn.Module, placed: Placement, codes: set[str]) -> list[str]:
+    """Return the layers of a float skeleton that the int8 codes of a checkpoint belong to."""
     owners = weight_owners(model)
-    found: dict[str, None] = {}
-    for key in codes:
-        for name in split_names(model, rename(key)[0]):
-            if name not in owners:
-                raise CorruptCheckpointError(
-                    f"{key} holds int8 codes, but {type(model).__name__} has no layer there that can use them; "
-                    f"the checkpoint does not fit its config.json"
-                )
-            found[owners[name]] = None
-    return list(found)
+    coded = [name for name, sources in placed.sources.items() if not codes.isdisjoint(sources)]
+    # what is merged of codes and floats is no int8 tensor
+    stray = [n for n in coded if n not in owners or placed.tensors[n].dtype != torch.int8]
+    stray += [key for key in placed.left if key in codes]
+    if codes:
+        stray += [f"{name}: {why}" for name, why in placed.broken.items()]
+    if stray:
+        raise CorruptCheckpointError(
+            f"the checkpoint holds int8 codes where {type(model).__name__} has no layer that can use them "
+            f"({'; '.join(stray[:3])}); it does not fit its config.json"
+        )
+    return list(dict.fromkeys(owners[name] for name in coded))

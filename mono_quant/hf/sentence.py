@@ -1,17 +1,31 @@
 """SentenceTransformer folders: what lies around the transformer that does the work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mono_quant.errors import MissingDependencyError
+from mono_quant.errors import MissingDependencyError, UnsupportedModelError
 from mono_quant.hf.models import quiet
-from mono_quant.hf.quantizer import classes, stored_method, unmark_
+from mono_quant.hf.quantizer import classes, loading_method, unmark_
 from mono_quant.io.disk.output import OutputFolder
 from mono_quant.io.tensors.checkpoint import open_checkpoint
+
+
+def check_modules(model: nn.Module) -> None:
+    """Refuse a SentenceTransformer whose own saving would fail.
+
+    Raises:
+        UnsupportedModelError: a module in it cannot be saved.
+    """
+    for name, module in model.named_children():
+        if not callable(getattr(module, "save", None)):
+            raise UnsupportedModelError(
+                f"module {name} of the SentenceTransformer is a {type(module).__name__}, which has no save(path); give it one, as "
+                f"sentence-transformers asks of its modules, or quantize model[0].auto_model by itself"
+            )
 
 
 def write_modules(folder: OutputFolder, model: Any, core: nn.Module) -> None:
@@ -31,13 +45,17 @@ def write_modules(folder: OutputFolder, model: Any, core: nn.Module) -> None:
 
 
 def load_modules(
-    folder: Path, stored: Mapping[str, torch.dtype], dtype: torch.dtype, built: torch.dtype, is_int8: bool
+    folder: Path,
+    headers: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    dtype: torch.dtype,
+    built: torch.dtype,
+    is_int8: bool,
 ) -> nn.Module:
     """Load a SentenceTransformer whose transformer has int8 layers where the file has int8 codes.
 
     Args:
         folder: in the standard or the plain layout.
-        stored: dtype of every tensor of the transformer in the file, by name.
+        headers: dtype and shape of every tensor of the transformer in the file, by name.
         dtype: of most of its float tensors, and what int8 weights read as.
         built: dtype that its class is built in.
         is_int8: its config names a quantization method, which ours has to stand in for.
@@ -52,7 +70,7 @@ def load_modules(
         raise MissingDependencyError(
             f"{folder} is a SentenceTransformer; install it with: pip install sentence-transformers"
         ) from e
-    method = stored_method(stored, dtype)
+    method = loading_method(headers, dtype)
     # transformers takes a method from the config where that names one, and from the caller elsewhere
     instead = {"quantization_config": method} if is_int8 else {}
     added = {} if is_int8 else {"quantization_config": config_class(**method)}

@@ -1,24 +1,27 @@
 """A model's tensors under the names that a checkpoint has for them."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mono_quant.hf.models import quiet
-from mono_quant.hf.quantizer import classes
+from mono_quant.hf.names import SCALE, inseparable, scales_follow
 
 
 def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str, Tensor]:
-    """Return the model's tensors under their checkpoint names: ties once, fused experts one by one.
+    """Return the model's tensors under their checkpoint names: ties once, merged and split as its checkpoints are.
 
-    int8 codes have the shape of the float weight they stand for; scales are fp32 [N, 1].
+    int8 codes have the shape of the float weight they stand for, with fp32 scales beside them, one per row. Tensors that a
+    checkpoint has as one, but that are not all in one dtype here, keep the names that they have in the model.
 
     Args:
         model: a transformers model.
         halves: names in the model of tensors to return as float16.
     """
-    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
     state = model.state_dict()
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
@@ -27,38 +30,29 @@ def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str
         if target in state and origin in state and _same_memory(state[target], state[origin]):
             del state[target]
     state = {name: tensor.half() if name in halves else tensor for name, tensor in state.items()}
+    codes = [name for name, t in state.items() if t.dtype == torch.int8 and f"{name}{SCALE}" in state]
+    conversions = scales_follow(_conversions(model), codes, state)
+    backwards = [conversion.reverse_transform() for conversion in conversions[::-1]]
+    apart = inseparable([c for c in backwards if isinstance(c, WeightConverter)], state)
+    twin = copy.copy(model)
+    twin.__dict__["_weight_conversions"] = conversions
     with quiet():
-        reverted = dict(revert_weight_conversion(_with_scale_conversions(model), state))
-    return _with_renamed_scales(state, reverted)
+        reverted = revert_weight_conversion(twin, {n: t for n, t in state.items() if n not in apart})
+    return {**reverted, **{name: state[name] for name in apart}}
 
 
-def _with_renamed_scales(state: Mapping[str, Tensor], reverted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give scales the name of their codes where transformers renamed the codes alone."""
-    now = {id(tensor): name for name, tensor in reverted.items()}
-    for name, codes in state.items():
-        new = now.get(id(codes))
-        if f"{name}_scale" in state and new not in (None, name) and f"{name}_scale" in reverted:
-            reverted[f"{new}_scale"] = reverted.pop(f"{name}_scale")
-    return reverted
+def _conversions(model: nn.Module) -> list[Any]:
+    """Return the conversions that a model was loaded with, or those of its class."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    used = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        return list(used)
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    # nobody knows whether a checkpoint would have the prefix; transformers leaves it out, too
+    return [conversion for conversion in known if not isinstance(conversion, PrefixChange)]
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
-
-
-def _with_scale_conversions(model: nn.Module) -> nn.Module:
-    """Return a shallow twin of `model` whose conversions also split fused scales."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-        conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
-    plain = [c for c in conversions if not all(t.endswith("_scale") for t in c.target_patterns)]
-    config_class, quantizer_class, _ = classes()
-    twin = copy.copy(model)
-    twin.__dict__["_weight_conversions"] = quantizer_class(config_class()).update_weight_conversions(
-        plain, model
-    )
-    return twin

@@ -1,7 +1,6 @@
 """A folder of a transformers model becomes a source, with its weights or as a skeleton for a plan."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +12,12 @@ from torch import nn
 from mono_quant.errors import (
     CorruptCheckpointError,
     UnsafeInputError,
+    UnsupportedModelError,
 )
 from mono_quant.hf.configs import set_generation_
 from mono_quant.hf.dtypes import loaded_dtypes, take_dtypes_
 from mono_quant.hf.models import load_as_stored, model_class, skeleton
-from mono_quant.hf.names import check_fit, renamer, split_names
+from mono_quant.hf.names import Fit, fit, grouped, on_meta
 from mono_quant.io.disk.allowed import BUFFERS, is_allowed
 from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.hub.metadata import local_card
@@ -25,7 +25,6 @@ from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
 from mono_quant.planning.walk import common_dtype
 from mono_quant.sources.guards import (
     Shapes,
-    check_dtypes,
     check_float,
     check_proportion,
     read_config,
@@ -78,7 +77,6 @@ def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool =
         shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
         bare = _skeleton(folder, raw, access, shapes)
         if not weights:
-            check_complete(bare.model, shapes, folder)
             return _of_folder(bare.model, folder, bare)
         model = load_as_stored(type(bare.model), bare.config, _read_all(checkpoint), str(folder), bare.dtype)
         files = {} if pickled or is_cache else checkpoint.sha256s()
@@ -106,7 +104,6 @@ def from_headers(folder: Path, access: Access, shapes: Shapes) -> Source:
         MonoQuantError: as `from_folder`.
     """
     bare = _skeleton(folder, read_config(folder), access, shapes)
-    check_complete(bare.model, shapes, folder)
     return _of_folder(bare.model, folder, bare)
 
 
@@ -117,61 +114,34 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shap
     # the files decide: a config may say another dtype than they hold
     dtype = common_dtype((held, math.prod(shape)) for held, shape in shapes.values())
     model = skeleton(cls, config, dtype, str(folder))
-    left = check_fit(model, {name: shape for name, (_, shape) in shapes.items()}, str(folder))
-    check_dtypes(folder, shapes, model, left)
+    found = fit(model, on_meta(shapes))
+    _refuse_misfit(found, cls.__name__, folder)
     notes = []
-    if left:
-        notes.append(f"left out, because no layer of {cls.__name__} uses them: {_grouped(left)}")
+    if found.left:
+        notes.append(f"left out, because no layer of {cls.__name__} uses them: {grouped(found.left)}")
     dtypes = loaded_dtypes(model, dtype)
-    take_dtypes_(model, dtype, {name: held for name, (held, _) in shapes.items() if held.is_floating_point})
+    take_dtypes_(model, dtype, {name: tensor.dtype for name, tensor in found.placed.tensors.items()})
     has_code = access.trust_remote_code and bool(raw.get("auto_map"))
     return _Skeleton(model, config, dtype, dtypes, notes, has_code)
 
 
-def check_complete(model: nn.Module, shapes: Shapes, folder: Path) -> None:
-    """Refuse a skeleton that the checkpoint does not fill, as loading would.
+def _refuse_misfit(found: Fit, name: str, folder: Path) -> None:
+    """Refuse what loading would refuse or change, before a weight is read.
 
     Raises:
-        CorruptCheckpointError: weights are missing.
+        CorruptCheckpointError: weights are missing, or have other shapes than the config says.
+        UnsupportedModelError: weights are integers, booleans or complex, which loading would cast without a word.
     """
-    state = model.state_dict(keep_vars=True)
-    filled, short = _filled(model, shapes)
-    # a tied tensor has several names, of which a checkpoint holds one
-    present = {id(state[name]) for name in filled if name in state}
-    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    absent = [name for name, tensor in state.items() if id(tensor) not in present]
-    missing = [name for name in absent if not any(re.search(p, name) for p in optional)] + short
-    if missing:
+    problem = found.problem(name)
+    if problem:
         raise CorruptCheckpointError(
-            f"{folder}: {len(missing)} weights of {type(model).__name__} are missing: {_grouped(missing)}. "
-            f"If that is intended, load the model yourself and pass the object"
+            f"{folder}: {problem}. If that is intended, load the model yourself and pass the object"
         )
-
-
-def _filled(model: nn.Module, shapes: Shapes) -> tuple[set[str], list[str]]:
-    """Return the names in the model that a checkpoint has tensors for, and those that are made of too few values."""
-    rename, state = renamer(model), model.state_dict()
-    filled, short = set(), []
-    values: dict[str, int] = {}
-    for key, (_, shape) in shapes.items():
-        name, merged = rename(key)
-        filled.add(name)
-        if merged:
-            values[name] = values.get(name, 0) + math.prod(shape)
-    for name, count in values.items():
-        parts = [part for part in split_names(model, name) if part in state]
-        filled.update(parts)
-        if count < sum(state[part].numel() for part in parts):
-            short += parts
-    return filled, short
-
-
-def _grouped(names: list[str]) -> str:
-    """List names; of many, those below one numbered layer as one."""
-    if len(names) <= 8:
-        return ", ".join(names)
-    groups = dict.fromkeys(re.sub(r"^(.*\.\d+)\..*$", r"\1.*", name) for name in names)
-    return ", ".join(list(groups)[:8]) + (" ..." if len(groups) > 8 else "")
+    if found.integers:
+        raise UnsupportedModelError(
+            f"{folder}: {len(found.integers)} tensors are not in floating point, as {name} needs them: "
+            f"{', '.join(found.integers[:3])}; save the checkpoint in float32, bfloat16 or float16"
+        )
 
 
 def _of_folder(model: nn.Module, folder: Path, bare: _Skeleton) -> Source:

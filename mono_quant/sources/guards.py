@@ -1,7 +1,7 @@
 """What cannot be converted as it is given: one typed error each, saying what to do instead."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,33 +178,6 @@ def refuse_pickles(names: list[str], subject: str) -> None:
         raise PickleOnlyError(
             f"{subject} has only pickle weights ({pickles[0]}), which can run code when read; convert them to safetensors, "
             f"or pass allow_pickle=True to read plain tensors from them in a guarded process"
-        )
-
-
-def check_dtypes(folder: Path, shapes: Shapes, model: nn.Module, unused: Collection[str]) -> None:
-    """Refuse integer, boolean and complex tensors for float parameters, which loading would cast without a word.
-
-    Args:
-        folder: of the checkpoint.
-        shapes: of its tensors.
-        model: the skeleton they are for.
-        unused: names of tensors that no layer takes.
-    """
-    state = dict(model.state_dict())
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    floats = {name.rpartition(".")[2] for name, tensor in state.items() if tensor.is_floating_point()}
-    wrong = [
-        f"{name} is {dtype}"
-        for name, (dtype, _) in shapes.items()
-        if not dtype.is_floating_point and name not in unused
-        if not any(re.search(pattern, name) for pattern in ignored)
-        # renamed tensors keep the last part of their names
-        if (state[name].is_floating_point() if name in state else name.rpartition(".")[2] in floats)
-    ]
-    if wrong:
-        raise UnsupportedModelError(
-            f"{folder}: {len(wrong)} tensors are not in floating point, as {type(model).__name__} needs them: "
-            f"{', '.join(wrong[:3])}; save the checkpoint in float32, bfloat16 or float16"
         )
 
 

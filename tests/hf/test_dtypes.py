@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mono_quant.hf.dtypes import built_dtype, loaded_dtypes, take_dtypes_
 from mono_quant.hf.models import computed_buffers, given_dtypes, load_as_stored, skeleton
+from mono_quant.hf.names import on_meta, place
 
 fp32, bf16, fp16, fp64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 T5 = hf.T5Config(d_model=16, d_ff=32, d_kv=4, num_layers=1, num_heads=4, vocab_size=20)
@@ -74,9 +75,12 @@ def test_what_the_file_does_not_hold_gets_its_common_dtype_unless_it_was_made_in
 def test_of_tensors_that_become_one_the_widest_decides():
     model = bare(hf.MixtralForCausalLM, MIXTRAL, bf16)
     experts = "model.layers.0.block_sparse_moe.experts"
-    held = {f"{experts}.{i}.{w}.weight": bf16 for i in (0, 1) for w in ("w1", "w2", "w3")}
+    shapes = {"w1": (128, 64), "w2": (64, 128), "w3": (128, 64)}
+    held = {f"{experts}.{i}.{w}.weight": (bf16, shape) for i in (0, 1) for w, shape in shapes.items()}
+    held |= {f"{experts}.1.w3.weight": (fp32, shapes["w3"]), f"{experts}.0.w2.weight": (fp16, shapes["w2"])}
+    placed = place(model, on_meta(held))
 
-    take_dtypes_(model, bf16, held | {f"{experts}.1.w3.weight": fp32, f"{experts}.0.w2.weight": fp16})
+    take_dtypes_(model, bf16, {name: tensor.dtype for name, tensor in placed.tensors.items()})
 
     found = others(dtypes(model), bf16)
     assert found == {

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +68,31 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def verify_manifest(folder: str | os.PathLike[str], *, hashes: bool, extras: bool = False) -> None:
-    """Prove that a folder holds what its manifest lists, and nothing else.
-
-    A changed README.md is no fault: cards are edited on the Hub. Neither is what git and the Hub put beside it.
-
-    Args:
-        folder: the folder.
-        hashes: compare sha256 too, which reads every byte.
-        extras: accept further files, unless loading would read them. Repositories gather them: a LICENSE added on the
-            Hub, notes, files of an earlier model.
+    """Prove that a folder holds what its manifest lists, and nothing else; see `verify_files`.
 
     Raises:
         CorruptCheckpointError: names every missing, extra or differing file and every link.
         MissingFileError: there is no manifest.
         FormatVersionError: the folder was written by a newer version.
     """
-    root = Path(folder)
-    files = read_manifest(root)["files"]
+    verify_files(Path(folder), read_manifest(folder)["files"], hashes=hashes, extras=extras)
+
+
+def verify_files(root: Path, files: Mapping[str, Any], *, hashes: bool, extras: bool = False) -> None:
+    """Prove that a folder holds the listed files, and nothing else.
+
+    A changed README.md is no fault: cards are edited on the Hub. Neither is what git and the Hub put beside it.
+
+    Args:
+        root: the folder.
+        files: size and sha256 by name, as a manifest lists them.
+        hashes: compare sha256 too, which reads every byte.
+        extras: accept further files, unless loading would read them. Repositories gather them: a LICENSE added on the
+            Hub, notes, files of an earlier model.
+
+    Raises:
+        CorruptCheckpointError: names every missing, extra or differing file and every link.
+    """
     present = [name for name, _ in tree(root)]
     problems = [f"{name} is missing" for name in files.keys() - present if name != "README.md"]
     for name in present:
