@@ -38,7 +38,8 @@ ROOMS = {
         ["dtypes", "compressed_tensors"],
         ["quantizer"],
         ["models"],
-        ["state", "sentence"],
+        ["state", "sentence", "described"],
+        ["remedies"],
     ],
     "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"]],
     "artifact": [

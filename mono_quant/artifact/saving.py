@@ -1,11 +1,12 @@
 """Writing a converted model as one folder that appears whole or not at all; the layouts are in `formats`."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mono_quant.artifact.buffers import buffers_of, write_values
 from mono_quant.artifact.cards import render
@@ -17,8 +18,10 @@ from mono_quant.errors import (
 )
 from mono_quant.hf.compressed_tensors import STANDARD, ct_block
 from mono_quant.hf.configs import clean_config, plain_config
+from mono_quant.hf.models import builds_itself
 from mono_quant.hf.names import standard_obstacle
-from mono_quant.hf.sentence import write_modules
+from mono_quant.hf.remedies import check_described
+from mono_quant.hf.sentence import check_modules, write_modules
 from mono_quant.hf.state import checkpoint_state
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION
@@ -27,6 +30,7 @@ from mono_quant.io.tensors.shards import write_checkpoint
 from mono_quant.io.tensors.tensor_file import TensorEntry
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport, dtype_name
+from mono_quant.planning.walk import is_transformers_model
 from mono_quant.sources.source import Subject
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -55,18 +59,22 @@ def save(
         The folder.
 
     Raises:
+        UnsupportedModelError: `load` would not give this model back.
         OutputError: it could not be written; nothing was changed.
     """
+    subject = _as_saved(subject)
     state = state_of(subject, report)
     layout = _layout(subject, report, state)
+    if subject.kind != "module":
+        _check_described(subject, state, layout)
     dtype = read_dtype(subject, layout)
     buffers = buffers_of(subject.core, dtype)
     with new_folder(
         target, overwrite=overwrite, sources=[subject.folder] if subject.folder else []
     ) as folder:
         table = _write_tensors(folder, subject, state, layout, max_shard_size)
-        if subject.kind != "module":
-            _write_configs(folder, subject, state, layout, dtype)
+        if is_transformers_model(subject.core):
+            _write_configs(folder, subject, state, layout)
         _write_side_files(folder, subject)
         write_values(folder, buffers.values)
         about = card_facts(subject, report, config, layout, "tokenizer_config.json" in folder.files)
@@ -91,9 +99,34 @@ def save(
 
 def render_card(subject: Subject, report: QuantReport, config: QuantizationConfig) -> str:
     """Return the card that `save` would write."""
+    subject = _as_saved(subject)
     layout = _layout(subject, report, state_of(subject, report))
     has_tokenizer = "tokenizer_config.json" in subject.side_files or subject.processor is not None
     return render(card_facts(subject, report, config, layout, has_tokenizer))
+
+
+def _as_saved(subject: Subject) -> Subject:
+    """Return the subject in the form it is saved in: what only the user's code can build is a plain module."""
+    if subject.kind == "module" or builds_itself(subject.core):
+        return subject
+    if subject.kind == "sentence_transformer":
+        raise UnsupportedModelError(
+            f"a SentenceTransformer builds its transformer by itself, and transformers has no class "
+            f"{type(subject.core).__name__} that is this one; quantize model[0].auto_model by itself"
+        )
+    return replace(subject, kind="module")
+
+
+def _check_described(subject: Subject, state: Mapping[str, Tensor], layout: str) -> None:
+    """Refuse what `load` would not build, before anything is written."""
+    core, name = subject.core, type(subject.core).__name__
+    where = "result.model.config"
+    otherwise = f"make it in a class of your own (class My{name}({name}): ...) for load(folder, model=...)"
+    if subject.kind == "sentence_transformer":
+        check_modules(subject.model)
+        where = "result.model[0].auto_model.config"
+        otherwise = ""
+    check_described(core, state, lambda config: _config_json(core, config, state, layout), where, otherwise)
 
 
 def _layout(subject: Subject, report: QuantReport, state: Mapping[str, Tensor]) -> str:
@@ -170,20 +203,23 @@ def read_dtype(subject: Subject, layout: str) -> torch.dtype:
     return torch.float32 if subject.kind == "module" else float_dtype(subject.core)
 
 
-def _write_configs(
-    folder: OutputFolder, subject: Subject, state: Mapping[str, Tensor], layout: str, dtype: torch.dtype
-) -> None:
+def _write_configs(folder: OutputFolder, subject: Subject, state: Mapping[str, Tensor], layout: str) -> None:
     core: Any = subject.core
-    data, _ = clean_config(plain_config(core.config))
+    folder.write_json("config.json", _config_json(core, core.config, state, layout))
+    generation = getattr(core, "generation_config", None)
+    if generation is not None and core.can_generate():
+        folder.write_json("generation_config.json", clean_config(generation.to_diff_dict())[0])
+
+
+def _config_json(core: nn.Module, config: Any, state: Mapping[str, Tensor], layout: str) -> dict[str, Any]:
+    data, _ = clean_config(plain_config(config))
+    dtype = torch.float16 if layout == PLAIN else float_dtype(core)
     data |= {"architectures": [type(core).__name__], "dtype": dtype_name(dtype)}
     if layout == STANDARD:
         data["quantization_config"] = ct_block(core, state)
     elif layout == FORMAT:
         data["quantization_config"] = {"quant_method": FORMAT, "format_version": FORMAT_VERSION}
-    folder.write_json("config.json", data)
-    generation = getattr(core, "generation_config", None)
-    if generation is not None and core.can_generate():
-        folder.write_json("generation_config.json", clean_config(generation.to_diff_dict())[0])
+    return data
 
 
 def _write_side_files(folder: OutputFolder, subject: Subject) -> None:
