@@ -112,7 +112,9 @@ def line(name: str, case: Case, folder: Path, failed: dict[str, str]) -> tuple[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("reader", choices=["vllm", "transformers"])
     parser.add_argument("python", help="of the environment that the reader is installed in")
     parser.add_argument("--models", nargs="*", choices=list(CASES), default=list(CASES), metavar="MODEL")
@@ -149,7 +151,9 @@ def main() -> None:
                 verdict, text = line(name, CASES[name], root / name, failed)
             verdicts.append(verdict)
             print(f"{name:26} {verdict:5} {text}")
-        print(f"{verdicts.count('ok')} good, {verdicts.count('FAULT')} faults, {verdicts.count('no')} that cannot tell")
+        print(
+            f"{verdicts.count('ok')} good, {verdicts.count('FAULT')} faults, {verdicts.count('no')} that cannot tell"
+        )
     sys.exit("FAULT" in verdicts)
 
 

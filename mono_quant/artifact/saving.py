@@ -11,12 +11,12 @@ from mono_quant.artifact.buffers import buffers_of, write_values
 from mono_quant.artifact.cards import render
 from mono_quant.artifact.facts import REPORT, Manifest, StoredCodes, card_facts
 from mono_quant.artifact.layouts import PLAIN, float_dtype, layout_of
-from mono_quant.convert.int8_layers import Int8Module
+from mono_quant.convert.int8_layers import Int8Module, stored_scales
 from mono_quant.errors import (
     UnsupportedModelError,
 )
 from mono_quant.hf.compressed_tensors import STANDARD, ct_block
-from mono_quant.hf.configs import clean_config, plain_config
+from mono_quant.hf.configs import clean_config, config_to_write
 from mono_quant.hf.names import standard_obstacle
 from mono_quant.hf.sentence import write_modules
 from mono_quant.hf.state import checkpoint_state
@@ -108,7 +108,7 @@ def state_of(subject: Subject, report: QuantReport) -> dict[str, Tensor]:
     halves = {row.name.removeprefix(prefix) for row in report.rows if row.dtype_after == "float16"}
     if subject.kind == "module":
         first: dict[tuple[int, torch.Size], str] = {}
-        state = subject.model.state_dict()
+        state = subject.model.state_dict() | stored_scales(subject.model)
         for name, tensor in list(state.items()):
             if not isinstance(tensor, Tensor):
                 raise UnsupportedModelError(
@@ -174,8 +174,8 @@ def _write_configs(
     folder: OutputFolder, subject: Subject, state: Mapping[str, Tensor], layout: str, dtype: torch.dtype
 ) -> None:
     core: Any = subject.core
-    data, _ = clean_config(plain_config(core.config))
-    data |= {"architectures": [type(core).__name__], "dtype": dtype_name(dtype)}
+    data = config_to_write(core.config, subject.config, dtype_name(dtype))
+    data["architectures"] = [type(core).__name__]
     if layout == STANDARD:
         data["quantization_config"] = ct_block(core, state)
     elif layout == FORMAT:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
+from mono_quant.convert.int8_layers import stored_scales
 from mono_quant.hf.models import quiet
 from mono_quant.hf.quantizer import classes
 
@@ -12,7 +13,7 @@ from mono_quant.hf.quantizer import classes
 def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the model's tensors under their checkpoint names: ties once, fused experts one by one.
 
-    int8 codes have the shape of the float weight they stand for; scales are fp32 [N, 1].
+    int8 codes have the shape of the float weight they stand for; scales [N, 1] have its dtype, see `stored_scale`.
 
     Args:
         model: a transformers model.
@@ -20,7 +21,7 @@ def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    state = model.state_dict()
+    state = model.state_dict() | stored_scales(model)
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     for target, origin in getattr(model, "all_tied_weights_keys", {}).items():

@@ -45,6 +45,7 @@ class _Skeleton:
 
     Attributes:
         model: with every tensor in the dtype of the checkpoint.
+        raw: the `config.json`.
         config: of the model.
         dtype: of most of the checkpoint.
         dtypes: that transformers would give the float tensors.
@@ -53,6 +54,7 @@ class _Skeleton:
     """
 
     model: nn.Module
+    raw: Mapping[str, Any]
     config: Any
     dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype]
@@ -125,7 +127,7 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shap
     dtypes = loaded_dtypes(model, dtype)
     take_dtypes_(model, dtype, {name: held for name, (held, _) in shapes.items() if held.is_floating_point})
     has_code = access.trust_remote_code and bool(raw.get("auto_map"))
-    return _Skeleton(model, config, dtype, dtypes, notes, has_code)
+    return _Skeleton(model, raw, config, dtype, dtypes, notes, has_code)
 
 
 def check_complete(model: nn.Module, shapes: Shapes, folder: Path) -> None:
@@ -183,7 +185,9 @@ def _of_folder(model: nn.Module, folder: Path, bare: _Skeleton) -> Source:
         )
         notes = [lost, *notes]
     origin = _local_origin(type(model).__name__, folder)
-    subject = Subject(model, "transformers", folder=folder, side_files=side_files, origin=origin)
+    subject = Subject(
+        model, "transformers", folder=folder, config=bare.raw, side_files=side_files, origin=origin
+    )
     return Source(subject, owned=True, dtypes=bare.dtypes, notes=notes)
 
 

@@ -1,6 +1,6 @@
 """The tiny models that other programs are given: random weights, but sharp enough that greedy tokens mean something."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,20 +76,40 @@ def text(name: str, config: str | None = None, **fields: Any) -> Case:
 def _cases() -> dict[str, Case]:
     sub = {**TEXT, **HEADS}
     deepseek = {
-        "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
-        "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_key_value_heads": 4,
-    }  # fmt: skip
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "num_key_value_heads": 4,
+    }
     linear = {
-        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"],
-    }  # fmt: skip
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
     return {
         "llama": text("Llama", **ROPE),
-        "llama3-rope": text("Llama", rope_parameters={
-            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
-        }),  # fmt: skip
+        "llama3-rope": text(
+            "Llama",
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        ),
         "llama-tied": text("Llama", tie_word_embeddings=True),
         "llama-bf16": Case("LlamaForCausalLM", "LlamaConfig", TEXT, "bfloat16"),
         "llama-fp16": Case("LlamaForCausalLM", "LlamaConfig", TEXT, "float16"),
@@ -119,17 +139,28 @@ def _cases() -> dict[str, Case]:
             "Gemma2Model", "Gemma2Config", {**TEXT, **HEADS}, options={"skip": ["layers.0"]}, read="hidden"
         ),
         "gemma3-text": text(
-            "Gemma3", "Gemma3TextConfig", **HEADS, layer_types=["sliding_attention", "full_attention"], sliding_window=64
+            "Gemma3",
+            "Gemma3TextConfig",
+            **HEADS,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=64,
         ),
         "gemma3-headless-skip": Case(
-            "Gemma3TextModel", "Gemma3TextConfig", {**TEXT, **HEADS, "query_pre_attn_scalar": 32},
-            options={"skip": ["layers.0"]}, read="hidden",
-        ),  # fmt: skip
+            "Gemma3TextModel",
+            "Gemma3TextConfig",
+            {**TEXT, **HEADS, "query_pre_attn_scalar": 32},
+            options={"skip": ["layers.0"]},
+            read="hidden",
+        ),
         "phi": text("Phi"),
         "phi3": text("Phi3"),
         "opt": Case("OPTForCausalLM", "OPTConfig", {**MHA, "ffn_dim": 256, "word_embed_proj_dim": 128}),
         "gpt-neox": Case("GPTNeoXForCausalLM", "GPTNeoXConfig", MHA),
-        "bloom": Case("BloomForCausalLM", "BloomConfig", {"vocab_size": 256, "hidden_size": 128, "n_layer": 2, "n_head": 4}),
+        "bloom": Case(
+            "BloomForCausalLM",
+            "BloomConfig",
+            {"vocab_size": 256, "hidden_size": 128, "n_layer": 2, "n_head": 4},
+        ),
         "falcon": Case("FalconForCausalLM", "FalconConfig", MHA),
         "stablelm": text("StableLm"),
         "olmo": text("Olmo"),
@@ -143,14 +174,16 @@ def _cases() -> dict[str, Case]:
         "smollm3": text("SmolLM3", **ROPE),
         "glm": text("Glm", **HEADS),
         "glm4": text("Glm4", **HEADS),
-        "exaone4": text("Exaone4", **HEADS, layer_types=["sliding_attention", "full_attention"], sliding_window=64),
+        "exaone4": text(
+            "Exaone4", **HEADS, layer_types=["sliding_attention", "full_attention"], sliding_window=64
+        ),
         "ernie4.5": text("Ernie4_5", **HEADS),
         "seed-oss": text("SeedOss", **HEADS),
         "helium": text("Helium", **HEADS),
         "arcee": text("Arcee", **HEADS),
         "apertus": text("Apertus"),
         "hunyuan": text("HunYuanDenseV1", **HEADS),
-        "mixtral": text("Mixtral", **{"num_local_experts": 4, "num_experts_per_tok": 2}),
+        "mixtral": text("Mixtral", num_local_experts=4, num_experts_per_tok=2),
         "qwen2-moe": text("Qwen2Moe", **MOE, shared_expert_intermediate_size=128),
         "qwen3-moe": text("Qwen3Moe", **MOE, **HEADS, **ROPE),
         "olmoe": text("Olmoe", num_experts=4, num_experts_per_tok=2),
@@ -160,30 +193,85 @@ def _cases() -> dict[str, Case]:
         "deepseek-v3": text("DeepseekV3", **deepseek),
         "qwen3.5": text("Qwen3_5", "Qwen3_5TextConfig", **HEADS, **linear),
         "qwen3-next": text("Qwen3Next", **HEADS, **linear, **MOE, shared_expert_intermediate_size=64),
-        "olmo-hybrid": text("OlmoHybrid", **HEADS, **{**linear, "linear_num_value_heads": 4, "linear_num_key_heads": 4}),
+        "olmo-hybrid": text(
+            "OlmoHybrid", **HEADS, **{**linear, "linear_num_value_heads": 4, "linear_num_key_heads": 4}
+        ),
         "lfm2": text("Lfm2", layer_types=["conv", "full_attention"]),
-        "mamba": Case("MambaForCausalLM", "MambaConfig", {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2}),
-        "mamba2": Case("Mamba2ForCausalLM", "Mamba2Config", {
-            "vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 32, "n_groups": 1,
-        }),  # fmt: skip
+        "mamba": Case(
+            "MambaForCausalLM", "MambaConfig", {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2}
+        ),
+        "mamba2": Case(
+            "Mamba2ForCausalLM",
+            "Mamba2Config",
+            {
+                "vocab_size": 256,
+                "hidden_size": 128,
+                "num_hidden_layers": 2,
+                "num_heads": 8,
+                "head_dim": 32,
+                "n_groups": 1,
+            },
+        ),
         "falcon-h1": text("FalconH1", **HEADS, mamba_d_ssm=256, mamba_n_heads=8, mamba_d_head=32),
-        "jamba": text("Jamba", num_experts=1, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1),
-        "gemma3-vl": Case("Gemma3ForConditionalGeneration", "Gemma3Config", {
-            "text_config": sub, "vision_config": VISION, "mm_tokens_per_image": 4, "boi_token_index": 248,
-            "eoi_token_index": 249, "image_token_index": 250, **IMAGE,
-        }, "bfloat16"),  # fmt: skip
-        "llava": Case("LlavaForConditionalGeneration", "LlavaConfig", {
-            "text_config": {"model_type": "llama", **TEXT}, "vision_config": {"model_type": "clip_vision_model", **VISION},
-            "image_token_index": 250,
-        }, "bfloat16"),  # fmt: skip
-        "qwen2.5-vl": Case("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", {
-            "text_config": {**TEXT, "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}},
-            "vision_config": {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "patch_size": 8,
-                              "out_hidden_size": 128, "fullatt_block_indexes": [1], "window_size": 32},
-            "image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 248, "vision_end_token_id": 249,
-        }, "bfloat16"),  # fmt: skip
-        "bert-headless-skip": Case("BertModel", "BertConfig", MHA, options={"skip": ["layer.0"]}, read="hidden"),
+        "jamba": text(
+            "Jamba", num_experts=1, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1
+        ),
+        "gemma3-vl": Case(
+            "Gemma3ForConditionalGeneration",
+            "Gemma3Config",
+            {
+                "text_config": sub,
+                "vision_config": VISION,
+                "mm_tokens_per_image": 4,
+                "boi_token_index": 248,
+                "eoi_token_index": 249,
+                "image_token_index": 250,
+                **IMAGE,
+            },
+            "bfloat16",
+        ),
+        "llava": Case(
+            "LlavaForConditionalGeneration",
+            "LlavaConfig",
+            {
+                "text_config": {"model_type": "llama", **TEXT},
+                "vision_config": {"model_type": "clip_vision_model", **VISION},
+                "image_token_index": 250,
+            },
+            "bfloat16",
+        ),
+        "qwen2.5-vl": Case(
+            "Qwen2_5_VLForConditionalGeneration",
+            "Qwen2_5_VLConfig",
+            {
+                "text_config": {
+                    **TEXT,
+                    "rope_parameters": {
+                        "rope_type": "default",
+                        "rope_theta": 1e6,
+                        "mrope_section": [4, 6, 6],
+                    },
+                },
+                "vision_config": {
+                    "depth": 2,
+                    "hidden_size": 64,
+                    "intermediate_size": 128,
+                    "num_heads": 2,
+                    "patch_size": 8,
+                    "out_hidden_size": 128,
+                    "fullatt_block_indexes": [1],
+                    "window_size": 32,
+                },
+                "image_token_id": 250,
+                "video_token_id": 251,
+                "vision_start_token_id": 248,
+                "vision_end_token_id": 249,
+            },
+            "bfloat16",
+        ),
+        "bert-headless-skip": Case(
+            "BertModel", "BertConfig", MHA, options={"skip": ["layer.0"]}, read="hidden"
+        ),
         "roberta-headless-skip": Case(
             "RobertaModel", "RobertaConfig", MHA, options={"skip": ["layer.0"]}, read="hidden"
         ),
@@ -191,9 +279,12 @@ def _cases() -> dict[str, Case]:
             "XLMRobertaModel", "XLMRobertaConfig", MHA, options={"skip": ["layer.0"]}, read="hidden"
         ),
         "modernbert-headless-skip": Case(
-            "ModernBertModel", "ModernBertConfig", {**MHA, "cls_token_id": 1, "sep_token_id": 2},
-            options={"skip": ["layers.0"]}, read="hidden",
-        ),  # fmt: skip
+            "ModernBertModel",
+            "ModernBertConfig",
+            {**MHA, "cls_token_id": 1, "sep_token_id": 2},
+            options={"skip": ["layers.0"]},
+            read="hidden",
+        ),
     }
 
 
