@@ -7,6 +7,7 @@
 For every model the other program reads the float folder and ours, and gives log-probabilities (or hidden states) of the same 64
 tokens. The error is |y - float| / |float|, where `float` is the model in float32 here. A line is good when our folder has an
 error there of at most twice what mono_quant itself makes with 8-bit activations, plus what the program makes of the float folder.
+transformers 4 reads no float folder that transformers 5 wrote, but ours of a model in memory: `--from memory`.
 "tokens" counts the greedy tokens, teacher-forced, on which the program's int8 and its float agree, beside mono_quant's own count.
 """
 
@@ -31,8 +32,8 @@ import mono_quant
 
 TOKENS = list(range(3, 67))
 HERE = Path(__file__).parent
-# Seconds for one model in the other program.
-PATIENCE = 300
+# What the arithmetic of another program may add to the error of int8: its float model is in bfloat16, say.
+TOLERATED = 0.02
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -106,9 +107,9 @@ def line(name: str, case: Case, folder: Path, failed: dict[str, str]) -> tuple[s
         same = int((ours.argmax(-1) == there.argmax(-1)).sum())
         here_same = int((own.argmax(-1) == reference.argmax(-1)).sum())
         text += f"  {same:3d} ({here_same:3d}) of {len(ours)}"
-    if base > 0.1:
-        return "no", f"{text}  its float model computes something else"
-    return ("ok" if got <= 2 * here + base else "FAULT"), text
+    if got <= 2 * here + min(base, TOLERATED):
+        return "ok", text
+    return ("no", f"{text}  its float model computes something else") if base > 0.1 else ("FAULT", text)
 
 
 def main() -> None:
