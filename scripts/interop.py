@@ -8,15 +8,17 @@ For every model the other program reads the float folder and ours, and gives log
 tokens. The error is |y - float| / |float|, where `float` is the model in float32 here. A line is good when our folder has an
 error there of at most twice what mono_quant itself makes with 8-bit activations, plus what the program makes of the float folder.
 transformers 4 reads no float folder that transformers 5 wrote, but ours of a model in memory: `--from memory`.
-"tokens" counts the greedy tokens, teacher-forced, on which the program's int8 and its float agree, beside mono_quant's own count.
+"tokens" counts the greedy tokens, teacher-forced, that are those of the float model, there and with mono_quant.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 # what other programs use; the choice is made when mono_quant is imported
@@ -57,9 +59,9 @@ def make(name: str, case: Case, folder: Path, road: str) -> None:
     model.save_pretrained(folder / "float")
     tokenizer().save_pretrained(folder / "float")
     if road == "folder":
-        result = mono_quant.quantize(str(folder / "float"), probe=None, **case.options)
+        result = mono_quant.quantize(str(folder / "float"), fidelity=False, **case.options)
     else:
-        result = mono_quant.quantize(model, processor=tokenizer(), probe=None, **case.options)
+        result = mono_quant.quantize(model, processor=tokenizer(), fidelity=False, **case.options)
     result.save(folder / "int8")
     torch.save(read_here(mono_quant.load(folder / "int8"), case), folder / "own.pt")
     torch.save(read_here(model.float(), case), folder / "reference.pt")
@@ -88,28 +90,45 @@ def error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value.double() - reference.double()).norm() / reference.double().norm())
 
 
-def line(name: str, case: Case, folder: Path, failed: dict[str, str]) -> tuple[str, str]:
-    """Return the verdict and the line of the table."""
-    if f"{name}/float" in failed:
-        return "no", f"the float folder fails: {failed[f'{name}/float'][:100]}"
-    if f"{name}/int8" in failed:
-        return "FAULT", failed[f"{name}/int8"][:200]
+@dataclass(frozen=True)
+class Row:
+    """What became of one model.
+
+    Attributes:
+        verdict: `ok`, `FAULT`, or `no` where the other program has no model to compare with.
+        numbers: errors of its float model, of our int8 here and of our int8 there, and greedy tokens as float there and here.
+        note: why there are no numbers, or what they do not say.
+    """
+
+    verdict: str
+    numbers: tuple[str, ...] = ("", "", "", "")
+    note: str = ""
+
+
+def judge(name: str, case: Case, folder: Path, failed: dict[str, str]) -> Row:
+    no_float, no_int8 = (failed.get(f"{name}/{kind}", "") for kind in ("float", "int8"))
+    if no_int8:
+        note = f"the float folder fails too: {no_float}" if no_float else no_int8
+        return Row("no" if no_float else "FAULT", note=note[:200])
     reference, own = torch.load(folder / "reference.pt"), torch.load(folder / "own.pt")
-    there, ours = (torch.load(folder / f"{kind}.out") for kind in ("float", "int8"))
+    there = None if no_float else torch.load(folder / "float.out")
+    ours = torch.load(folder / "int8.out")
     if case.read == "hidden":
         # vLLM gives unit vectors
-        reference, own, there, ours = (
-            torch.nn.functional.normalize(t, dim=-1) for t in (reference, own, there, ours)
-        )
-    base, here, got = error(there, reference), error(own, reference), error(ours, reference)
-    text = f"{base:8.4f} {here:8.4f} {got:8.4f}"
+        unit = functools.partial(torch.nn.functional.normalize, dim=-1)
+        reference, own, ours = unit(reference), unit(own), unit(ours)
+        there = None if there is None else unit(there)
+    base, here, got = (None if t is None else error(t, reference) for t in (there, own, ours))
+    tokens = ""
     if case.read == "logits":
-        same = int((ours.argmax(-1) == there.argmax(-1)).sum())
-        here_same = int((own.argmax(-1) == reference.argmax(-1)).sum())
-        text += f"  {same:3d} ({here_same:3d}) of {len(ours)}"
-    if got <= 2 * here + min(base, TOLERATED):
-        return "ok", text
-    return ("no", f"{text}  its float model computes something else") if base > 0.1 else ("FAULT", text)
+        same, here_same = (int((t.argmax(-1) == reference.argmax(-1)).sum()) for t in (ours, own))
+        tokens = f"{same} ({here_same}) of {len(ours)}"
+    numbers = (*("-" if e is None else f"{e:.4f}" for e in (base, here, got)), tokens)
+    if got <= 2 * here + min(base or 0.0, TOLERATED):
+        return Row("ok", numbers, "" if base is not None and base < 0.1 else "its float model is another")
+    if base is None or base > 0.1:
+        return Row("no", numbers, "its float model computes something else")
+    return Row("FAULT", numbers)
 
 
 def main() -> None:
@@ -121,6 +140,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(CASES), default=list(CASES), metavar="MODEL")
     parser.add_argument("--from", dest="road", choices=["folder", "memory"], default="folder",
                         help="quantize a saved float model, or the object")  # fmt: skip
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--keep", type=Path, help="leave all folders here")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -143,19 +163,34 @@ def main() -> None:
                 for kind in ("float", "int8")
             ]  # fmt: skip
         failed = run_there(options.python, options.reader, jobs, root)
-        print(f"{'model':26} {'':5} {'float':>8} {'own int8':>8} {'int8':>8}  tokens (own)")
-        verdicts = []
-        for name in options.models:
-            if name in wrong:
-                verdict, text = "no", f"not quantized: {wrong[name][:100]}"
-            else:
-                verdict, text = line(name, CASES[name], root / name, failed)
-            verdicts.append(verdict)
-            print(f"{name:26} {verdict:5} {text}")
-        print(
-            f"{verdicts.count('ok')} good, {verdicts.count('FAULT')} faults, {verdicts.count('no')} that cannot tell"
-        )
-    sys.exit("FAULT" in verdicts)
+        rows = {
+            name: Row("no", note=f"not quantized: {wrong[name][:100]}")
+            if name in wrong
+            else judge(name, CASES[name], root / name, failed)
+            for name in options.models
+        }
+    write(rows, options.markdown)
+    sys.exit(any(row.verdict == "FAULT" for row in rows.values()))
+
+
+def write(rows: dict[str, Row], markdown: bool) -> None:
+    titles = ("", "its float", "int8 here", "int8 there", "tokens there (here)")
+    if markdown:
+        print("| model | class | " + " | ".join(titles) + " | |")
+        print("|---|---|---|---:|---:|---:|---:|---|")
+        for name, row in rows.items():
+            print("|", " | ".join((name, CASES[name].cls, row.verdict, *row.numbers, row.note)), "|")
+    else:
+        print(f"{'':26} {'':5} {'its float':>10} {'int8 here':>10} {'int8 there':>10}  tokens there (here)")
+        for name, row in rows.items():
+            errors = " ".join(f"{n:>10}" for n in row.numbers[:3])
+            print(f"{name:26} {row.verdict:5} {errors}  {row.numbers[3]} {row.note}".rstrip())
+    good = [name for name, row in rows.items() if row.verdict == "ok"]
+    counts = {v: sum(row.verdict == v for row in rows.values()) for v in ("ok", "FAULT", "no")}
+    print(
+        f"\n{counts['ok']} good ({len({CASES[n].cls for n in good})} architectures), {counts['FAULT']} faults, "
+        f"{counts['no']} that cannot tell"
+    )
 
 
 if __name__ == "__main__":

@@ -240,6 +240,16 @@ def _cases() -> dict[str, Case]:
             },
             "bfloat16",
         ),
+        "llava-int8-head": Case(
+            "LlavaForConditionalGeneration",
+            "LlavaConfig",
+            {
+                "text_config": {"model_type": "llama", **TEXT},
+                "vision_config": {"model_type": "clip_vision_model", **VISION},
+                "image_token_index": 250,
+            },
+            options={"disable_defaults": ["head"]},
+        ),
         "qwen2.5-vl": Case(
             "Qwen2_5_VLForConditionalGeneration",
             "Qwen2_5_VLConfig",
@@ -277,6 +287,20 @@ def _cases() -> dict[str, Case]:
         ),
         "xlm-roberta-headless-skip": Case(
             "XLMRobertaModel", "XLMRobertaConfig", MHA, options={"skip": ["layer.0"]}, read="hidden"
+        ),
+        "distilbert-headless-skip": Case(
+            "DistilBertModel",
+            "DistilBertConfig",
+            {
+                "dim": 128,
+                "hidden_dim": 256,
+                "n_layers": 2,
+                "n_heads": 4,
+                "vocab_size": 256,
+                "max_position_embeddings": 256,
+            },
+            options={"skip": ["layer.0.attention.q_lin"]},
+            read="hidden",
         ),
         "modernbert-headless-skip": Case(
             "ModernBertModel",
