@@ -68,7 +68,8 @@ def loaded_subject(folder: Path, model: nn.Module, manifest: Manifest) -> Subjec
     core: Any = model[0].auto_model if manifest.kind == "sentence_transformer" else model  # type: ignore[index]
     name = next(path for path, module in model.named_modules() if module is core)
     side = find_side_files(folder) if manifest.kind != "sentence_transformer" else ()
-    return Subject(model, manifest.kind, name, folder, side, origin=manifest.source)
+    raw = None if manifest.kind == "module" else read_json_object(folder / "config.json")
+    return Subject(model, manifest.kind, name, folder, raw, side, origin=manifest.source)
 
 
 def _load_own(

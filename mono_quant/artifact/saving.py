@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mono_quant.artifact.buffers import buffers_of, write_values
 from mono_quant.artifact.cards import render
 from mono_quant.artifact.facts import REPORT, Manifest, StoredCodes, card_facts
 from mono_quant.artifact.layouts import PLAIN, float_dtype, layout_of
-from mono_quant.convert.int8_layers import Int8Module
+from mono_quant.convert.int8_layers import Int8Module, stored_scales
 from mono_quant.errors import (
     UnsupportedModelError,
 )
 from mono_quant.hf.compressed_tensors import STANDARD, ct_block
-from mono_quant.hf.configs import clean_config, plain_config
+from mono_quant.hf.configs import clean_config, config_to_write
 from mono_quant.hf.models import builds_itself
 from mono_quant.hf.names import standard_obstacle
 from mono_quant.hf.remedies import check_described
@@ -126,7 +126,9 @@ def _check_described(subject: Subject, state: Mapping[str, Tensor], layout: str)
         check_modules(subject.model)
         where = "result.model[0].auto_model.config"
         otherwise = ""
-    check_described(core, state, lambda config: _config_json(core, config, state, layout), where, otherwise)
+    check_described(
+        core, state, lambda config: _config_json(subject, config, state, layout), where, otherwise
+    )
 
 
 def _layout(subject: Subject, report: QuantReport, state: Mapping[str, Tensor]) -> str:
@@ -141,7 +143,7 @@ def state_of(subject: Subject, report: QuantReport) -> dict[str, Tensor]:
     halves = {row.name.removeprefix(prefix) for row in report.rows if row.dtype_after == "float16"}
     if subject.kind == "module":
         first: dict[tuple[int, torch.Size], str] = {}
-        state = subject.model.state_dict()
+        state = subject.model.state_dict() | stored_scales(subject.model)
         for name, tensor in list(state.items()):
             if not isinstance(tensor, Tensor):
                 raise UnsupportedModelError(
@@ -205,16 +207,17 @@ def read_dtype(subject: Subject, layout: str) -> torch.dtype:
 
 def _write_configs(folder: OutputFolder, subject: Subject, state: Mapping[str, Tensor], layout: str) -> None:
     core: Any = subject.core
-    folder.write_json("config.json", _config_json(core, core.config, state, layout))
+    folder.write_json("config.json", _config_json(subject, core.config, state, layout))
     generation = getattr(core, "generation_config", None)
     if generation is not None and core.can_generate():
         folder.write_json("generation_config.json", clean_config(generation.to_diff_dict())[0])
 
 
-def _config_json(core: nn.Module, config: Any, state: Mapping[str, Tensor], layout: str) -> dict[str, Any]:
-    data, _ = clean_config(plain_config(config))
+def _config_json(subject: Subject, config: Any, state: Mapping[str, Tensor], layout: str) -> dict[str, Any]:
+    core = subject.core
     dtype = torch.float16 if layout == PLAIN else float_dtype(core)
-    data |= {"architectures": [type(core).__name__], "dtype": dtype_name(dtype)}
+    data = config_to_write(config, subject.config, dtype_name(dtype))
+    data["architectures"] = [type(core).__name__]
     if layout == STANDARD:
         data["quantization_config"] = ct_block(core, state)
     elif layout == FORMAT:

@@ -23,7 +23,7 @@ from mono_quant.convert.probes import Probe
 from mono_quant.convert.surgery import disable_float_fast_paths_, put_, recast_
 from mono_quant.errors import NonFiniteWeightError
 from mono_quant.kernels import encode_rows
-from mono_quant.kernels.weights import RowCodes, weight_limit_db
+from mono_quant.kernels.weights import RowCodes, stored_scale, weight_limit_db
 from mono_quant.planning.kinds import WEIGHTS, as_rows, kind_of, rows_of
 from mono_quant.planning.rows import Converted, int8_notes, layer_reasons
 from mono_quant.planning.rules import Decision, Layer, keep_also, select
@@ -70,8 +70,8 @@ def to_int8_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
     for count, layer in enumerate(chosen):
         progress(layer.name, count, len(chosen))
         encoded = encode(modules[layer.name], layer)
-        _record(layer, encoded, done)
         old = modules[layer.name]
+        _record(old, layer, encoded, done)
         put_(model, (layer.name, *layer.aliases), old, build(old, layer.kind, encoded))
     return _outcome(task, decisions, done)
 
@@ -131,9 +131,9 @@ def planned(task: Task, decisions: Decisions) -> Outcome:
     for decision in decisions.values():
         layer = decision.layer
         for name in WEIGHTS[layer.kind] if decision.quantize else ():
-            shape = task.model.get_submodule(layer.name).get_parameter(name).shape
-            scales = 4 * rows_of(shape, layer.kind).numel()
-            done[f"{layer.name}.{name}".lstrip(".")] = Converted(shape.numel() + scales, torch.int8)
+            weight = task.model.get_submodule(layer.name).get_parameter(name)
+            scales = min(4, weight.element_size()) * rows_of(weight.shape, layer.kind).numel()
+            done[f"{layer.name}.{name}".lstrip(".")] = Converted(weight.numel() + scales, torch.int8)
     return _outcome(task, decisions, done)
 
 
@@ -147,11 +147,14 @@ def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:
     return facts
 
 
-def _record(layer: Layer, encoded: Mapping[str, RowCodes], done: dict[str, Converted]) -> None:
+def _record(
+    old: nn.Module, layer: Layer, encoded: Mapping[str, RowCodes], done: dict[str, Converted]
+) -> None:
     for name, rows in encoded.items():
+        scale = stored_scale(rows.scale, old.get_parameter(name).dtype)
         gap = None if rows.sqnr_db == float("inf") else weight_limit_db(rows.codes.shape[1]) - rows.sqnr_db
         done[f"{layer.name}.{name}".lstrip(".")] = Converted(
-            rows.codes.numel() + rows.scale.numel() * 4,
+            rows.codes.numel() + scale.numel() * scale.element_size(),
             torch.int8,
             None if gap is None else round(rows.sqnr_db, 3),
             None if gap is None else round(gap, 3),

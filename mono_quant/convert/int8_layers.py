@@ -17,7 +17,7 @@ from mono_quant import kernels
 from mono_quant.convert.forwards import AttentionForward, ConvForward, ExpertsForward
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import FrozenWeightError
-from mono_quant.kernels.weights import RowCodes, dequantize_rows
+from mono_quant.kernels.weights import RowCodes, dequantize_rows, stored_scale
 from mono_quant.planning.kinds import as_rows, from_rows, rows_of
 
 
@@ -113,6 +113,20 @@ class Int8Module(StoredModule):
                 # a scale in half precision would move every weight of its row
                 after.data = before.to(after.device)
         return self
+
+
+def stored_scales(model: nn.Module) -> dict[str, Tensor]:
+    """Return the scales of all int8 layers as a file holds them, by the names of `state_dict()`."""
+    made: dict[int, Tensor] = {}
+    found = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Int8Module):
+            for name, scale in module.named_parameters(recurse=False):
+                if name.endswith("_scale"):
+                    # one layer under two names stays one tensor
+                    made.setdefault(id(scale), stored_scale(scale.detach(), module.float_dtype))
+                    found[f"{prefix}.{name}".lstrip(".")] = made[id(scale)]
+    return found
 
 
 def int8_values(codes: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ _CT_ARGS = {"num_bits": 8, "type": "int", "symmetric": True}
 def ct_block(core: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the `quantization_config` of a compressed-tensors `int-quantized` checkpoint."""
     group = {
-        "targets": ["Linear"],
+        "targets": ["Linear", *_int8_heads(core, state)],
         "format": "int-quantized",
         "weights": {**_CT_ARGS, "strategy": "channel", "dynamic": False},
         "input_activations": {**_CT_ARGS, "strategy": "token", "dynamic": True},
@@ -34,7 +34,7 @@ def ct_block(core: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def ignored(core: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Name every module that a reader could take for a quantized linear layer and that is not, under both of its names."""
+    """Name every module that a reader could take for a quantized linear layer and that is not, under all of its names."""
     names = {
         name
         for name, module in core.named_modules()
@@ -44,7 +44,23 @@ def ignored(core: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     for key, tensor in state.items():
         if key.endswith(".weight") and tensor.is_floating_point() and tensor.dim() == 2:
             names.add(key.removesuffix(".weight"))
-    return sorted(names)
+    # engines run a model without head as the inner part of one that has it
+    outer = _name_inside_a_head(core)
+    return sorted(names | {f"{outer}.{name}" for name in names if outer})
+
+
+def _name_inside_a_head(core: Any) -> str:
+    """Return what a model without head is called inside the models of its family that have one; empty for those."""
+    bare = core.base_model is core and core.get_output_embeddings() is None
+    return str(core.base_model_prefix) if bare else ""
+
+
+def _int8_heads(core: Any, state: Mapping[str, Tensor]) -> list[str]:
+    """Name the output embeddings, where they are int8, under both of their names: vLLM's class for them is no `Linear`."""
+    head = core.get_output_embeddings()
+    here = {n for n, module in core.named_modules() if module is head and isinstance(head, Int8Module)}
+    in_file = {key.removesuffix(".weight") for key, tensor in state.items() if tensor.dtype == torch.int8}
+    return sorted(here | {key for key in in_file if any(key.endswith(f".{name}") for name in here)})
 
 
 def _has_float_matrix(module: nn.Module) -> bool:

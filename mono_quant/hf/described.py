@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mono_quant.convert.forwards import StoredModule
+from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import CorruptCheckpointError, UnsupportedModelError
 from mono_quant.hf.models import model_class, skeleton
 from mono_quant.hf.names import SCALE, Fit, fit, floats_of, grouped

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mono_quant.convert.int8_layers import stored_scales
 from mono_quant.hf.models import quiet
 from mono_quant.hf.names import SCALE, inseparable, scales_follow
 
@@ -14,8 +15,9 @@ from mono_quant.hf.names import SCALE, inseparable, scales_follow
 def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the model's tensors under their checkpoint names: ties once, merged and split as its checkpoints are.
 
-    int8 codes have the shape of the float weight they stand for, with fp32 scales beside them, one per row. Tensors that a
-    checkpoint has as one, but that are not all in one dtype here, keep the names that they have in the model.
+    int8 codes have the shape of the float weight they stand for, with scales beside them, one per row, in its dtype; see
+    `stored_scale`. Tensors that a checkpoint has as one, but that are not all in one dtype here, keep the names that they
+    have in the model.
 
     Args:
         model: a transformers model.
@@ -23,7 +25,7 @@ def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str
     """
     from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-    state = model.state_dict()
+    state = model.state_dict() | stored_scales(model)
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     for target, origin in getattr(model, "all_tied_weights_keys", {}).items():

@@ -95,6 +95,18 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.isinf(rounded), scale, rounded)
 
 
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return fp32 scales as a file holds them: in the `dtype` of their weight where it has every one of them exactly.
+
+    Readers multiply codes by scales in the dtype they find, some of them without a cast. Only float16 can lack values, see
+    `round_scale`; a whole tensor has one dtype, so a single such row keeps it in fp32.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return scale
+    narrow = scale.to(dtype)
+    return narrow if torch.equal(narrow.float(), scale) else scale
+
+
 def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return `codes * scale` computed in fp32 and rounded once to `dtype`.
 

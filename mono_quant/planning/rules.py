@@ -32,10 +32,17 @@ DEFAULTS: Mapping[str, str] = {
 
 # Layers that engines fuse into one, or that must not differ: decided together.
 _UNITS = (
-    ("q_proj", "k_proj", "v_proj"),
+    ("q_proj", "k_proj", "v_proj", "g_proj"),
     ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
     ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
     ("to_q", "to_k", "to_v"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("wk", "weights_proj"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("wi_0", "wi_1"),

@@ -44,6 +44,7 @@ class _Skeleton:
 
     Attributes:
         model: with every tensor in the dtype of the checkpoint.
+        raw: the `config.json`.
         config: of the model.
         dtype: of most of the checkpoint.
         dtypes: that transformers would give the float tensors.
@@ -52,6 +53,7 @@ class _Skeleton:
     """
 
     model: nn.Module
+    raw: Mapping[str, Any]
     config: Any
     dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype]
@@ -122,7 +124,7 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shap
     dtypes = loaded_dtypes(model, dtype)
     take_dtypes_(model, dtype, {name: tensor.dtype for name, tensor in found.placed.tensors.items()})
     has_code = access.trust_remote_code and bool(raw.get("auto_map"))
-    return _Skeleton(model, config, dtype, dtypes, notes, has_code)
+    return _Skeleton(model, raw, config, dtype, dtypes, notes, has_code)
 
 
 def _refuse_misfit(found: Fit, name: str, folder: Path) -> None:
@@ -153,7 +155,9 @@ def _of_folder(model: nn.Module, folder: Path, bare: _Skeleton) -> Source:
         )
         notes = [lost, *notes]
     origin = _local_origin(type(model).__name__, folder)
-    subject = Subject(model, "transformers", folder=folder, side_files=side_files, origin=origin)
+    subject = Subject(
+        model, "transformers", folder=folder, config=bare.raw, side_files=side_files, origin=origin
+    )
     return Source(subject, owned=True, dtypes=bare.dtypes, notes=notes)
 
 

@@ -23,6 +23,7 @@ class Subject:
         core_name: name of the part of `model` that is converted: the transformer inside a SentenceTransformer; empty for the
             whole.
         folder: where its files are; None for a model in memory.
+        config: the `config.json` it was read from; None for a model in memory.
         side_files: names of the files in `folder` that belong to the result: tokenizer, processor, licence.
         processor: tokenizer or processor given by the user.
         origin: where it came from, and what its card says.
@@ -32,6 +33,7 @@ class Subject:
     kind: str
     core_name: str = ""
     folder: Path | None = None
+    config: Mapping[str, Any] | None = None
     side_files: tuple[str, ...] = ()
     processor: Any = None
     origin: Origin = field(default_factory=lambda: Origin("model"))

@@ -17,6 +17,7 @@ from mono_quant.kernels.weights import (
     quantize_rows,
     round_scale,
     sqnr_db,
+    stored_scale,
     weight_limit_db,
 )
 
@@ -185,6 +186,31 @@ def test_rounding_a_scale_changes_it_by_half_a_step_at_most(scale):
     assert torch.equal(round_scale(s, torch.float32), s) and torch.equal(round_scale(s, torch.float64), s)
     assert abs(round_scale(s, torch.bfloat16) - s) <= s * 2**-8
     assert abs(round_scale(s, torch.float16) - s) <= (0 if scale < TINY16 else s * 2**-11)
+
+
+@pytest.mark.parametrize(
+    ("values", "narrow"),
+    [
+        ([1.0, 0.5], {torch.float16, torch.bfloat16}),
+        # needs 11 bits: float16 has them, bfloat16 has 8
+        ([1.0, 1 + 2**-10], {torch.float16}),
+        # below the range of float16, above it, and with more bits than its smallest numbers have
+        ([1.0, 2.0**-30], {torch.bfloat16}),
+        ([1.0, 2.0**17], {torch.bfloat16}),
+        ([1.0, 1.5 * 2.0**-24], {torch.bfloat16}),
+        ([1.0, 2.0**-24], {torch.float16, torch.bfloat16}),
+        ([1.0, 1 / 3], set()),
+    ],
+)
+def test_a_file_holds_scales_in_the_dtype_of_the_weight_only_where_that_is_exact(values, narrow):
+    scale = torch.tensor(values).view(-1, 1)
+    with np.errstate(over="ignore"):
+        rounded = {torch.float16: to_fp16(values), torch.bfloat16: to_bf16(values)}
+    for dtype in FLOATS:
+        stored = stored_scale(scale, dtype)
+        assert stored.dtype == (dtype if dtype in narrow else torch.float32)
+        assert torch.equal(stored.float(), scale)
+    assert {d for d, r in rounded.items() if (r == scale.numpy().ravel()).all()} == narrow
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
