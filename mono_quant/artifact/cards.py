@@ -129,7 +129,7 @@ def _mixed(part: list[str], lines: list[str]) -> Iterator[str]:
 def metadata(facts: CardFacts) -> ModelCardData:
     """Return the YAML head's fields."""
     origin, report = facts.origin, facts.report
-    known = {k: _clean(getattr(origin, k)) for k in _FACTS}
+    known = {k: _clean(getattr(origin.card, k)) for k in _FACTS}
     if origin.repo_id is not None and origin.repo_id.casefold() != (facts.repo_id or "").casefold():
         known |= {"base_model": origin.repo_id, "base_model_relation": "quantized"}
     return ModelCardData(
@@ -138,7 +138,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
         **{k: v for k, v in known.items() if v},
         **{
             k: _clean(v, _clean_text)
-            for k, v in sorted(origin.extra_gated.items())
+            for k, v in sorted(origin.card.extra_gated.items())
             if re.fullmatch(r"extra_gated_[a-z_]+", k)
         },
     )

@@ -36,7 +36,7 @@ from mono_quant.sources.source import Access, Source, Subject
 
 def _local_origin(name: str, folder: Path) -> Origin:
     """Take over what the card beside a local checkpoint says about licence and data; its `base_model` is another one."""
-    return Origin(name, **local_card(folder / "README.md"))
+    return Origin(name, card=local_card(folder / "README.md"))
 
 
 @dataclass(frozen=True)

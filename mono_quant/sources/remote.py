@@ -14,7 +14,6 @@ from mono_quant.io.tensors.headers import parse_header_bytes
 from mono_quant.io.tensors.pickles import PICKLES
 from mono_quant.sources.folder import from_folder, from_headers
 from mono_quant.sources.guards import Shapes, refuse_pickles
-from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Access, Source
 
 
@@ -46,27 +45,17 @@ def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
         shapes = remote_headers(facts, access.client)[0]
         opened = from_headers(folder, access, shapes)
     subject = opened.subject
-    subject.origin = replace(_hub_origin(subject.origin.name, facts), access=subject.origin.access)
+    subject.origin = replace(
+        subject.origin,
+        repo_id=facts.repo_id,
+        sha=facts.sha,
+        private=facts.private,
+        gated=facts.gated,
+        card=facts.card,
+    )
     if facts.gated:
         opened.notes.append("the source repository is gated; its terms apply to the result")
     return opened
-
-
-def _hub_origin(name: str, facts: RepoFacts) -> Origin:
-    return Origin(
-        name,
-        facts.repo_id,
-        facts.sha,
-        facts.private,
-        facts.gated,
-        facts.license,
-        facts.license_name,
-        facts.license_link,
-        facts.language,
-        facts.datasets,
-        facts.pipeline_tag,
-        facts.extra_gated,
-    )
 
 
 def remote_headers(facts: RepoFacts, client: Hub) -> tuple[Shapes, int]:

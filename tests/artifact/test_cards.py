@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from mono_quant.artifact import cards
 from mono_quant.artifact.cards import CardFacts
 from mono_quant.artifact.facts import read_card_facts, read_report
+from mono_quant.io.hub.metadata import CardMetadata
 from mono_quant.planning.report import QuantReport, TensorReport
 from mono_quant.sources.origin import Origin
 
@@ -53,9 +54,7 @@ def facts(**changes: object) -> CardFacts:
         "0" * 40,
         False,
         False,
-        license="mit",
-        language=("en",),
-        pipeline_tag="fill-mask",
+        card=CardMetadata(license="mit", language=("en",), pipeline_tag="fill-mask"),
     )
     base = CardFacts(
         report, origin, "compressed-tensors", "transformers", {}, {"torch": "2.13.0"}, True, "me/tiny-int8"
@@ -108,10 +107,15 @@ def test_layers_are_grouped_by_number_and_counted() -> None:
 @pytest.mark.parametrize("field", ["name", "license", "license_name", "pipeline_tag", "language"])
 def test_foreign_strings_stay_values_in_the_head(text: str, field: str) -> None:
     value = (text,) if field == "language" else text
-    card = cards.render(facts(origin=replace(facts().origin, **{field: value})))
+    origin = facts().origin
+    if field == "name":
+        origin = replace(origin, name=value)
+    else:
+        origin = replace(origin, card=replace(origin.card, **{field: value}))
+    card = cards.render(facts(origin=origin))
     head, body = card.split("\n---\n", 1)
     data = yaml.safe_load(head.removeprefix("---\n"))
-    expected = cards.metadata(facts(origin=replace(facts().origin, **{field: value}))).to_dict()
+    expected = cards.metadata(facts(origin=origin)).to_dict()
     assert data == expected
     assert data["base_model"] == "org/tiny"
     assert set(data) <= {
@@ -201,5 +205,6 @@ def test_a_bare_address_is_no_link(address: str) -> None:
 
 
 def test_origin_survives_the_manifest() -> None:
-    origin = replace(facts().origin, extra_gated={"extra_gated_prompt": "Please"}, datasets=("a/b",))
+    card = CardMetadata(extra_gated={"extra_gated_prompt": "Please"}, datasets=("a/b",))
+    origin = replace(facts().origin, card=card)
     assert Origin.from_dict(json.loads(json.dumps(origin.to_dict()))) == origin

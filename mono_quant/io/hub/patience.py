@@ -71,7 +71,7 @@ def watch_session() -> None:
 
 def _set_hooks(session: Any, *, on: bool) -> None:
     # new lists: another thread may be walking through the old ones
-    ours = {"request": [_before_request], "response": [_after_response]}
+    ours: dict[str, list[Any]] = {"request": [_before_request], "response": [_after_response]}
     session.event_hooks = {
         kind: [hook for hook in hooks if hook not in ours[kind]] + (ours[kind] if on else [])
         for kind, hooks in session.event_hooks.items()

@@ -7,12 +7,11 @@ are fetched, and what arrived is compared with what the Hub says it is.
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, get_session, hf_hub_url, hf_raise_for_status
 from huggingface_hub.utils import build_hf_headers
@@ -27,7 +26,7 @@ from mono_quant.errors import (
     UnsafeInputError,
 )
 from mono_quant.io.hub.client import CHECK_CACHE, HUB, TRIES, Hub, ask, check_repo_id, is_repo_id, quiet_bars
-from mono_quant.io.hub.metadata import card_fields, read_card, text_of
+from mono_quant.io.hub.metadata import NO_CARD, CardMetadata, read_card, text_of
 from mono_quant.io.tensors.headers import MAX_HEADER_BYTES
 from mono_quant.io.text import looks_like_token
 from mono_quant.version import __version__
@@ -66,9 +65,8 @@ class RepoFacts:
         sha: the commit it stands for; everything is read from this commit.
         private: whether only some accounts see the repository; None when offline.
         gated: whether access must be asked for; None when offline.
-        pipeline_tag, library_name: as the Hub derived them.
-        license, license_name, license_link, language, datasets: from the model card.
-        extra_gated: the card's `extra_gated_*` entries.
+        card: metadata of its card, with the task as the Hub derived it.
+        library_name: as the Hub derived it.
         files: every file of the commit, or the cached ones when offline.
     """
 
@@ -77,14 +75,8 @@ class RepoFacts:
     sha: str
     private: bool | None
     gated: bool | None
-    pipeline_tag: str | None = None
+    card: CardMetadata = NO_CARD
     library_name: str | None = None
-    license: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    language: tuple[str, ...] = ()
-    datasets: tuple[str, ...] = ()
-    extra_gated: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[RepoFile, ...] = ()
 
     def file(self, path: str) -> RepoFile:
@@ -141,14 +133,24 @@ def resolve(repo_id: str, *, revision: str | None = None, hub: Hub = HUB) -> Rep
         raise HubError(
             f"{subject}: the answer names no repository and commit. Check that HF_ENDPOINT is a Hub."
         )
-    card = info.card_data.to_dict() if info.card_data is not None else {}
+    data = info.card_data.to_dict() if info.card_data is not None else {}
+    card = CardMetadata.of(data)
     files = [
         RepoFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
         for s in info.siblings or []
     ]
-    facts = _facts(info.id, revision, info.sha, bool(info.private), bool(info.gated), card, files)
+    facts = RepoFacts(
+        info.id,
+        revision,
+        info.sha,
+        bool(info.private),
+        bool(info.gated),
+        replace(card, pipeline_tag=text_of(info.pipeline_tag) or card.pipeline_tag),
+        text_of(info.library_name) or text_of(data.get("library_name")),
+        _by_path(files),
+    )
     logger.info("%s at %s", facts.repo_id, facts.sha)
-    return _with_derived(facts, info.pipeline_tag, info.library_name)
+    return facts
 
 
 def download(facts: RepoFacts, *, wanted: Callable[[str], bool], verify: bool = True, hub: Hub = HUB) -> Path:
@@ -228,33 +230,8 @@ def read_small_file(facts: RepoFacts, path: str, *, hub: Hub = HUB) -> bytes:
     return _read_range(facts, entry, 0, entry.size, hub) if entry.size else b""
 
 
-def _facts(
-    repo_id: str,
-    revision: str | None,
-    sha: str,
-    private: bool | None,
-    gated: bool | None,
-    card: Mapping[str, Any],
-    files: list[RepoFile],
-) -> RepoFacts:
-    return RepoFacts(
-        repo_id=repo_id,
-        revision=revision,
-        sha=sha,
-        private=private,
-        gated=gated,
-        library_name=text_of(card.get("library_name")),
-        files=tuple(sorted(files, key=lambda entry: entry.path)),
-        **card_fields(card),
-    )
-
-
-def _with_derived(facts: RepoFacts, pipeline_tag: Any, library_name: Any) -> RepoFacts:
-    return replace(
-        facts,
-        pipeline_tag=text_of(pipeline_tag) or facts.pipeline_tag,
-        library_name=text_of(library_name) or facts.library_name,
-    )
+def _by_path(files: Iterable[RepoFile]) -> tuple[RepoFile, ...]:
+    return tuple(sorted(files, key=lambda entry: entry.path))
 
 
 def _snapshot(repo_id: str, revision: str | None, names: list[str], hub: Hub, api: HfApi) -> Path:
@@ -276,7 +253,9 @@ def _cached_facts(repo_id: str, revision: str | None, hub: Hub, subject: str) ->
         for path in folder.rglob("*")
         if path.is_file()
     ]
-    return _facts(repo_id, revision, folder.name, None, None, read_card(folder / "README.md"), files)
+    data = read_card(folder / "README.md")
+    card, library = CardMetadata.of(data), text_of(data.get("library_name"))
+    return RepoFacts(repo_id, revision, folder.name, None, None, card, library, _by_path(files))
 
 
 def _cached_sha256(path: Path) -> str | None:

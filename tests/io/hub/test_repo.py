@@ -24,11 +24,11 @@ def test_resolve_tells_what_the_card_and_the_repository_say(server: LoopbackHub,
     facts = resolve("ann/model", hub=hub)
     assert (facts.repo_id, facts.sha, facts.revision) == ("ann/model", server.repo("ann/model").head, None)
     assert (facts.private, facts.gated) == (False, True)
-    assert (facts.pipeline_tag, facts.library_name) == ("fill-mask", "transformers")
-    assert (facts.license, facts.license_name) == ("other", "acme")
-    assert facts.license_link == "https://example.org/license"
-    assert (facts.language, facts.datasets) == (("en", "de"), ("some/data",))
-    assert facts.extra_gated == {"extra_gated_prompt": "Please agree"}
+    assert (facts.card.pipeline_tag, facts.library_name) == ("fill-mask", "transformers")
+    assert (facts.card.license, facts.card.license_name) == ("other", "acme")
+    assert facts.card.license_link == "https://example.org/license"
+    assert (facts.card.language, facts.card.datasets) == (("en", "de"), ("some/data",))
+    assert facts.card.extra_gated == {"extra_gated_prompt": "Please agree"}
     weights = facts.file("model.safetensors")
     assert weights.size == len(SOURCE["model.safetensors"])
     assert weights.sha256 == hashlib.sha256(SOURCE["model.safetensors"]).hexdigest()
@@ -40,7 +40,7 @@ def test_resolve_survives_a_strange_card(server: LoopbackHub, hub: Hub) -> None:
     card = b"---\nlicense: [mit, apache]\nlicense_name: 3\nlanguage: 7\ndatasets: {a: b}\n---\n"
     server.add_repo("ann/model", {"README.md": card})
     facts = resolve("ann/model", hub=hub)
-    assert (facts.license, facts.license_name, facts.language, facts.datasets) == (None, None, (), ())
+    assert (facts.card.license, facts.card.license_name, facts.card.language, facts.card.datasets) == (None, None, (), ())
 
 
 @pytest.mark.parametrize("asked", ["old/name", "Ann/MODEL"])
@@ -235,7 +235,7 @@ def test_offline_reads_the_cache(server: LoopbackHub, hub: Hub) -> None:
     seen = len(server.requests)
     for revision in (None, "main", facts.sha):
         cached = resolve("ann/model", revision=revision, hub=off)
-        assert (cached.sha, cached.license, cached.private) == (facts.sha, "other", None)
+        assert (cached.sha, cached.card.license, cached.private) == (facts.sha, "other", None)
     assert cached.file("model.safetensors") == facts.file("model.safetensors")
     assert read_headers(cached, hub=off) == read_headers(facts, hub=off)
     assert download(cached, wanted=lambda path: path.endswith(".safetensors"), hub=off) == folder
