@@ -136,7 +136,8 @@ def test_foreign_strings_stay_text_in_the_body(text: str, field: str) -> None:
     body = cards.render(replace(base, report=replace(base.report, rows=(changed,))))
     same = cards.render(replace(base, report=replace(base.report, rows=(plain,))))
     assert len(body.splitlines()) == len(same.splitlines())
-    for line, reference in zip(body.splitlines(), same.splitlines(), strict=True):
+    # the last line is a mark of ours, with the hash of all others
+    for line, reference in list(zip(body.splitlines(), same.splitlines(), strict=True))[:-1]:
         outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", line)
         assert len(re.findall(r"(?<!\\)\|", line)) == len(re.findall(r"(?<!\\)\|", reference))
         if line != reference:

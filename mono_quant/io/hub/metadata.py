@@ -113,6 +113,56 @@ def parse_metadata(text: str) -> dict[str, Any]:
     return data
 
 
+def edit_metadata(text: str, changes: Mapping[str, Any]) -> str:
+    """Change a few entries of a card's YAML, and leave every other character as it is.
+
+    Args:
+        text: without its fences.
+        changes: new values by name; None takes an entry out.
+
+    Returns:
+        The YAML. Where the text has a form that cannot be edited in place (one line in braces, anchors), it is written anew.
+
+    Raises:
+        ValueError: the text cannot be read.
+    """
+    data = parse_metadata(text)
+    wanted = {k: v for k, v in {**data, **changes}.items() if k not in changes or v is not None}
+    edited = _edited_in_place(text, changes)
+    try:
+        fits = parse_metadata(edited) == wanted
+    except ValueError:
+        fits = False
+    return edited if fits else _dump(wanted)
+
+
+def _edited_in_place(text: str, changes: Mapping[str, Any]) -> str:
+    root = yaml.compose(text, Loader=_Loader)
+    spans = {} if root is None else {k.value: (k.start_mark.index, _end(v, text)) for k, v in root.value}
+    for name, (start, stop) in sorted(spans.items(), key=lambda item: -item[1][0]):
+        if name in changes and changes[name] is not None:
+            text = text[:start] + _dump({name: changes[name]}).rstrip("\n") + text[stop:]
+        elif name in changes:
+            text = text[:start] + text[stop:].lstrip(" \t\r").removeprefix("\n")
+    added = {k: v for k, v in changes.items() if k not in spans and v is not None}
+    if not added:
+        return text
+    return (text if not text or text.endswith("\n") else f"{text}\n") + _dump(added)
+
+
+def _end(node: Any, text: str) -> int:
+    """Return where a value ends; the mark of the library lies behind the comments that follow it."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last, text)
+    return len(text[: node.end_mark.index].rstrip())
+
+
+def _dump(data: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=10**6)
+    return text
+
+
 def text_of(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 

@@ -54,6 +54,11 @@ class RepoFile:
     sha256: str | None = None
     blob_id: str | None = None
 
+    def differs(self, other: "RepoFile") -> bool:
+        """Tell whether two files surely have another content; of one only the other kind of hash may be known."""
+        hashes = ((self.sha256, other.sha256), (self.blob_id, other.blob_id))
+        return self.size != other.size or any(None not in pair and pair[0] != pair[1] for pair in hashes)
+
 
 @dataclass(frozen=True)
 class RepoFacts:
@@ -227,7 +232,7 @@ def read_small_file(facts: RepoFacts, path: str, *, hub: Hub = HUB) -> bytes:
         raise LimitExceededError(
             f"{path!r} of {facts.repo_id!r} has {entry.size} bytes; at most {MAX_SMALL_FILE_BYTES} are read here."
         )
-    return _read_range(facts, entry, 0, entry.size, hub) if entry.size else b""
+    return _read_range(facts, entry, 0, entry.size, hub, whole=True) if entry.size else b""
 
 
 def _by_path(files: Iterable[RepoFile]) -> tuple[RepoFile, ...]:
@@ -284,7 +289,7 @@ def _check_arrived(repo_id: str, path: Path, entry: RepoFile, verify: bool) -> N
             "download again."
         )
     if verify and entry.sha256 is None and entry.blob_id is not None:
-        found = hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
+        found = git_id(path.read_bytes())
         if found != entry.blob_id:
             raise CorruptCheckpointError(
                 f"{entry.path!r} of {repo_id!r} has git id {found} instead of {entry.blob_id}. Delete {path.resolve()} "
@@ -343,8 +348,10 @@ def _read_header(facts: RepoFacts, entry: RepoFile, hub: Hub) -> bytes:
     return head[: 8 + length]
 
 
-def _read_range(facts: RepoFacts, entry: RepoFile, start: int, stop: int, hub: Hub) -> bytes:
-    """Return the bytes [start, stop) of a file, from the cache when offline."""
+def _read_range(
+    facts: RepoFacts, entry: RepoFile, start: int, stop: int, hub: Hub, *, whole: bool = False
+) -> bytes:
+    """Return the bytes [start, stop) of a file, from the cache when offline; a whole one is compared with its git id."""
     subject = f"Cannot read {entry.path!r} of {facts.repo_id!r} at commit {facts.sha}"
     _check_path(facts.repo_id, entry.path)
     if hub.is_offline:
@@ -352,10 +359,13 @@ def _read_range(facts: RepoFacts, entry: RepoFile, start: int, stop: int, hub: H
         with (folder / entry.path).open("rb") as file:
             file.seek(start)
             return file.read(stop - start)
-    return ask(hub, subject, partial(_fetch_range, facts, entry.path, start, stop, hub), tries=TRIES)
+    wanted = entry.blob_id if whole else None
+    return ask(hub, subject, partial(_fetch_range, facts, entry.path, start, stop, hub, wanted), tries=TRIES)
 
 
-def _fetch_range(facts: RepoFacts, path: str, start: int, stop: int, hub: Hub, api: HfApi) -> bytes:
+def _fetch_range(
+    facts: RepoFacts, path: str, start: int, stop: int, hub: Hub, blob_id: str | None, api: HfApi
+) -> bytes:
     url = hf_hub_url(facts.repo_id, path, revision=facts.sha, endpoint=hub.url)
     headers = build_hf_headers(token=api.token, library_name=api.library_name, library_version=__version__)
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -371,4 +381,12 @@ def _fetch_range(facts: RepoFacts, path: str, start: int, stop: int, hub: Hub, a
                 break
     if len(content) < end:
         raise EOFError(f"{len(content)} bytes came instead of {end}")
-    return bytes(content[begin:end])
+    found = bytes(content[begin:end])
+    if blob_id is not None and git_id(found) != blob_id:
+        raise EOFError(f"content with git id {git_id(found)} came instead of {blob_id}")
+    return found
+
+
+def git_id(content: bytes) -> str:
+    """Return the id that git gives to a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from mono_quant.io.hub.metadata import NO_CARD, CardMetadata, local_card, parse_metadata, split_metadata
+from mono_quant.io.hub.metadata import (
+    NO_CARD,
+    CardMetadata,
+    edit_metadata,
+    local_card,
+    parse_metadata,
+    split_metadata,
+)
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
@@ -43,7 +50,7 @@ def test_metadata_stands_between_two_fences_at_the_start() -> None:
 @pytest.mark.parametrize(
     "text",
     ["a: [", "- a\n- b\n", "just text", "1: x", "a: !!python/object:os.system x", "a: &a [*a]", "a: .nan", "a: !!set {x}",
-     "a: !!binary eA==", "[" * 1500, BOMB, "a: \x00"],
+     "a: !!binary eA==", "[" * 500, BOMB, "a: \x00"],
     ids=range(12),
 )  # fmt: skip
 def test_what_is_no_plain_data_is_refused(text: str) -> None:
@@ -76,3 +83,60 @@ def test_fields_of_another_type_are_left_out(tmp_path: Path) -> None:
 def test_a_large_table_of_results_is_read() -> None:
     text = "model-index:\n" + "".join(f"- {{type: t{i}, value: {i / 7}}}\n" for i in range(1000))
     assert len(parse_metadata(text)["model-index"]) == 1000
+
+
+OWNER = """# from the web page
+license: mit # as the original
+tags: # ours
+- a
+- "b: c"
+
+# where it came from
+widget:
+- text: |
+    Hello
+
+    you
+  n: [1, 2]
+"""
+
+
+def test_an_entry_is_changed_and_every_other_character_stays() -> None:
+    assert edit_metadata(OWNER, {"license": "apache-2.0"}) == OWNER.replace(
+        "license: mit", "license: apache-2.0"
+    )
+    assert edit_metadata(OWNER, {"tags": ["a", "x"]}) == OWNER.replace(
+        'tags: # ours\n- a\n- "b: c"\n', "tags:\n- a\n- x\n"
+    )
+    assert edit_metadata(OWNER, {"widget": None}) == OWNER[: OWNER.index("widget")]
+    assert edit_metadata(OWNER, {"new": "x: y", "n": 1}) == OWNER + "new: 'x: y'\nn: 1\n"
+    assert edit_metadata(OWNER, {"nothing": None}) == OWNER
+    assert edit_metadata("a: 1", {"b": 2}) == "a: 1\nb: 2\n"
+    assert edit_metadata("", {"b": [2]}) == "b:\n- 2\n"
+    assert edit_metadata("# only a comment\n", {"b": 2}) == "# only a comment\nb: 2\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{license: mit, tags: [a]}\n",
+        "tags: &t [a]\nother: *t\nlicense: mit\n",
+        "? license\n: mit\ntags: [a]\n",
+        '"license": mit\n"tags": [a,\n  b]\n',
+        "license:\n    mit\ntags:\n    - a\n    -   b\n",
+        "license: >-\n  mit\n\ntags: []\n",
+        "license:\ntags:\nnext: 1\n",
+        "tags: [a]\r\nlicense: mit\r\nnext: 1\r\n",
+        "license: mit\n...\n",
+    ],
+    ids=range(9),
+)
+@pytest.mark.parametrize(
+    "changes", [{"license": "gpl"}, {"license": None, "tags": ["x", "y"]}, {"tags": None, "z": "w"}]
+)
+def test_whatever_its_form_the_entries_are_right_afterwards(text: str, changes: dict[str, object]) -> None:
+    data = parse_metadata(text)
+    wanted = {
+        name: value for name, value in {**data, **changes}.items() if name not in changes or value is not None
+    }
+    assert parse_metadata(edit_metadata(text, changes)) == wanted

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -25,12 +24,6 @@ def server() -> Iterator[LoopbackHub]:
         running.add_repo("ann/model", {f"model-{i}.safetensors": TENSORS for i in range(9)})
         yield running
         huggingface_hub.set_client_factory(_http.default_client_factory)
-
-
-@pytest.fixture(autouse=True)
-def no_naps(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("huggingface_hub.utils._http", "mono_quant.io.hub.client"):
-        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda _: None))
 
 
 @pytest.fixture
