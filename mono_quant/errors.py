@@ -38,12 +38,55 @@ Catch `MonoQuantError` for all of them, or a branch for one family::
         ├── HubOfflineError         not in the cache and the network is off
         └── HubTransientError       the Hub failed for now; try again
 
-A message says which thing, what is wrong with it, the value found, and what to do.
+A message says which thing, what is wrong with it, the value found, and what to do. Where that is to pass an argument, the
+message holds an `Option`, and every front end says it in its own words: `worded`.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument of the library that a message speaks of; as text it is Python.
+
+    Attributes:
+        name: the keyword.
+        value: to pass; None when it is for the reader to choose.
+    """
+
+    name: str
+    value: object = None
+
+    def __str__(self) -> str:
+        return f"{self.name}=" if self.value is None else f"{self.name}={self.value!r}"
 
 
 class MonoQuantError(Exception):
-    """Base of every error raised on purpose by mono_quant."""
+    """Base of every error raised on purpose by mono_quant.
+
+    Args:
+        *parts: the message, in pieces of text and `Option`s.
+    """
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*parts)
+
+    def __str__(self) -> str:
+        return self.worded(str)
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """The arguments that the message speaks of, such as those that would help."""
+        return tuple(part for part in self.args if isinstance(part, Option))
+
+    def worded(self, say: Callable[[Option], str]) -> str:
+        """Return the message.
+
+        Args:
+            say: how to name an argument.
+        """
+        return "".join(say(part) if isinstance(part, Option) else str(part) for part in self.args)
 
 
 class ConfigError(MonoQuantError):

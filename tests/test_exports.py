@@ -17,11 +17,13 @@ REQUIRED = {
     "QuantizedModel",
     "__version__",
     "dynamic_quantize",
+    "inspect",
     "load",
     "plan",
     "push_to_hub",
     "quantize",
     "quantize_from_hub",
+    "verify",
 }
 
 

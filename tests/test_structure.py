@@ -43,13 +43,14 @@ ROOMS = {
     ],
     "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"]],
     "artifact": [
-        ["layouts", "cards", "buffers"],
-        ["facts"],
+        ["layouts", "card_text", "buffers"],
+        ["cards"],
+        ["facts", "merging"],
         ["tensors"],
         ["saving", "loading"],
         ["inspection", "publishing"],
     ],
-    "api": [["result"], ["recipe"], ["verbs"]],
+    "api": [["result"], ["recipe"], ["delivery"], ["verbs"]],
     "apps": [["cli"]],
 }
 # From outside, arithmetic is one room: only its definitions may be named beside it.

@@ -14,7 +14,7 @@ from mono_quant.convert.fidelity import Output, run
 from mono_quant.convert.probes import Probe, ProbeError, given_probe, make_probe
 from mono_quant.convert.schemes import SCHEMES
 from mono_quant.convert.surgery import own_memory_, recast_, rollback, structural_copy
-from mono_quant.errors import ConfigError
+from mono_quant.errors import ConfigError, Option
 from mono_quant.hf.models import given_dtypes
 from mono_quant.hf.quantizer import mark_
 from mono_quant.planning.config import QuantizationConfig
@@ -117,7 +117,10 @@ def _reference(
     except ProbeError as e:
         if request.fidelity is True or given is not None:
             raise ConfigError(
-                f"the output cannot be measured: {e}; pass other inputs as probe=, or fidelity=False"
+                f"the output cannot be measured: {e}; pass other inputs as ",
+                Option("probe"),
+                ", or ",
+                Option("fidelity", False),
             ) from e
         return None, str(e)
 

@@ -17,6 +17,7 @@ from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.disk.output import temporary_folder
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.push import PushResult
+from mono_quant.io.hub.target import PushOptions
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport
 from mono_quant.sources.source import Subject
@@ -55,8 +56,8 @@ class QuantizedModel:
         """Write the model as a folder that appears whole or not at all.
 
         Args:
-            folder: must not exist, unless `overwrite` and mono_quant wrote it.
-            overwrite: replace an older result.
+            folder: must not exist, unless `overwrite` and mono_quant wrote all that is in it.
+            overwrite: replace an older result. What its owner wrote on its card stays.
             max_shard_size: of one weight file, in bytes or text such as `5GB`.
 
         Returns:
@@ -74,27 +75,13 @@ class QuantizedModel:
             max_shard_size=max_shard_size,
         )
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        overwrite: bool = False,
-        create_pr: bool = False,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        token: str | bool | None = None,
-    ) -> PushResult:
+    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> PushResult:
         """Save, load back, compare, and push in one commit.
 
         Args:
             repo_id: target; the token's account when it has no owner. Created when missing.
-            private: visibility of a new repository; None makes it as private as the source.
-            overwrite: replace weights that mono_quant did not push.
-            create_pr: open a pull request instead of changing the branch.
-            revision: branch to push to.
-            commit_message: one line.
             token: the saved login when None.
+            **options: `private`, `overwrite`, `create_pr`, `revision`, `commit_message`, as for `mono_quant.push_to_hub`.
 
         Returns:
             The commit that holds the files.
@@ -102,18 +89,12 @@ class QuantizedModel:
         Raises:
             HubError: the Hub refused; nothing was changed, or it says what was.
         """
+        return self.publish(repo_id, PushOptions.of(options), Hub(token=token))
+
+    def publish(self, repo_id: str, options: PushOptions, client: Hub) -> PushResult:
+        """Push, with all options in one value; see `push_to_hub`."""
         with temporary_folder() as scratch:
-            return publish(
-                self.save(scratch / "model"),
-                repo_id,
-                model=self.model,
-                private=private,
-                overwrite=overwrite,
-                create_pr=create_pr,
-                revision=revision,
-                commit_message=commit_message,
-                client=Hub(token=token),
-            )
+            return publish(self.save(scratch / "model"), repo_id, options, model=self.model, client=client)
 
     def card(self) -> str:
         """Return the README that `save` writes."""

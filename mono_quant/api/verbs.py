@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from mono_quant.api.delivery import Order, deliver
 from mono_quant.api.recipe import convert_source, plan_source
 from mono_quant.api.result import QuantizedModel
 from mono_quant.artifact import loading
-from mono_quant.artifact.publishing import after_saving, publish
-from mono_quant.errors import ConfigError
+from mono_quant.artifact.inspection import Inspection, inspect_any
+from mono_quant.artifact.publishing import publish
 from mono_quant.io.disk.allowed import is_allowed
-from mono_quant.io.disk.output import check_target
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.push import PushResult
 from mono_quant.io.hub.repo import download, resolve
-from mono_quant.io.hub.target import check_push
+from mono_quant.io.hub.target import PushOptions
 from mono_quant.planning.config import QuantizationConfig, merge
 from mono_quant.planning.report import QuantReport
-from mono_quant.sources.opening import locate, open_source
+from mono_quant.sources.opening import open_source, place_of
 from mono_quant.sources.source import Access
 
 
@@ -113,6 +113,10 @@ def quantize_from_hub(
     overwrite: bool = False,
     create_pr: bool = False,
     config: QuantizationConfig | Mapping[str, Any] | None = None,
+    processor: Any = None,
+    probe: Any = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     **options: Any,
 ) -> QuantizedModel:
     """Download a model, convert it, and save and push it where asked.
@@ -125,10 +129,12 @@ def quantize_from_hub(
         output: folder to save to.
         push_to: repository to push to, in one commit, after the saved model was loaded back and compared.
         private: visibility of a new repository; None makes it as private as the source.
-        overwrite: replace an older `output`, and weights in `push_to` that mono_quant did not push.
+        overwrite: replace an older `output`, and in `push_to` what mono_quant did not push: weights, a licence, other files, a
+            card that cannot be merged with ours.
         create_pr: open a pull request in `push_to` instead of changing its branch.
         config: a request to start from; arguments win over it.
-        **options: fields of `QuantizationConfig`, and `trust_remote_code`, `allow_pickle`, `probe`.
+        processor, probe, trust_remote_code, allow_pickle: as for `quantize`.
+        **options: fields of `QuantizationConfig`.
 
     Returns:
         The converted model with its report.
@@ -137,22 +143,16 @@ def quantize_from_hub(
         HubError: the Hub refused or did not answer.
         MonoQuantError: as `quantize`.
     """
-    client = Hub(token=token)
-    if output is not None:
-        check_target(output, overwrite=overwrite)
-    if push_to is not None:
-        facts = resolve(repo_id, revision=revision, hub=client)
-        check_push(push_to, client, source=facts, private=private, overwrite=overwrite, create_pr=create_pr)
-        revision = facts.sha
-    result = quantize(repo_id, dtype, config=config, revision=revision, token=token, origin="hub", **options)
-    if output is not None:
-        result.save(output, overwrite=overwrite)
-    if push_to is not None:
-        with after_saving(None if output is None else Path(output), push_to):
-            result.push_to_hub(
-                push_to, private=private, overwrite=overwrite, create_pr=create_pr, token=token
-            )
-    return result
+    order = Order(
+        _request(config, dtype, options),
+        output,
+        push_to,
+        PushOptions(private=private, overwrite=overwrite, create_pr=create_pr),
+        processor,
+        probe,
+    )
+    access = Access(revision, Hub(token=token), trust_remote_code, allow_pickle, "hub")
+    return deliver(repo_id, access, order).result
 
 
 def push_to_hub(
@@ -169,14 +169,15 @@ def push_to_hub(
     """Publish a saved folder or a converted model in one commit: all files or none.
 
     The folder is loaded back first; the card is written for the repository it goes to; what the Hub holds afterwards is
-    read back and compared.
+    read back and compared. What the owner wrote on the repository's card stays: our lines stand between marks, and only they are
+    written anew. Other files that mono_quant did not push, or that were changed since, are not replaced unless asked.
 
     Args:
         folder_or_result: a folder that `save` wrote, or what `quantize` returned.
         repo_id: target; the token's account when it has no owner. Created when missing.
         private: visibility of a new repository; None makes it as private as the source.
-        overwrite: replace weights that mono_quant did not push.
-        create_pr: open a pull request instead of changing the branch.
+        overwrite: replace what mono_quant did not push: weights, a licence, other files, a card that cannot be merged with ours.
+        create_pr: open a pull request instead of changing the branch; it may propose to replace all that.
         revision: branch to push to.
         commit_message: one line.
         token: the saved login when None.
@@ -185,19 +186,21 @@ def push_to_hub(
         The commit that holds the files, with the page of the repository.
 
     Raises:
+        HubConflictError: something in the repository is not ours to replace; nothing was changed.
         HubError: the Hub refused; nothing was changed, or it says what was.
         ConfigError: the folder's card was edited and contradicts the report.
     """
-    options: dict[str, Any] = {
-        "private": private,
-        "overwrite": overwrite,
-        "create_pr": create_pr,
-        "revision": revision,
-        "commit_message": commit_message,
-    }
+    options = PushOptions(
+        private=private,
+        overwrite=overwrite,
+        create_pr=create_pr,
+        revision=revision,
+        commit_message=commit_message,
+    )
+    client = Hub(token=token)
     if isinstance(folder_or_result, QuantizedModel):
-        return folder_or_result.push_to_hub(repo_id, token=token, **options)
-    return publish(Path(folder_or_result), repo_id, client=Hub(token=token), **options)
+        return folder_or_result.publish(repo_id, options, client)
+    return publish(Path(folder_or_result), repo_id, options, client=client)
 
 
 def plan(
@@ -258,16 +261,35 @@ def load(
         MonoQuantError: a typed error for a missing, tampered, foreign or newer folder.
     """
     path = Path(folder)
-    if isinstance(folder, str) and locate(folder, origin) == "hub":
+    if place_of(folder, Access(revision, place=origin)) == "hub":
         client = Hub(token=token)
-        facts = resolve(folder, revision=revision, hub=client)
+        facts = resolve(str(folder), revision=revision, hub=client)
         path = download(facts, wanted=is_allowed, hub=client)
-    elif revision is not None:
-        raise ConfigError(
-            f"revision is {revision!r}, but {folder} is a local folder, which has none; leave it out"
-        )
     loaded, _ = loading.load(path, model, verify=verify)
     return loaded
+
+
+def inspect(
+    place: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    origin: str | None = None,
+) -> Inspection:
+    """Say what is quantized in a model and what is not, from its files alone.
+
+    Args:
+        place: a model folder of ours or of anybody with safetensors weights, or a Hub id, of which only small files and headers
+            are fetched.
+        revision, token, origin: for a Hub id, as for `quantize`.
+
+    Returns:
+        Shape of every int8 tensor, dtype, shape and reason of every other, and where they came from.
+
+    Raises:
+        MonoQuantError: a typed error for a place that is missing or broken.
+    """
+    return inspect_any(place, Access(revision, Hub(token=token), place=origin))
 
 
 def _request(

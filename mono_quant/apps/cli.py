@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -13,16 +14,16 @@ import typer
 
 from mono_quant import kernels
 from mono_quant.api import verbs
+from mono_quant.api.delivery import Order, after_saving, deliver
 from mono_quant.artifact import cards, inspection, publishing
-from mono_quant.artifact.facts import read_card_facts
-from mono_quant.errors import ConfigError, MissingFileError, MonoQuantError
-from mono_quant.io.disk.output import check_target
+from mono_quant.artifact.facts import README, read_card_facts
+from mono_quant.errors import ConfigError, MissingFileError, MonoQuantError, Option
 from mono_quant.io.hub.client import Hub, check_repo_id
 from mono_quant.io.hub.push import PushResult
-from mono_quant.io.hub.repo import resolve
-from mono_quant.io.hub.target import check_push
+from mono_quant.io.hub.target import PushOptions
+from mono_quant.planning.config import merge
 from mono_quant.planning.report import QuantReport, human_bytes
-from mono_quant.sources.opening import locate
+from mono_quant.sources.source import Access
 from mono_quant.version import __version__
 
 app = typer.Typer(
@@ -74,15 +75,12 @@ PrOption = Annotated[
     bool, typer.Option("--create-pr", help="Open a pull request instead of changing the branch.")
 ]
 
-# What the library calls its arguments, where the flag here is not simply the same word.
-WORDS = {
-    "private=False": "--public",
-    "fidelity=False": "--no-fidelity",
+# How a command says no to what the library calls so.
+FLAGS = {
+    "private": "--public",
+    "fidelity": "--no-fidelity",
 }
-ARGUMENT = re.compile(
-    r"\b(overwrite|private|create_pr|allow_pickle|trust_remote_code|embeddings|origin|on_nonfinite|on_overflow|token)"
-    r"=(?:True\b|'(\w+)')?"
-)
+# where the client library keeps what it downloaded
 CACHED = re.compile(r"[^\s'\"]*/models--([^/\s]+)/snapshots/([0-9a-f]{12})[0-9a-f]{28}")
 INTERRUPTED = 130
 UsageError: Any = typer.BadParameter.__bases__[0]  # of click, or of the copy in typer, by its version
@@ -133,7 +131,13 @@ def quantize(
     revision: RevisionOption = None,
     origin: OriginOption = None,
     token: TokenOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older result.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace what is in the way: an older result; with --push-to, files of somebody else.",
+        ),
+    ] = False,
     fidelity: Annotated[bool, typer.Option(help="Measure the output against the original.")] = True,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pickle weights in a guarded process.")
@@ -147,44 +151,30 @@ def quantize(
             "--private, --public and --create-pr are about the repository that is pushed to; name it with --push-to, or "
             "leave them out"
         )
-    is_remote = _is_remote(source, revision, origin)
     target = output if output or push_to else Path(f"{_name(source)}-{dtype}")
-    if target is not None:
-        check_target(target, overwrite=overwrite)
-    options: dict[str, Any] = {"private": private, "overwrite": overwrite, "create_pr": create_pr}
-    if push_to is not None:
-        client = Hub(token=token)
-        facts = resolve(source, revision=revision, hub=client) if is_remote else None
-        check_push(push_to, client, source=facts, **options)
-    result = verbs.quantize(
-        source,
-        dtype,
-        revision=revision,
-        token=token,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        origin=origin,
-        on_nonfinite=on_nonfinite,
-        on_overflow=on_overflow,
-        fidelity="auto" if fidelity else False,
-        **_options(skip, min_params, disable_default, embeddings),
-    )
+    given = _options(skip, min_params, disable_default, embeddings) | {
+        "on_nonfinite": on_nonfinite,
+        "on_overflow": on_overflow,
+        "fidelity": "auto" if fidelity else False,
+    }
+    push = PushOptions(private=private, overwrite=overwrite, create_pr=create_pr)
+    access = Access(revision, Hub(token=token), trust_remote_code, allow_pickle, origin)
+    with _told():
+        done = deliver(source, access, Order(merge({"dtype": dtype}, given), target, push_to, push))
     told: dict[str, Any] = {}
-    if target is not None:
-        folder = result.save(target, overwrite=overwrite)
-        told |= {"folder": str(folder), "folder_bytes": _folder_bytes(folder)}
-    if push_to is not None:
-        with _pushing(push_to, target):
-            pushed = result.push_to_hub(push_to, token=token, **options)
-        told |= asdict(pushed)
+    if done.folder is not None:
+        told |= {"folder": str(done.folder), "folder_bytes": _folder_bytes(done.folder)}
+    if done.pushed is not None:
+        told |= asdict(done.pushed)
+    result = done.result
     if as_json:
         print(json.dumps({**result.report.to_dict(), **told}, indent=2, sort_keys=True))
         return
     print(result.report.table())
-    if target is not None:
+    if done.folder is not None:
         print(f"\nsaved   {told['folder']} ({human_bytes(told['folder_bytes'])} on disk)")
-    if push_to is not None:
-        print(_pushed_line(pushed))
+    if done.pushed is not None:
+        print(_pushed_line(done.pushed))
 
 
 @app.command()
@@ -202,7 +192,6 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what quantize would do, from the config and the file headers alone."""
-    _is_remote(source, revision, origin)
     report = verbs.plan(
         source,
         dtype,
@@ -224,7 +213,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """List what is quantized in a model and what is not, from its files alone; of a Hub id only the headers are fetched."""
-    seen = inspection.inspect_any(folder, revision=revision, client=Hub(token=token), origin=origin)
+    seen = verbs.inspect(folder, revision=revision, token=token, origin=origin)
     print(json.dumps(seen.to_dict(), indent=2, sort_keys=True) if as_json else seen.table())
 
 
@@ -236,12 +225,12 @@ def push(
     ],
     private: PrivateOption = None,
     create_pr: PrOption = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace weights of somebody else.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of somebody else.")] = False,
     token: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Publish a saved folder in one commit, after loading it back."""
-    with _pushing(repo):
+    with _told(), after_saving(None, repo):
         pushed = verbs.push_to_hub(
             folder, repo, private=private, create_pr=create_pr, overwrite=overwrite, token=token
         )
@@ -263,7 +252,7 @@ def card(
         print(cards.render(read_card_facts(folder, repo)), end="")
         return
     publishing.checked_card(folder, repo)
-    readme = folder / publishing.README
+    readme = folder / README
     if not readme.is_file():
         raise MissingFileError(
             f"{readme} is missing, so there is no card to check; leave out --lint to print one"
@@ -316,32 +305,32 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, UsageError):
         command = getattr(error.ctx, "command_path", "mono-quant")
         return f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
-    text = " ".join(str(error).split())
-    for words, flag in WORDS.items():
-        text = text.replace(words, flag)
-    text = ARGUMENT.sub(lambda m: f"--{m[1].replace('_', '-')}{f' {m[2]}' if m[2] else ''}", text)
+    text = error.worded(_flag) if isinstance(error, MonoQuantError) else str(error)
+    text = " ".join(text.split())
     return CACHED.sub(lambda m: f"{m[1].replace('--', '/')}@{m[2]}", text)
 
 
-def _is_remote(source: str, revision: str | None, origin: str | None) -> bool:
-    """Tell whether a source is on the Hub; a revision of anything else is a mistake."""
-    is_remote = locate(source, origin) == "hub"
-    if revision is not None and not is_remote:
-        raise ConfigError(
-            f"{source} is a local folder, which has no revision {revision!r}; leave out --revision, or give a Hub id"
-        )
-    return is_remote
+def _flag(option: Option) -> str:
+    """Say an argument of the library as a flag; one that no command takes, as Python."""
+    commands = [command.callback for command in app.registered_commands if command.callback]
+    if all(option.name not in signature(command).parameters for command in commands):
+        return str(option)
+    flag = f"--{option.name.replace('_', '-')}"
+    if option.value is False:
+        return FLAGS.get(option.name, f"no {flag}")
+    return flag if option.value in (None, True) else f"{flag} {option.value}"
 
 
 @contextmanager
-def _pushing(repo_id: str, folder: Path | None = None) -> Iterator[None]:
-    """Let a push that stops midway say what is there already: the folder saved before it, perhaps the commit."""
+def _told() -> Iterator[None]:
+    """Let an interrupted command say what is there already."""
     try:
-        with publishing.after_saving(folder, repo_id):
-            yield
-    except KeyboardInterrupt:
-        there = f"the model is saved in {folder}; " if folder else ""
-        raise _Interrupted(f"{there}look at {repo_id} on the Hub: its files are all new or all old") from None
+        yield
+    except KeyboardInterrupt as e:
+        notes = getattr(e, "__notes__", [])
+        if not notes:
+            raise
+        raise _Interrupted("; ".join(notes)) from None
 
 
 def _plain(value: object) -> str:

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
+from mono_quant.artifact.card_text import mark, split
+from mono_quant.io.hub.metadata import parse_metadata
 from mono_quant.io.text import one_line
 from mono_quant.planning.report import QuantReport, TensorReport, gap_text, human_bytes
 from mono_quant.sources.origin import Origin
 
 _FACTS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+_OPEN = ("language", "datasets", "pipeline_tag")
 # What the forward of a transformers model takes, as far as a card speaks of it.
 INPUTS = ("input_ids", "pixel_values", "input_features", "input_values", "inputs", "past_values")
 _MAX_KEPT_LINES = 60
@@ -58,15 +61,19 @@ class CardFacts:
 
 def render(facts: CardFacts) -> str:
     """Return the card as Markdown with a YAML head."""
+    return f"{_head(facts)}\n\n{render_lines(facts)}\n"
+
+
+def render_lines(facts: CardFacts) -> str:
+    """Return what a card says below its head, between the marks that say who wrote it."""
     sections = [
-        _head(facts),
         _summary(facts),
         _section("What is quantized and what is not", _account_lines(facts.report)),
         _section("How close it is to the original", _fidelity_lines(facts.report)),
         _section("How to load it", _loading_lines(facts)),
         _section("How to make it again", _recipe_lines(facts)),
     ]
-    return "\n\n".join(sections) + "\n"
+    return mark("\n\n".join(sections))
 
 
 def lint(text: str, facts: CardFacts) -> list[str]:
@@ -80,17 +87,12 @@ def lint(text: str, facts: CardFacts) -> list[str]:
         One line per contradiction; empty when the card is true. Text that was added is not judged.
     """
     try:
-        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, TypeError) as e:
+        data = parse_metadata(split(text).yaml)
+    except ValueError as e:
         return [f"its YAML head cannot be read: {one_line(str(e))}"]
-    problems = []
     expected = metadata(facts).to_dict()
-    for key in ("base_model", "base_model_relation", "library_name", *_FACTS):
-        # of a local model nothing is known: what its owner adds is no contradiction
-        is_open = facts.origin.repo_id is None and expected.get(key) is None
-        if not is_open and _listed(data.get(key)) != _listed(expected.get(key)):
-            problems.append(f"{key} is {data.get(key)!r}, but the model's is {expected.get(key)!r}")
-    lost = [tag for tag in expected["tags"] if tag not in _listed(data.get("tags"))]
+    problems = contradictions(data, expected, facts.origin.repo_id is None)
+    lost = [tag for tag in expected["tags"] if tag not in as_list(data.get("tags"))]
     if lost:
         problems.append(f"the tags lack {', '.join(lost)}")
     own = {x.casefold() for x in (facts.repo_id,) if x}
@@ -112,7 +114,28 @@ def lint(text: str, facts: CardFacts) -> list[str]:
     return problems
 
 
-def _listed(value: Any) -> list[Any]:
+def contradictions(data: Mapping[str, Any], expected: Mapping[str, Any], is_local: bool) -> list[str]:
+    """Compare the metadata of a card with what it should be.
+
+    Args:
+        data: of the card.
+        expected: from `metadata`; or from `stated`, for the part of `data` that it speaks of.
+        is_local: the model has no repository, so nothing is known but what its folder says.
+
+    Returns:
+        One line per contradiction. What the source does not say, another may add: of a local model anything, else language, data
+        and task, but no licence.
+    """
+    return [
+        f"{key} is {repr(data.get(key))[:200]}, but the model's is {expected.get(key)!r}"
+        for key in ("base_model", "base_model_relation", "library_name", *_FACTS)
+        if as_list(data.get(key)) != as_list(expected.get(key))
+        and not (expected.get(key) is None and (is_local or key in _OPEN))
+    ]
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a value of a card's metadata as the list that it is short for."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -130,20 +153,24 @@ def _mixed(part: list[str], lines: list[str]) -> Iterator[str]:
 
 def metadata(facts: CardFacts) -> ModelCardData:
     """Return the YAML head's fields."""
-    origin, report = facts.origin, facts.report
-    known = {k: _clean(getattr(origin, k)) for k in _FACTS}
-    if origin.repo_id is not None and origin.repo_id.casefold() != (facts.repo_id or "").casefold():
-        known |= {"base_model": origin.repo_id, "base_model_relation": "quantized"}
     return ModelCardData(
         library_name=library_of(facts),
-        tags=["mono_quant", "int8", "w8a8"] if report.dtype == "int8" else ["mono_quant", "fp16"],
-        **{k: v for k, v in known.items() if v},
-        **{
-            k: _clean(v, _clean_text)
-            for k, v in sorted(origin.extra_gated.items())
-            if re.fullmatch(r"extra_gated_[a-z_]+", k)
-        },
+        tags=["mono_quant", "int8", "w8a8"] if facts.report.dtype == "int8" else ["mono_quant", "fp16"],
+        **stated(facts.origin, facts.repo_id),
     )
+
+
+def stated(origin: Origin, repo_id: str | None) -> dict[str, Any]:
+    """Return the fields that depend on nothing but where the model came from, and where the card is."""
+    known = {k: _clean(getattr(origin.card, k)) for k in _FACTS}
+    if origin.repo_id is not None and origin.repo_id.casefold() != (repo_id or "").casefold():
+        known |= {"base_model": origin.repo_id, "base_model_relation": "quantized"}
+    terms = {
+        k: _clean(v, _clean_text)
+        for k, v in sorted(origin.card.extra_gated.items())
+        if re.fullmatch(r"extra_gated_[a-z_]+", k)
+    }
+    return {k: v for k, v in known.items() if v} | terms
 
 
 def library_of(facts: CardFacts) -> str:

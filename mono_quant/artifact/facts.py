@@ -24,6 +24,7 @@ from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Subject
 from mono_quant.version import __version__
 
+README = "README.md"
 REPORT = "mono_quant_report.json"
 
 

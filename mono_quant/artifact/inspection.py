@@ -11,16 +11,16 @@ import torch
 from mono_quant.artifact import loading
 from mono_quant.artifact.facts import REPORT, Manifest, read_report
 from mono_quant.artifact.tensors import read_tensors
-from mono_quant.errors import ConfigError, CorruptCheckpointError, MissingFileError, SourceNotFoundError
+from mono_quant.errors import CorruptCheckpointError, MissingFileError, SourceNotFoundError
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import MANIFEST
-from mono_quant.io.hub.client import HUB, Hub
 from mono_quant.io.hub.repo import download, resolve
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 from mono_quant.planning.report import dtype_name, human_bytes
 from mono_quant.sources.guards import Shapes
-from mono_quant.sources.opening import locate
+from mono_quant.sources.opening import place_of
 from mono_quant.sources.remote import remote_headers
+from mono_quant.sources.source import ACCESS, Access
 
 
 @dataclass(frozen=True)
@@ -100,29 +100,20 @@ def _inspection(
     return Inspection(path, {**_facts(path, manifest), **facts}, quantized, kept, _reasons(path), size)
 
 
-def inspect_any(
-    place: str | Path,
-    *,
-    revision: str | None = None,
-    client: Hub = HUB,
-    origin: str | None = None,
-) -> Inspection:
+def inspect_any(place: str | Path, access: Access = ACCESS) -> Inspection:
     """Inspect a folder, or a repository by its small files and headers.
 
     Args:
         place: a folder or a Hub id.
-        revision: branch, tag or commit of a Hub id.
-        client: where the Hub is and who asks.
-        origin: `hub` or `local`, to say what an ambiguous text means.
+        access: how to reach it.
 
     Raises:
         MonoQuantError: a typed error for a place that is missing or broken.
     """
-    if isinstance(place, Path) or locate(place, origin) == "local":
-        if revision is not None:
-            raise ConfigError(f"{place} is a local folder, which has no revision {revision!r}; leave it out")
+    if place_of(place, access) == "local":
         return inspect(place)
-    facts = resolve(place, revision=revision, hub=client)
+    client = access.client
+    facts = resolve(str(place), revision=access.revision, hub=client)
     small = ("config.json", MANIFEST, REPORT)
     folder = download(facts, wanted=lambda name: name in small, hub=client)
     manifest = Manifest.read(folder) if (folder / MANIFEST).exists() else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.convert.int8_layers import Int8Module
-from mono_quant.errors import UnsupportedModelError
+from mono_quant.errors import Option, UnsupportedModelError
 from mono_quant.hf.compressed_tensors import STANDARD
 from mono_quant.io.disk.manifest import FORMAT
 from mono_quant.planning.kinds import PORTABLE_KINDS
@@ -47,7 +47,9 @@ def layout_of(kind: str, report: QuantReport, state: Mapping[str, Tensor], obsta
             ]
             raise UnsupportedModelError(
                 f"a SentenceTransformer is saved in the standard format, which cannot hold int8 {', '.join(kinds)}; "
-                f"leave them in float (skip_types=[...], embeddings=False), or quantize model[0].auto_model by itself"
+                "leave them in float (skip_types=[...], ",
+                Option("embeddings", False),
+                "), or quantize model[0].auto_model by itself",
             )
         return FORMAT
     return STANDARD

@@ -1,7 +1,7 @@
 """From a saved folder to a repository: check it, give it the card of the place where it will be, push it in one commit."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,44 +10,54 @@ from torch import Tensor, nn
 
 from mono_quant.artifact import cards, loading
 from mono_quant.artifact.buffers import read_values, unsaved_buffers
-from mono_quant.artifact.facts import Manifest, read_card_facts
+from mono_quant.artifact.cards import CardFacts
+from mono_quant.artifact.facts import README, Manifest, read_card_facts
+from mono_quant.artifact.merging import foresee, merge_card, renew
 from mono_quant.artifact.tensors import read_tensors
-from mono_quant.errors import ConfigError, CorruptCheckpointError, MonoQuantError
+from mono_quant.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    HubConflictError,
+    LimitExceededError,
+    Option,
+)
 from mono_quant.io.disk.json_text import canonical_json
 from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.disk.output import record, temporary_folder, write_file
 from mono_quant.io.hub.client import HUB, Hub
-from mono_quant.io.hub.push import PushResult, push
-from mono_quant.io.hub.repo import RepoFacts
-from mono_quant.io.hub.target import full_id
+from mono_quant.io.hub.push import PushResult, gather, push
+from mono_quant.io.hub.target import (
+    PUSH,
+    PushOptions,
+    Target,
+    check_push,
+    full_id,
+    open_target,
+    refuse_foreign,
+)
 from mono_quant.io.tensors.checkpoint import open_checkpoint
-
-README = "README.md"
+from mono_quant.sources.origin import Origin
+from mono_quant.sources.source import Preview
 
 
 def publish(
     folder: Path,
     repo_id: str,
+    options: PushOptions = PUSH,
     *,
     model: nn.Module | None = None,
-    private: bool | None = None,
-    overwrite: bool = False,
-    create_pr: bool = False,
-    revision: str | None = None,
-    commit_message: str | None = None,
     client: Hub = HUB,
 ) -> PushResult:
     """Push a saved folder, after loading it back.
 
+    What the owner of the repository wrote on its card stays (see `merging`); other files that mono_quant did not push are not
+    replaced unless the options ask for it.
+
     Args:
         folder: that `save` wrote.
         repo_id: target; the token's account when it has no owner.
+        options: how to push.
         model: the converted model, to compare what the folder loads as with.
-        private: visibility of a repository that is created; None follows the source.
-        overwrite: replace weights that mono_quant did not push.
-        create_pr: open a pull request instead of changing the branch.
-        revision: branch to push to.
-        commit_message: one line.
         client: where the Hub is, and who asks.
 
     Returns:
@@ -56,57 +66,94 @@ def publish(
     Raises:
         ConfigError: the card contradicts the report.
         CorruptCheckpointError: the folder does not load as what it should be.
+        HubConflictError: something in the repository is not ours to replace.
         HubError: the Hub refused; see `mono_quant.errors`.
     """
-    manifest = Manifest.read(folder, hashes=True)
-    target = full_id(repo_id, client)
-    card = checked_card(folder, target)
+    manifest = Manifest.read(folder, hashes=False)
+    sent = {name: facts for name, facts in manifest.files.items() if name != README}
+    files = gather(
+        folder, sorted(sent), {name: (facts["size"], facts["sha256"]) for name, facts in sent.items()}
+    )
+    place = full_id(repo_id, client)
+    ours = checked_card(folder, place)
     check_loads(folder, manifest, model)
-    origin = manifest.source
-    source = None
-    if origin.repo_id is not None:
-        source = RepoFacts(origin.repo_id, None, str(origin.sha), origin.private, origin.gated)
-    files = manifest.files
+    target = open_target(place, options, source=manifest.source, hub=client)
+    card = _card_for(target, options, ours, read_card_facts(folder, place)).encode()
     with temporary_folder() as staged:
-        write_file(staged / README, card.encode())
-        moved = replace(manifest, files={**files, README: record(card.encode())})
-        text = canonical_json(moved.to_dict(), MANIFEST)
-        write_file(staged / MANIFEST, text.encode())
-        return push(
-            folder,
-            target,
-            files=sorted({*files, README, MANIFEST}),
-            expect={
-                name: (facts["size"], facts["sha256"]) for name, facts in files.items() if name != README
-            },
-            instead={README: staged / README, MANIFEST: staged / MANIFEST},
-            commit_message=commit_message or _message(manifest),
-            source=source,
-            private=private,
-            overwrite=overwrite,
-            create_pr=create_pr,
-            revision=revision,
-            hub=client,
-        )
+        write_file(staged / README, card)
+        moved = replace(manifest, files={**sent, README: record(card)})
+        write_file(staged / MANIFEST, canonical_json(moved.to_dict(), MANIFEST).encode())
+        files |= gather(staged, [README, MANIFEST])
+        return push(target, files, options, message=_message(manifest), merged=[README])
 
 
-@contextmanager
-def after_saving(folder: Path | None, repo_id: str) -> Iterator[None]:
-    """Let a failure of the push say that the folder was saved before, and how to push it; None when there is none."""
+def check_publish(repo_id: str, options: PushOptions, coming: Preview, client: Hub = HUB) -> None:
+    """Refuse early what `publish` would refuse after long work; nothing is created.
+
+    Args:
+        repo_id: target.
+        options: how to push.
+        coming: what is known of the model that will be converted.
+        client: where the Hub is, and who asks.
+
+    Raises:
+        HubConflictError: something in the repository is not ours to replace: weights, a licence, other files, or a card that
+            says other things than the source.
+        HubError: the Hub refused; see `mono_quant.errors`.
+    """
+    target = check_push(repo_id, options, source=coming.origin, hub=client)
+    if target is None or options.may_replace:
+        return
+    refuse_foreign(
+        target, options, (path for path, file in target.files.items() if coming.replaces(path, file))
+    )
+    there, unread = _read_card(target)
+    _refuse_card(target, unread or foresee(there, _earlier(target), coming.origin, target.repo_id))
+
+
+def _card_for(target: Target, options: PushOptions, ours: str, facts: CardFacts) -> str:
+    """Return the card to push: ours, with what the owner of the repository wrote on the one that is there."""
+    there, unread = _read_card(target)
+    merged = merge_card(there, _earlier(target), ours, facts)
+    problems = unread or merged.problems
+    if problems and options.may_replace:
+        return ours
+    _refuse_card(target, problems)
+    return merged.text
+
+
+def _read_card(target: Target) -> tuple[bytes | None, tuple[str, ...]]:
+    """Return the card that is there, and why it cannot be read."""
     try:
-        yield
-    except MonoQuantError as e:
-        if folder is None:
-            raise
-        raise type(e)(
-            f"{e} The model itself is saved in {folder}; push it from there: mono-quant push {folder} {repo_id}"
-        ) from e
+        return target.read(README), ()
+    except LimitExceededError as e:
+        return None, (str(e),)
+
+
+def _earlier(target: Target) -> Origin | None:
+    """Return where the model came from that an earlier push left there; None when that is not known."""
+    with suppress(CorruptCheckpointError):
+        return Origin.from_dict(target.manifest["source"]) if "source" in target.manifest else None
+    return None
+
+
+def _refuse_card(target: Target, problems: Sequence[str]) -> None:
+    if problems:
+        raise HubConflictError(
+            f"{README} of {target.repo_id!r} at commit {target.facts.sha[:12]} has words of its owner, and cannot hold ours beside "
+            f"them: {'; '.join(problems[:5])}. Correct it there, pass ",
+            Option("overwrite", True),
+            " to replace it, or ",
+            Option("create_pr", True),
+            " to open a pull request.",
+        )
 
 
 def checked_card(folder: Path, repo_id: str | None = None) -> str:
     """Return the card of a folder for the place where it is to be.
 
-    A card that nobody touched is written anew, with a load snippet for `repo_id`; one that was edited is kept when it is true.
+    Our lines are written anew, with a load snippet for `repo_id`, and what its owner wrote above and below them is kept; a card whose
+    own lines were edited is kept when it is true.
 
     Raises:
         ConfigError: the card contradicts the report.
@@ -119,8 +166,9 @@ def checked_card(folder: Path, repo_id: str | None = None) -> str:
         raise ConfigError(
             f"{path} is not UTF-8 text ({e.reason} at byte {e.start}). Save it as UTF-8"
         ) from None
-    if text == cards.render(here):
-        return cards.render(there)
+    renewed = renew(text, there, cards.stated(here.origin, None))
+    if not renewed.problems:
+        return renewed.text
     if repo_id is not None:
         text = text.replace('"path/to/this/folder"', f'"{repo_id}"')
     problems = cards.lint(text, there)

@@ -1,6 +1,8 @@
-"""Writing a converted model as one folder that appears whole or not at all; the layouts are in `formats`."""
+"""Writing a converted model as one folder that appears whole or not at all; see `layouts` for the forms."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,12 @@ import torch
 from torch import Tensor
 
 from mono_quant.artifact.buffers import buffers_of, write_values
-from mono_quant.artifact.cards import render
-from mono_quant.artifact.facts import REPORT, Manifest, StoredCodes, card_facts
+from mono_quant.artifact.cards import CardFacts, render
+from mono_quant.artifact.facts import README, REPORT, Manifest, StoredCodes, card_facts
 from mono_quant.artifact.layouts import PLAIN, float_dtype, layout_of
+from mono_quant.artifact.merging import foresee, merge_card
 from mono_quant.convert.int8_layers import Int8Module, stored_scales
-from mono_quant.errors import (
-    UnsupportedModelError,
-)
+from mono_quant.errors import MonoQuantError, OutputExistsError, UnsupportedModelError
 from mono_quant.hf.compressed_tensors import STANDARD, ct_block
 from mono_quant.hf.configs import clean_config, config_to_write
 from mono_quant.hf.models import builds_itself
@@ -25,12 +26,15 @@ from mono_quant.hf.sentence import check_modules, write_modules
 from mono_quant.hf.state import checkpoint_state
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION
-from mono_quant.io.disk.output import OutputFolder, new_folder
+from mono_quant.io.disk.output import OutputFolder, check_target, new_folder
+from mono_quant.io.disk.reading import open_regular, read_all
+from mono_quant.io.hub.metadata import MAX_CARD_BYTES
 from mono_quant.io.tensors.shards import write_checkpoint
 from mono_quant.io.tensors.tensor_file import TensorEntry
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport, dtype_name
 from mono_quant.planning.walk import is_transformers_model
+from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Subject
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -48,7 +52,8 @@ def save(
     """Write a converted model as a folder that appears whole or not at all.
 
     Args:
-        target: the folder; it must not exist, unless `overwrite` and mono_quant wrote it.
+        target: the folder; it must not exist, unless `overwrite` and mono_quant wrote all that is in it. What its owner wrote
+            on the card of an older result stays.
         subject: the converted model and what belongs to it.
         report: of the conversion.
         config: the request.
@@ -60,6 +65,7 @@ def save(
 
     Raises:
         UnsupportedModelError: `load` would not give this model back.
+        OutputExistsError: files that mono_quant did not write would get lost, or the card's words contradict the new model.
         OutputError: it could not be written; nothing was changed.
     """
     subject = _as_saved(subject)
@@ -69,16 +75,15 @@ def save(
         _check_described(subject, state, layout)
     dtype = read_dtype(subject, layout)
     buffers = buffers_of(subject.core, dtype)
-    with new_folder(
-        target, overwrite=overwrite, sources=[subject.folder] if subject.folder else []
-    ) as folder:
+    sources = [subject.folder] if subject.folder else []
+    with new_folder(target, overwrite=overwrite, sources=sources, merges=[README]) as folder:
         table = _write_tensors(folder, subject, state, layout, max_shard_size)
         if is_transformers_model(subject.core):
             _write_configs(folder, subject, state, layout)
         _write_side_files(folder, subject)
         write_values(folder, buffers.values)
         about = card_facts(subject, report, config, layout, "tokenizer_config.json" in folder.files)
-        folder.write_text("README.md", render(about))
+        folder.write_text(README, _card(Path(target), about))
         folder.write_text(REPORT, report.to_json())
         folder.manifest |= Manifest(
             type(subject.core).__name__,
@@ -95,6 +100,51 @@ def save(
             buffers.built,
         ).to_dict()
     return Path(target)
+
+
+def check_save(target: str | Path, origin: Origin, *, overwrite: bool = False) -> None:
+    """Refuse early what `save` would refuse after long work.
+
+    Args:
+        target: the folder.
+        origin: of the model that will be converted.
+        overwrite: replace an older result.
+
+    Raises:
+        OutputError: see `save`.
+    """
+    check_target(target, overwrite=overwrite, merges=[README])
+    there, earlier = _old_card(Path(target))
+    _refuse_card(Path(target), foresee(there, earlier, origin, None))
+
+
+def _card(target: Path, about: CardFacts) -> str:
+    """Return the card of a folder, with what the owner of the one that it replaces wrote."""
+    merged = merge_card(*_old_card(target), render(about), about)
+    _refuse_card(target, merged.problems)
+    return merged.text
+
+
+def _old_card(target: Path) -> tuple[bytes | None, Origin | None]:
+    """Return the card of an older result, and where the model came from that it speaks of."""
+    if not (target / README).is_file():
+        return None, None
+    descriptor = open_regular(target / README)
+    try:
+        there = read_all(descriptor, MAX_CARD_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    with suppress(MonoQuantError):
+        return there, Manifest.read(target).source
+    return there, None
+
+
+def _refuse_card(target: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise OutputExistsError(
+            f"{target / README} has words of its owner, and cannot hold ours beside them: {'; '.join(problems[:5])}. "
+            "Correct it, move it away, or choose another folder"
+        )
 
 
 def render_card(subject: Subject, report: QuantReport, config: QuantizationConfig) -> str:

@@ -17,7 +17,7 @@ from mono_quant.convert.half_layers import HALF_LAYERS
 from mono_quant.convert.probes import Probe
 from mono_quant.convert.stored import StoredModule
 from mono_quant.convert.surgery import disable_float_fast_paths_, put_
-from mono_quant.errors import Fp16RangeError, NonFiniteWeightError
+from mono_quant.errors import Fp16RangeError, NonFiniteWeightError, Option
 from mono_quant.kernels import cast_half
 from mono_quant.kernels.weights import HalfCast
 from mono_quant.planning.config import QuantizationConfig
@@ -167,7 +167,7 @@ def _cast(name: str, tensor: Tensor, request: QuantizationConfig) -> tuple[HalfC
     except NonFiniteWeightError as e:
         if request.on_nonfinite == "error":
             raise NonFiniteWeightError(
-                f"{name}: {e}. Repair the checkpoint, or use on_nonfinite='keep'"
+                f"{name}: {e}. Repair the checkpoint, or use ", Option("on_nonfinite", "keep")
             ) from e
         return None, f"{name} holds NaN or infinity"
     if half.overflowed:
@@ -175,7 +175,8 @@ def _cast(name: str, tensor: Tensor, request: QuantizationConfig) -> tuple[HalfC
         if request.on_overflow == "error":
             raise Fp16RangeError(
                 f"{name}: {half.overflowed} values do not fit float16 (largest {largest:.6g}, limit 65504); "
-                f"use int8, or keep the layer with on_overflow='keep'"
+                "use int8, or keep the layer with ",
+                Option("on_overflow", "keep"),
             )
         return None, f"{name} has values up to {largest:.4g}, which float16 cannot hold"
     return half, ""

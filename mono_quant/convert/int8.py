@@ -21,7 +21,7 @@ from mono_quant.convert.int8_layers import (
 )
 from mono_quant.convert.probes import Probe
 from mono_quant.convert.surgery import disable_float_fast_paths_, put_, recast_
-from mono_quant.errors import NonFiniteWeightError
+from mono_quant.errors import NonFiniteWeightError, Option
 from mono_quant.kernels import encode_rows
 from mono_quant.kernels.weights import RowCodes, stored_scale, weight_limit_db
 from mono_quant.planning.kinds import WEIGHTS, as_rows, kind_of, rows_of
@@ -94,7 +94,8 @@ def encode(module: nn.Module, layer: Layer) -> dict[str, RowCodes]:
             encoded[name] = encode_rows(as_rows(weight, layer.kind))
         except NonFiniteWeightError as e:
             raise NonFiniteWeightError(
-                f"{layer.name}.{name}: {e}. Repair the checkpoint, or keep the layer in float with on_nonfinite='keep'"
+                f"{layer.name}.{name}: {e}. Repair the checkpoint, or keep the layer in float with ",
+                Option("on_nonfinite", "keep"),
             ) from e
     return encoded
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mono_quant.errors import (
     CorruptCheckpointError,
     MonoQuantError,
+    Option,
     RemoteCodeError,
     UnsupportedModelError,
 )
@@ -60,7 +61,9 @@ def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -
         if auto_map:
             raise RemoteCodeError(
                 f"{folder}: {names[0]} is not part of transformers {transformers.__version__} and its repository brings "
-                f"its own code. Read that code, then pass trust_remote_code=True to run it"
+                "its own code. Read that code, then pass ",
+                Option("trust_remote_code", True),
+                " to run it",
             )
         raise UnsupportedModelError(
             f"{folder}: transformers {transformers.__version__} has no model class {names[0]} "

@@ -1,6 +1,8 @@
 """A folder of a transformers model becomes a source, with its weights or as a skeleton for a plan."""
 
+import hashlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,9 @@ from mono_quant.hf.models import load_as_stored, model_class, skeleton
 from mono_quant.hf.names import Fit, fit, grouped, on_meta
 from mono_quant.io.disk.allowed import BUFFERS, is_allowed
 from mono_quant.io.disk.manifest import MANIFEST
+from mono_quant.io.disk.reading import open_regular, read_all
 from mono_quant.io.hub.metadata import local_card
+from mono_quant.io.hub.repo import RepoFile, git_id
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
 from mono_quant.planning.walk import common_dtype
 from mono_quant.sources.guards import (
@@ -30,12 +34,14 @@ from mono_quant.sources.guards import (
     read_config,
 )
 from mono_quant.sources.origin import Origin
-from mono_quant.sources.source import Access, Source, Subject
+from mono_quant.sources.source import Access, Preview, Source, Subject
+
+MAX_SIDE_FILE_BYTES = 1 << 26
 
 
 def _local_origin(name: str, folder: Path) -> Origin:
     """Take over what the card beside a local checkpoint says about licence and data; its `base_model` is another one."""
-    return Origin(name, **local_card(folder / "README.md"))
+    return Origin(name, card=local_card(folder / "README.md"))
 
 
 @dataclass(frozen=True)
@@ -165,8 +171,29 @@ def _read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name: checkpoint[name] for name in checkpoint}
 
 
-def find_side_files(folder: Path) -> tuple[str, ...]:
-    """Return the files beside the weights that belong to a model, by the list of what an output may hold."""
+def preview_folder(folder: Path) -> Preview:
+    """Say what is known of a local checkpoint before its weights are read."""
+    if not folder.is_dir():
+        return Preview(Origin("model"))
+    side_files = {name: _file(folder, name) for name in find_side_files(folder)}
+    rewritten = ("config.json",) if (folder / "config.json").is_file() else ()
+    return Preview(_local_origin("model", folder), side_files, rewritten)
+
+
+def _file(folder: Path, name: str) -> RepoFile:
+    descriptor = open_regular(folder / name)
+    try:
+        data = read_all(descriptor, MAX_SIDE_FILE_BYTES)
+        size = os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+    if size > len(data):
+        return RepoFile(name, size)
+    return RepoFile(name, size, hashlib.sha256(data).hexdigest(), git_id(data))
+
+
+def is_side_file(name: str) -> bool:
+    """Tell whether a file of a checkpoint belongs to its result unchanged, by the list of what an output may hold."""
     own = (
         "config.json",
         "generation_config.json",
@@ -175,9 +202,14 @@ def find_side_files(folder: Path) -> tuple[str, ...]:
         "mono_quant_report.json",
         f"{BUFFERS}/model.safetensors",
     )
-    names = [p.relative_to(folder).as_posix() for p in [*folder.glob("*"), *folder.glob("*/*")]]
     # the weights of sentence-transformers' dense modules lie in folders of their own
-    chosen = [n for n in names if is_allowed(n) and n not in own and ("/" in n or ".safetensors" not in n)]
+    return is_allowed(name) and name not in own and ("/" in name or ".safetensors" not in name)
+
+
+def find_side_files(folder: Path) -> tuple[str, ...]:
+    """Return the files beside the weights that belong to a model, by the list of what an output may hold."""
+    names = [p.relative_to(folder).as_posix() for p in [*folder.glob("*"), *folder.glob("*/*")]]
+    chosen = [n for n in names if is_side_file(n)]
     for below in {n.partition("/")[0] for n in chosen if "/" in n}:
         if (folder / below).is_symlink():
             raise UnsafeInputError(

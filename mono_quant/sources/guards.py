@@ -16,6 +16,7 @@ from mono_quant.errors import (
     LimitExceededError,
     MetaTensorError,
     MissingFileError,
+    Option,
     PickleOnlyError,
     SourceNotFoundError,
     StateDictError,
@@ -177,7 +178,9 @@ def refuse_pickles(names: list[str], subject: str) -> None:
     if pickles:
         raise PickleOnlyError(
             f"{subject} has only pickle weights ({pickles[0]}), which can run code when read; convert them to safetensors, "
-            f"or pass allow_pickle=True to read plain tensors from them in a guarded process"
+            "or pass ",
+            Option("allow_pickle", True),
+            " to read plain tensors from them in a guarded process",
         )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from mono_quant.errors import (
     AmbiguousSourceError,
     ConfigError,
+    Option,
     SourceNotFoundError,
     StateDictError,
     UnsupportedModelError,
@@ -16,11 +17,11 @@ from mono_quant.errors import (
 from mono_quant.io.hub.client import is_repo_id
 from mono_quant.io.text import looks_like_token
 from mono_quant.planning.walk import is_transformers_model
-from mono_quant.sources.folder import from_folder
+from mono_quant.sources.folder import from_folder, preview_folder
 from mono_quant.sources.guards import check_module
 from mono_quant.sources.origin import Origin
-from mono_quant.sources.remote import from_hub
-from mono_quant.sources.source import ACCESS, Access, Source, Subject
+from mono_quant.sources.remote import from_hub, preview_hub
+from mono_quant.sources.source import ACCESS, Access, Preview, Source, Subject
 
 
 def open_source(
@@ -37,16 +38,12 @@ def open_source(
     Raises:
         MonoQuantError: a typed error for everything that cannot be converted, naming the remedy.
     """
-    is_hub = isinstance(source, str) and locate(source, access.place) == "hub"
-    if access.revision is not None and not is_hub:
-        raise ConfigError(
-            f"revision is {access.revision!r}, but the source is no Hub id, so it has none; leave it out"
-        )
+    place = place_of(source, access)
     if isinstance(source, nn.Module):
         check_module(source)
         return _from_module(source, processor)
-    if isinstance(source, (str, Path)):
-        if is_hub:
+    if place in ("hub", "local"):
+        if place == "hub":
             opened = from_hub(str(source), access, weights)
         else:
             opened = from_folder(Path(source), access, weights)
@@ -62,6 +59,41 @@ def open_source(
     )
 
 
+def preview(source: Any, access: Access = ACCESS) -> Preview:
+    """Say what is known of a source before it is opened: where it comes from, and which files travel along.
+
+    Args:
+        source, access: as for `open_source`.
+
+    Raises:
+        MonoQuantError: as `open_source`, as far as it can be seen without its weights.
+    """
+    place = place_of(source, access)
+    if place == "hub":
+        return preview_hub(str(source), access)
+    return preview_folder(Path(source)) if place == "local" else Preview(Origin(type(source).__name__))
+
+
+def place_of(source: Any, access: Access) -> str:
+    """Tell whether a source is on the `hub`, `local` or in `memory`.
+
+    Raises:
+        ConfigError: a revision is given for something that has none.
+        MonoQuantError: as `locate`.
+    """
+    place = "memory"
+    if isinstance(source, str):
+        place = locate(source, access.place)
+    elif isinstance(source, Path):
+        place = "local"
+    if access.revision is not None and place != "hub":
+        what = f"{source} is a local folder" if place == "local" else "the source is a model in memory"
+        raise ConfigError(
+            f"{what}, which has no revision {access.revision!r}; leave it out, or give a Hub id"
+        )
+    return place
+
+
 def locate(text: str, place: str | None = None) -> str:
     """Say whether a text means a `local` folder or a `hub` id.
 
@@ -70,7 +102,7 @@ def locate(text: str, place: str | None = None) -> str:
         SourceNotFoundError: it is neither.
     """
     if looks_like_token(text):
-        raise ConfigError("an access token was given where a model belongs; pass it as token=")
+        raise ConfigError("an access token was given where a model belongs; pass it as ", Option("token"))
     if place not in (None, "hub", "local"):
         raise ConfigError(f"origin is {place!r}; use 'hub' or 'local'")
     if place is not None:
@@ -78,8 +110,9 @@ def locate(text: str, place: str | None = None) -> str:
     here = bool(text) and (Path(text).exists() or Path(text).is_symlink())
     if here and text.count("/") == 1 and not text.startswith((".", "/", "~")) and is_repo_id(text):
         raise AmbiguousSourceError(
-            f"{text!r} is a folder here and has the form of a Hub id; write './{text}' for the folder, or pass "
-            f"origin='hub' for the Hub"
+            f"{text!r} is a folder here and has the form of a Hub id; write './{text}' for the folder, or pass ",
+            Option("origin", "hub"),
+            " for the Hub",
         )
     if here:
         return "local"

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mono_quant.errors import CorruptCheckpointError
+from mono_quant.io.hub.metadata import NO_CARD, CardMetadata
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _SHA = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_CARD = tuple(entry.name for entry in fields(CardMetadata))
 # Options of `quantize` that a source may need to be read again.
 _ACCESS = ("allow_pickle", "trust_remote_code")
 
@@ -22,8 +24,7 @@ class Origin:
         name: class of the model.
         repo_id, sha: canonical Hub id and commit; None for anything local.
         private, gated: as the Hub said; None when that is not known.
-        license, license_name, license_link, language, datasets, pipeline_tag: from the source's card.
-        extra_gated: its `extra_gated_*` entries.
+        card: metadata of the source's card.
         files: sha256 of the weight files of a local folder, by name.
         access: what reading it needed: `allow_pickle`, `trust_remote_code`.
     """
@@ -33,19 +34,14 @@ class Origin:
     sha: str | None = None
     private: bool | None = None
     gated: bool | None = None
-    license: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    language: tuple[str, ...] = ()
-    datasets: tuple[str, ...] = ()
-    pipeline_tag: str | None = None
-    extra_gated: Mapping[str, Any] = field(default_factory=dict)
+    card: CardMetadata = NO_CARD
     files: Mapping[str, str] = field(default_factory=dict)
     access: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` gives back an equal origin."""
-        data = asdict(self)
+        data = {**asdict(self), **asdict(self.card)}
+        del data["card"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     @classmethod
@@ -55,14 +51,17 @@ class Origin:
         Raises:
             CorruptCheckpointError: a field has the wrong type or form.
         """
+        terms = data.get("extra_gated")
+        card = CardMetadata.of({**data, **(terms if isinstance(terms, Mapping) else {})})
         try:
-            lists = {k: tuple(data.get(k, ())) for k in ("language", "datasets", "access")}
-            origin = cls(**{**data, **lists})
+            own = {k: v for k, v in data.items() if k not in _CARD}
+            origin = cls(**{**own, "card": card, "access": tuple(data.get("access", ()))})
         except TypeError as e:
             raise CorruptCheckpointError(
                 f"the manifest describes the source in an unknown way ({e}); save again"
             ) from e
-        for key, value in origin._strange():
+        strange = [(k, data[k]) for k, v in origin.to_dict().items() if k in _CARD and data.get(k, v) != v]
+        for key, value in [*strange, *origin._strange()]:
             raise CorruptCheckpointError(
                 f"the manifest says that {key} of the source is {str(value)[:80]!r}, which cannot be; save again"
             )

@@ -12,10 +12,10 @@ from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.repo import RepoFacts, download, read_headers, resolve
 from mono_quant.io.tensors.headers import parse_header_bytes
 from mono_quant.io.tensors.pickles import PICKLES
-from mono_quant.sources.folder import from_folder, from_headers
+from mono_quant.sources.folder import from_folder, from_headers, is_side_file
 from mono_quant.sources.guards import Shapes, refuse_pickles
 from mono_quant.sources.origin import Origin
-from mono_quant.sources.source import Access, Source
+from mono_quant.sources.source import Access, Preview, Source
 
 
 def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
@@ -45,28 +45,23 @@ def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
     else:
         shapes = remote_headers(facts, access.client)[0]
         opened = from_headers(folder, access, shapes)
-    subject = opened.subject
-    subject.origin = replace(_hub_origin(subject.origin.name, facts), access=subject.origin.access)
+    found = opened.subject.origin
+    opened.subject.origin = replace(_origin(facts, found.name), access=found.access)
     if facts.gated:
         opened.notes.append("the source repository is gated; its terms apply to the result")
     return opened
 
 
-def _hub_origin(name: str, facts: RepoFacts) -> Origin:
-    return Origin(
-        name,
-        facts.repo_id,
-        facts.sha,
-        facts.private,
-        facts.gated,
-        facts.license,
-        facts.license_name,
-        facts.license_link,
-        facts.language,
-        facts.datasets,
-        facts.pipeline_tag,
-        facts.extra_gated,
-    )
+def preview_hub(repo_id: str, access: Access) -> Preview:
+    """Say what is known of a repository before anything of it is fetched."""
+    facts = resolve(repo_id, revision=access.revision, hub=access.client)
+    side_files = {file.path: file for file in facts.files if is_side_file(file.path)}
+    rewritten = tuple(file.path for file in facts.files if file.path == "config.json")
+    return Preview(_origin(facts), side_files, rewritten)
+
+
+def _origin(facts: RepoFacts, name: str = "model") -> Origin:
+    return Origin(name, facts.repo_id, facts.sha, facts.private, facts.gated, facts.card)
 
 
 def remote_headers(facts: RepoFacts, client: Hub) -> tuple[Shapes, int]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from mono_quant.hf.processors import load_processor
 from mono_quant.io.hub.client import HUB, Hub
+from mono_quant.io.hub.repo import RepoFile
 from mono_quant.sources.origin import Origin
 
 
@@ -66,6 +67,26 @@ class Source:
     owned: bool = False
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is known of a source before it is opened.
+
+    Attributes:
+        origin: where it comes from; the class is not known yet.
+        side_files: what will travel along byte for byte, by name.
+        rewritten: files that a result holds under the same name with another content.
+    """
+
+    origin: Origin
+    side_files: Mapping[str, RepoFile] = field(default_factory=dict)
+    rewritten: tuple[str, ...] = ()
+
+    def replaces(self, path: str, there: RepoFile) -> bool:
+        """Tell whether the result will surely put another content in the place of a file."""
+        mine = self.side_files.get(path)
+        return path in self.rewritten or (mine is not None and mine.differs(there))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from models import tiny_llama
 
 import mono_quant
 from mono_quant.apps import cli
-from mono_quant.errors import ConfigError
+from mono_quant.errors import ConfigError, Option
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +52,36 @@ def refusal(done) -> str:
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
-        ("pass overwrite=True to replace", "pass --overwrite to replace"),
-        ("pass allow_pickle=True to", "pass --allow-pickle to"),
-        ("pass trust_remote_code=True to", "pass --trust-remote-code to"),
-        ("pass private=False to", "pass --public to"),
-        ("and private=True does", "and --private does"),
-        ("use create_pr=True", "use --create-pr"),
-        ("use on_nonfinite='keep'", "use --on-nonfinite keep"),
-        ("with on_overflow='keep'", "with --on-overflow keep"),
-        ("pass it as token=", "pass it as --token"),
-        (f"'/a/hub/models--org--my_model/snapshots/{'0123456789' * 4}' has", "'org/my_model@012345678901' has"),
-        ("a.b_c=1 and\n  text", "a.b_c=1 and text"),
+        (["pass ", Option("overwrite", True), " to replace"], "pass --overwrite to replace"),
+        (["pass ", Option("allow_pickle", True), " to"], "pass --allow-pickle to"),
+        (["pass ", Option("trust_remote_code", True), " to"], "pass --trust-remote-code to"),
+        (["pass ", Option("private", False), " to"], "pass --public to"),
+        (["and ", Option("private", True), " does"], "and --private does"),
+        (["use ", Option("create_pr", True)], "use --create-pr"),
+        (["use ", Option("on_nonfinite", "keep")], "use --on-nonfinite keep"),
+        (["with ", Option("on_overflow", "keep")], "with --on-overflow keep"),
+        (["or ", Option("fidelity", False)], "or --no-fidelity"),
+        (["use ", Option("embeddings", False)], "use no --embeddings"),
+        (["pass it as ", Option("token")], "pass it as --token"),
+        # no command takes it
+        (["pass it as ", Option("probe")], "pass it as probe="),
+        # what a person wrote stays what it is
+        (["x/origin=foo and overwrite=True and ", Option("origin", "hub")], "x/origin=foo and overwrite=True and --origin hub"),
+        ([f"'/a/hub/models--org--my_model/snapshots/{'0123456789' * 4}' has"], "'org/my_model@012345678901' has"),
+        (["a.b_c=1 and\n  text"], "a.b_c=1 and text"),
     ],
 )  # fmt: skip
 def test_remedies_are_named_as_flags(run, monkeypatch, said, shown):
     def refuse(*_: object, **__: object) -> None:
-        raise ConfigError(said)
+        raise ConfigError(*said)
 
     monkeypatch.setattr(cli.inspection, "verify", refuse)
     assert refusal(run("verify", "x")) == f"mono-quant: {shown}\n"
+
+
+def test_a_path_with_an_equals_sign_is_shown_as_it_is(run, tmp_path):
+    place = tmp_path / "token=x" / "origin='foo'"
+    assert f"{place}" in refusal(run("verify", place))
 
 
 def test_an_output_that_exists_is_replaced_with_overwrite(run, source, saved, tmp_path):

@@ -22,7 +22,6 @@ from safetensors.torch import load as load_bytes
 
 import mono_quant
 from mono_quant import errors
-from mono_quant.artifact import inspection
 from mono_quant.io.hub.client import Hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -365,9 +364,8 @@ def test_a_repository_without_safetensors_is_not_inspected_as_empty(
     server: LoopbackHub, tmp_path: Path
 ) -> None:
     server.add_repo("org/pickled", {"config.json": b"{}", "pytorch_model.bin": b"x"})
-    client = Hub(endpoint=server.endpoint, cache_dir=tmp_path / "cache")
     with pytest.raises(errors.MissingFileError, match="'org/pickled' has no safetensors weights at commit"):
-        inspection.inspect_any("org/pickled", client=client)
+        mono_quant.inspect("org/pickled", token=ANN)
 
 
 def test_the_repr_of_a_result_is_one_short_line() -> None:

@@ -94,7 +94,7 @@ def git_oid(content: bytes) -> str:
 
 def card_data(readme: bytes | None) -> dict[str, Any] | None:
     """Return the YAML front matter of a README, or None."""
-    match = re.match(r"---\r?\n(.*?)\r?\n---", (readme or b"").decode(), re.DOTALL)
+    match = re.match(r"---\r?\n(.*?)\r?\n---", (readme or b"").decode(errors="replace"), re.DOTALL)
     data = yaml.safe_load(match[1]) if match else None
     return data if isinstance(data, dict) else None
 
@@ -595,7 +595,10 @@ class _Handler(_BaseHandler):
     def on_model_info(self) -> Any:
         repo = self.repo()
         commit = self.at(repo, self.rest[1] if self.rest else "main")
-        card = card_data(commit.files.get("README.md"))
+        try:
+            card = card_data(commit.files.get("README.md"))
+        except yaml.YAMLError:
+            card = None
         info = {
             "id": repo.id,
             "sha": commit.id if self.fault != "corrupt" else "not a commit",

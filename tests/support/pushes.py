@@ -12,7 +12,8 @@ from loopback_hub import Repo
 
 from mono_quant import errors
 from mono_quant.io.hub.client import Hub
-from mono_quant.io.hub.push import PushResult, push
+from mono_quant.io.hub.push import PushResult, gather, push
+from mono_quant.io.hub.target import PushOptions, open_target
 
 ANN = "hf_" + "AnnsCanaryToken" * 2 + "xyz1"
 BOB = "hf_" + "BobsCanaryToken" * 2 + "xyz2"
@@ -97,8 +98,11 @@ def check_no_secret(error: BaseException, see_locals: bool = True) -> None:
 def pushed(folder: Path, repo_id: str, hub: Hub, **options: Any) -> PushResult:
     """Push the finished folder."""
     expect = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in FINISHED.items()}
-    options = {"files": list(FINISHED), "expect": expect, "commit_message": "Push int8"} | options
-    return push(folder, repo_id, hub=hub, **options)
+    source, names = options.pop("source", None), options.pop("files", list(FINISHED))
+    expect = options.pop("expect", expect)
+    how = PushOptions.of(options)
+    files = gather(folder, names, expect)
+    return push(open_target(repo_id, how, source=source, hub=hub), files, how, message="Push int8")
 
 
 def holds_finished(repo: Repo, revision: str = "main") -> bool:

@@ -117,6 +117,22 @@ def _is_read(name: str) -> bool:
     )
 
 
+def find_foreign(folder: Path) -> list[str]:
+    """Return the files of a folder that are not as mono_quant wrote them: its manifest does not list them so.
+
+    Weights are compared by size, everything else by sha256.
+    """
+    listed = read_json_object(folder / MANIFEST).get("files")
+    files = listed if isinstance(listed, dict) else {}
+    return [
+        name
+        for name, _ in tree(folder)
+        if name != MANIFEST
+        and not name.startswith(HUB_EXTRAS[:2])
+        and not (_is_record(name, files.get(name)) and _is_as_listed(folder / name, files[name]))
+    ]
+
+
 def is_ours(folder: Path) -> bool:
     """Tell whether some version of mono_quant wrote a folder."""
     try:
@@ -132,6 +148,12 @@ def _is_record(name: str, facts: Any) -> bool:
         and type(facts.get("size")) is int
         and isinstance(facts.get("sha256"), str)
     )
+
+
+def _is_as_listed(path: Path, facts: dict[str, Any]) -> bool:
+    if path.name != "README.md":
+        return _difference(path, facts, hashes=path.suffix != ".safetensors") is None
+    return not path.is_symlink() and hashlib.sha256(path.read_bytes()).hexdigest() == facts["sha256"]
 
 
 def _difference(path: Path, facts: dict[str, Any], hashes: bool) -> str | None:

@@ -11,7 +11,7 @@ Everything is built in a hidden sibling, `.<name>.mq-<run>.partial`, and renamed
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,7 @@ def new_folder(
     *,
     overwrite: bool = False,
     sources: Iterable[str | os.PathLike[str]] = (),
+    merges: Collection[str] = (),
 ) -> Iterator[OutputFolder]:
     """Build a folder that appears under its name only when it is complete.
 
@@ -152,6 +153,7 @@ def new_folder(
         target: the folder; missing parents are made. It must not exist, or be empty.
         overwrite: replace a folder that mono_quant wrote, as a whole and in one step.
         sources: folders being read, which the target must not touch.
+        merges: files of the old folder whose content the caller takes over, so that somebody may have edited them.
 
     Yields:
         The folder under construction. After an exception the target is what it was before.
@@ -171,12 +173,12 @@ def new_folder(
     try:
         staging.make_parents(place.parent, parents)
         staging.recover(place)
-        holds_old_result(place, overwrite)
+        holds_old_result(place, overwrite, merges)
         lock = staging.make_partial(partial)
         folder = OutputFolder(partial)
         yield folder
         _seal(folder)
-        staging.swap_in(partial, place, holds_old_result(place, overwrite), parents)
+        staging.swap_in(partial, place, holds_old_result(place, overwrite, merges), parents)
         folder.path = place
         staging.clean(partial, place)
     except BaseException:
@@ -189,12 +191,15 @@ def new_folder(
             os.close(lock)
 
 
-def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def check_target(
+    target: str | os.PathLike[str], *, overwrite: bool = False, merges: Collection[str] = ()
+) -> None:
     """Refuse early what `new_folder` would refuse after long work.
 
     Args:
         target: the folder to be written.
         overwrite: replace a folder that mono_quant wrote.
+        merges: as for `new_folder`.
 
     Raises:
         ConfigError: the target is no path.
@@ -204,7 +209,7 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> 
     place = resolve_place(target)
     refuse_cache(place)
     refuse_current_folder(place)
-    holds_old_result(place, overwrite)
+    holds_old_result(place, overwrite, merges)
     staging.try_place(place)
 
 

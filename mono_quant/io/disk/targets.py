@@ -1,16 +1,14 @@
 """May this folder be written? Refusals for everything that is not ours to replace."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from mono_quant.errors import ConfigError, OutputExistsError, OutputWriteError
-from mono_quant.io.disk.allowed import HUB_EXTRAS, is_allowed
+from mono_quant.errors import ConfigError, Option, OutputExistsError, OutputWriteError
 from mono_quant.io.disk.disk import writing
-from mono_quant.io.disk.manifest import MANIFEST, is_ours
-from mono_quant.io.disk.reading import tree
-from mono_quant.io.text import printable
+from mono_quant.io.disk.manifest import MANIFEST, find_foreign, is_ours
+from mono_quant.io.text import listed, printable
 
 
 def resolve_place(target: str | os.PathLike[str]) -> Path:
@@ -94,8 +92,14 @@ def refuse_sources(place: Path, sources: Iterable[str | os.PathLike[str]]) -> No
         )
 
 
-def holds_old_result(place: Path, overwrite: bool) -> bool:
-    """Tell whether there is a result of ours to replace; refuse anything else that is in the way."""
+def holds_old_result(place: Path, overwrite: bool, merges: Collection[str] = ()) -> bool:
+    """Tell whether there is a result of ours to replace; refuse anything else that is in the way.
+
+    Args:
+        place: where the new result will be.
+        overwrite: replace a result of ours.
+        merges: files that may be another's, because the new result takes over what they hold.
+    """
     shown = printable(place, 400)
     if place.is_symlink():
         raise OutputExistsError(f"{shown} is a symbolic link; name the folder it leads to, or another one")
@@ -108,8 +112,9 @@ def holds_old_result(place: Path, overwrite: bool) -> bool:
             return False
     if not overwrite:
         raise OutputExistsError(
-            f"{shown} exists and is not empty; choose another folder, or pass overwrite=True "
-            "to replace a result of mono_quant"
+            f"{shown} exists and is not empty; choose another folder, or pass ",
+            Option("overwrite", True),
+            " to replace a result of mono_quant",
         )
     if not is_ours(place):
         raise OutputExistsError(
@@ -117,12 +122,11 @@ def holds_old_result(place: Path, overwrite: bool) -> bool:
             "choose another folder or empty it yourself"
         )
     with writing(place):
-        present = tree(place)
-    foreign = [name for name, _ in present if not is_allowed(name) and not name.startswith(HUB_EXTRAS[:2])]
+        foreign = [name for name in find_foreign(place) if name not in merges or (place / name).is_symlink()]
     if foreign:
         raise OutputExistsError(
-            f"{shown} holds files that mono_quant did not write and would delete: "
-            f"{', '.join(printable(name) for name in foreign[:10])}; move them away or choose another folder"
+            f"{shown} holds files that mono_quant did not write, or that were changed since, and would delete: "
+            f"{listed(foreign)}; move them away or choose another folder"
         )
     return True
 

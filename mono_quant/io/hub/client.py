@@ -211,7 +211,7 @@ def _root(error: BaseException) -> BaseException:
 
 def _failure(error: BaseException, subject: str, token: str | None) -> _Failure:
     if isinstance(error, HubTransientError):
-        return _Failure(HubTransientError(f"{subject}: {error}"))
+        return _Failure(HubTransientError(f"{subject}: ", *error.args))
     if isinstance(error, MonoQuantError):
         return _Failure(type(error)(*error.args))
     kind, remedy = _kind(error)

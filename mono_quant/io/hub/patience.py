@@ -1,4 +1,9 @@
-"""How long a failing or silent Hub may make this process wait; the client library sets no limit of its own."""
+"""How long a failing or silent Hub may make this process wait; the client library sets no limit of its own.
+
+The library uploads and downloads in threads of its own through one session of the whole process, so the limits are hooks on
+that session. They are there only while a call of ours runs: afterwards the session is as its owner made it. (The library's
+`set_client_factory` would close that session under other threads, and replace a factory that the user has set.)
+"""
 
 import re
 import threading
@@ -34,38 +39,49 @@ class Patience:
 
 
 _running: list[Patience] = []
-_hooking = threading.Lock()
+_hooked: list[
+    Any
+] = []  # sessions that carry our hooks; more than one after the library replaced a broken one
+_lock = threading.Lock()
 
 
 @contextmanager
 def patience(seconds: float) -> Iterator[Patience]:
     """Bound the waits of everything that happens inside by `seconds` in all."""
     patient = Patience(seconds)
-    _running.append(patient)
+    with _lock:
+        _running.append(patient)
     try:
         yield patient
     finally:
-        _running.remove(patient)
+        with _lock:
+            _running.remove(patient)
+            while _hooked and not _running:
+                _set_hooks(_hooked.pop(), on=False)
 
 
 def watch_session() -> None:
-    # Hooks on the shared session, idle unless a call of ours runs: the client uploads in threads of its own,
-    # which no context variable reaches, and it makes a new session after a failed connection.
-    with _hooking:
+    """Put the hooks on the session of this moment, until the last `patience` ends; call it before each attempt."""
+    with _lock:
         session = get_session()
-        hooks = session.event_hooks
-        if _after_response not in hooks["response"]:
-            session.event_hooks = {
-                "request": [*hooks["request"], _before_request],
-                "response": [*hooks["response"], _after_response],
-            }
+        if session not in _hooked:
+            _set_hooks(session, on=True)
+            _hooked.append(session)
+
+
+def _set_hooks(session: Any, *, on: bool) -> None:
+    # new lists: another thread may be walking through the old ones
+    ours: dict[str, list[Any]] = {"request": [_before_request], "response": [_after_response]}
+    session.event_hooks = {
+        kind: [hook for hook in hooks if hook not in ours[kind]] + (ours[kind] if on else [])
+        for kind, hooks in session.event_hooks.items()
+    }
 
 
 def _before_request(request: Any) -> None:
-    if _running:
-        limits = request.extensions.get("timeout", {})
-        names = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = {n: SILENCE if limits.get(n) is None else limits[n] for n in names}
+    limits = request.extensions.get("timeout", {})
+    names = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {n: SILENCE if limits.get(n) is None else limits[n] for n in names}
 
 
 def _after_response(response: Any) -> None:

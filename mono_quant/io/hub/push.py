@@ -1,6 +1,6 @@
 """Push a finished folder to the Hugging Face Hub as exactly one commit.
 
-Everything that can be refused is refused before the first byte goes up. The commit names the head it was planned
+Everything that can be refused is refused before the first byte goes up (see `target`). The commit names the head it was planned
 on, and what the Hub then holds is read back and compared with the folder. A lost answer is settled by looking.
 """
 
@@ -8,7 +8,7 @@ import hashlib
 import logging
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -21,24 +21,15 @@ from mono_quant.errors import (
     CorruptCheckpointError,
     HubConflictError,
     HubError,
-    HubOfflineError,
     HubTransientError,
     MissingFileError,
     MonoQuantError,
     UnsafeInputError,
 )
-from mono_quant.io.hub.client import HUB, TRIES, Hub, ask, quiet_bars
+from mono_quant.io.hub.client import TRIES, Hub, ask, quiet_bars
 from mono_quant.io.hub.patience import Patience, patience
-from mono_quant.io.hub.repo import RepoFacts, RepoFile, resolve
-from mono_quant.io.hub.target import (
-    check_target_repo,
-    full_id,
-    is_weights,
-    open_target,
-    our_files,
-    refuse_foreign_weights,
-    tree_at,
-)
+from mono_quant.io.hub.repo import RepoFile, git_id, resolve
+from mono_quant.io.hub.target import PushOptions, Target, files_at, is_weights, refuse_foreign
 from mono_quant.io.text import scrub
 
 logger = logging.getLogger(__name__)
@@ -66,8 +57,8 @@ class PushResult:
 
 
 @dataclass(frozen=True)
-class _Local:
-    """One file to push."""
+class LocalFile:
+    """One file to push; it may lie elsewhere than it goes to."""
 
     path: Path
     size: int
@@ -80,105 +71,93 @@ class _Local:
         if remote.sha256 is not None:
             return remote.sha256 == self.sha256
         # Small files have a git id instead; they are small, so reading them again is cheap.
-        return remote.blob_id == hashlib.sha1(b"blob %d\0" % self.size + self.path.read_bytes()).hexdigest()
+        return remote.blob_id == git_id(self.path.read_bytes())
 
 
 @dataclass(frozen=True)
 class _Plan:
     """One commit: where it goes, and what the tree must hold afterwards."""
 
-    hub: Hub
-    repo_id: str
-    revision: str | None
-    create_pr: bool
-    head: str
+    target: Target
+    options: PushOptions
     message: str
-    files: Mapping[str, _Local]
+    files: Mapping[str, LocalFile]
     changed: tuple[str, ...]
     superseded: tuple[str, ...]
 
     @property
-    def subject(self) -> str:
-        """Start of error messages."""
-        return f"Cannot push to {self.repo_id!r} on the Hub"
+    def hub(self) -> Hub:
+        """Where it goes."""
+        return self.target.hub
+
+    @property
+    def repo_id(self) -> str:
+        """Canonical id of the target."""
+        return self.target.repo_id
+
+    @property
+    def head(self) -> str:
+        """The commit on which it is planned."""
+        return self.target.facts.sha
 
 
 def push(
-    folder: Path,
-    repo_id: str,
+    target: Target,
+    files: Mapping[str, LocalFile],
+    options: PushOptions,
     *,
-    files: Sequence[str],
-    expect: Mapping[str, tuple[int, str]],
-    commit_message: str,
-    instead: Mapping[str, Path] | None = None,
-    source: RepoFacts | None = None,
-    private: bool | None = None,
-    overwrite: bool = False,
-    create_pr: bool = False,
-    revision: str | None = None,
-    hub: Hub = HUB,
+    message: str,
+    merged: Collection[str] = (),
 ) -> PushResult:
-    """Push the listed files of a folder in one commit.
+    """Push some files in one commit.
 
     Args:
-        folder: finished folder.
-        repo_id: `owner/name`; without an owner the account of the token is taken. Created if missing.
-        files: paths in the folder to push; nothing else is sent, and symbolic links never.
-        expect: size and SHA-256 for each path, as they were written; a path that is not in it is not compared.
-        commit_message: one line.
-        instead: for some of the paths, a file that lies elsewhere and is pushed in its place.
-        source: facts of the quantized model. The target never gets more public than it, unless `private=False`.
-        private: visibility of a repository that is created; None follows the source.
-        overwrite: replace weights that mono_quant did not push.
-        create_pr: open a pull request instead of changing the branch.
-        revision: branch to push to, None for the default one.
-        hub: where to push, with which token, and how long to wait for a failing Hub.
+        target: from `open_target`.
+        files: what to push, by path in the repository; see `gather`.
+        options: as `open_target` got them.
+        message: one line, where the options have none.
+        merged: paths whose new content holds what the owner of the repository wrote there.
 
     Returns:
         The commit that holds the files. Pushing the same files twice makes one commit.
 
     Raises:
+        HubConflictError: something that is not ours would be replaced, the repository hides files from commits, or changed
+            meanwhile.
+        HubError: any other refusal; see `mono_quant.errors`.
+    """
+    with patience(target.hub.patience) as patient, quiet_bars():
+        changed = tuple(path for path, file in files.items() if not file.equals(target.files.get(path)))
+        refuse_foreign(target, options, (path for path in changed if path not in merged))
+        # what an earlier push left behind goes too: a stale tokenizer is as wrong as a stale shard
+        superseded = tuple(p for p in target.files if p not in files and (is_weights(p) or target.is_ours(p)))
+        url = f"{target.hub.url}/{target.repo_id}"
+        if not changed and not superseded:
+            sha = target.facts.sha
+            return PushResult(target.repo_id, sha, url, created=target.created, already_there=True)
+        plan = _Plan(target, options, options.commit_message or scrub(message), files, changed, superseded)
+        sha, pr_url = _commit(plan, _upload(plan), patient)
+        _check_pushed(plan, sha)
+    logger.info("%d files are in %s at %s", len(files), target.repo_id, sha)
+    return PushResult(target.repo_id, sha, url, pr_url, target.created)
+
+
+def gather(
+    folder: Path, files: Sequence[str], expect: Mapping[str, tuple[int, str]] | None = None
+) -> dict[str, LocalFile]:
+    """Look at the files of a folder that are to be pushed.
+
+    Args:
+        folder: finished folder.
+        files: paths in it; nothing else is sent, and symbolic links never.
+        expect: size and SHA-256 for each path, as they were written; a path that is not in it is not compared.
+
+    Raises:
         ConfigError: an argument is wrong.
         UnsafeInputError: a path leaves the folder or is no regular file.
         CorruptCheckpointError: a file is not what was written.
-        HubConflictError: the target is too public, is private against `private=False`, is the source itself, holds
-            foreign weights, hides files from commits, or changed meanwhile.
-        HubError: any other refusal; see `mono_quant.errors`.
     """
-    repo_id = full_id(repo_id, hub)
-    message = scrub(commit_message)
-    if not message:
-        raise ConfigError("The commit message is empty. Say what the commit is.")
-    if hub.is_offline:
-        raise HubOfflineError(f"Cannot push to {repo_id!r}: the network is off. Unset HF_HUB_OFFLINE.")
-    local = _local_files(folder, [name for name in files if name not in (instead or {})], expect)
-    local |= {name: _local_file(path.parent, path.name, None) for name, path in (instead or {}).items()}
-    with patience(hub.patience) as patient, quiet_bars():
-        target, created = open_target(hub, repo_id, private, source, create_pr)
-        check_target_repo(target, private, source, create_pr)
-        head = target if revision is None else resolve(target.repo_id, revision=revision, hub=hub)
-        subject = f"Cannot push to {target.repo_id!r} on the Hub"
-        ask(hub, subject, lambda api: api.auth_check(target.repo_id, write=not create_pr), tries=TRIES)
-        tree = tree_at(hub, target.repo_id, head.sha)
-        ours = our_files(hub, head, tree)
-        # what an earlier push left behind goes too: a stale tokenizer is as wrong as a stale shard
-        superseded = tuple(path for path in tree if (is_weights(path) or path in ours) and path not in local)
-        if not (overwrite or create_pr):
-            refuse_foreign_weights(head, tree, ours)
-        changed = tuple(path for path, file in local.items() if not file.equals(tree.get(path)))
-        url = f"{hub.url}/{target.repo_id}"
-        if not changed and not superseded:
-            return PushResult(target.repo_id, head.sha, url, created=created, already_there=True)
-        plan = _Plan(hub, target.repo_id, revision, create_pr, head.sha, message, local, changed, superseded)
-        sha, pr_url = _commit(plan, _upload(plan), patient)
-        _check_pushed(plan, sha)
-    logger.info("%d files are in %s at %s", len(local), target.repo_id, sha)
-    return PushResult(target.repo_id, sha, url, pr_url, created)
-
-
-def _local_files(
-    folder: Path, files: Sequence[str], expect: Mapping[str, tuple[int, str]]
-) -> dict[str, _Local]:
+    expect = expect or {}
     if not files or len(set(files)) != len(files) or not set(expect) <= set(files):
         raise ConfigError(
             f"{len(files)} files to push and {len(expect)} expectations do not fit together. List each file once, and "
@@ -187,7 +166,7 @@ def _local_files(
     return {name: _local_file(folder, name, expect.get(name)) for name in files}
 
 
-def _local_file(folder: Path, name: str, expected: tuple[int, str] | None) -> _Local:
+def _local_file(folder: Path, name: str, expected: tuple[int, str] | None) -> LocalFile:
     parts = name.split("/")
     if "\\" in name or not name.isprintable() or any(part in ("", ".", "..", ".git") for part in parts):
         raise UnsafeInputError(f"{name!r} is not a path inside a repository. Use relative paths with '/'.")
@@ -209,7 +188,7 @@ def _local_file(folder: Path, name: str, expected: tuple[int, str] | None) -> _L
             f"{name!r} in {folder} has {found[0]} bytes and SHA-256 {found[1]}, but {expected[0]} bytes and "
             f"{expected[1]} were written. Save the model again."
         )
-    return _Local(path, *found)
+    return LocalFile(path, *found)
 
 
 def _upload(plan: _Plan) -> list[Any]:
@@ -219,12 +198,12 @@ def _upload(plan: _Plan) -> list[Any]:
         # An empty rule list: otherwise the repository's own .gitignore makes files vanish from the commit.
         ask(
             plan.hub,
-            plan.subject,
+            plan.target.subject,
             lambda api: api.preupload_lfs_files(
                 plan.repo_id,
                 additions,
-                revision=plan.revision,
-                create_pr=plan.create_pr,
+                revision=plan.options.revision,
+                create_pr=plan.options.create_pr,
                 free_memory=False,
                 gitignore_content="",
             ),
@@ -241,27 +220,27 @@ def _upload(plan: _Plan) -> list[Any]:
 
 def _commit(plan: _Plan, operations: list[Any], patient: Patience) -> tuple[str, str | None]:
     """Commit, and settle by looking when the answer is lost; return the commit and the pull request's page."""
-    pulls = set(_pull_requests(plan)) if plan.create_pr else set()
+    pulls = set(_pull_requests(plan)) if plan.options.create_pr else set()
     for is_last in (False, True):
         failure: HubTransientError | HubConflictError
         patient.asked = 0.0
         try:
             info = ask(
                 plan.hub,
-                plan.subject,
+                plan.target.subject,
                 lambda api: api.create_commit(
                     plan.repo_id,
                     operations,
                     commit_message=plan.message,
-                    revision=plan.revision,
+                    revision=plan.options.revision,
                     parent_commit=plan.head,
-                    create_pr=plan.create_pr,
+                    create_pr=plan.options.create_pr,
                 ),
             )
             return info.oid, info.pr_url
         except (HubTransientError, HubConflictError) as error:
             failure = error
-        landed = _landed_pull_request(plan, pulls) if plan.create_pr else _landed_commit(plan)
+        landed = _landed_pull_request(plan, pulls) if plan.options.create_pr else _landed_commit(plan)
         if landed is not None:
             return landed
         if is_last or patient.left < 0 or isinstance(failure, HubConflictError):
@@ -276,14 +255,14 @@ def _landed_commit(plan: _Plan) -> tuple[str, None] | None:
     Raises:
         HubConflictError: somebody else committed.
     """
-    head = resolve(plan.repo_id, revision=plan.revision, hub=plan.hub).sha
+    head = resolve(plan.repo_id, revision=plan.options.revision, hub=plan.hub).sha
     if head == plan.head:
         return None
     try:
         commits = ask(
             plan.hub,
-            plan.subject,
-            lambda api: api.list_repo_commits(plan.repo_id, revision=plan.revision),
+            plan.target.subject,
+            lambda api: api.list_repo_commits(plan.repo_id, revision=plan.options.revision),
             tries=TRIES,
         )
     except HubError:
@@ -296,7 +275,7 @@ def _landed_commit(plan: _Plan) -> tuple[str, None] | None:
         if not _differences(plan, sha):
             return sha, None
     raise HubConflictError(
-        f"{plan.subject}: somebody committed {head} after {plan.head}. Nothing was overwritten; look at it, then push "
+        f"{plan.target.subject}: somebody committed {head} after {plan.head}. Nothing was overwritten; look at it, then push "
         "again."
     )
 
@@ -304,7 +283,7 @@ def _landed_commit(plan: _Plan) -> tuple[str, None] | None:
 def _pull_requests(plan: _Plan) -> dict[str, str]:
     refs = ask(
         plan.hub,
-        plan.subject,
+        plan.target.subject,
         lambda api: api.list_repo_refs(plan.repo_id, include_pull_requests=True).pull_requests,
         tries=TRIES,
     )
@@ -319,7 +298,7 @@ def _landed_pull_request(plan: _Plan, known: set[str]) -> tuple[str, str] | None
 
 
 def _differences(plan: _Plan, sha: str) -> list[str]:
-    tree = tree_at(plan.hub, plan.repo_id, sha)
+    tree = files_at(plan.hub, plan.repo_id, sha)
     wrong = [path for path, file in plan.files.items() if not file.equals(tree.get(path))]
     return wrong + [path for path in plan.superseded if path in tree]
 
@@ -334,8 +313,9 @@ def _check_pushed(plan: _Plan, sha: str) -> None:
         failure = error
     if failure is not None:
         raise type(failure)(
-            f"Commit {sha} of {plan.repo_id!r} was made; only checking what it holds failed: {failure} Pushing the same "
-            "files again checks it and makes no second commit."
+            f"Commit {sha} of {plan.repo_id!r} was made; only checking what it holds failed: ",
+            *failure.args,
+            " Pushing the same files again checks it and makes no second commit.",
         )
     if wrong:
         raise HubConflictError(

@@ -7,12 +7,11 @@ are fetched, and what arrived is compared with what the Hub says it is.
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, get_session, hf_hub_url, hf_raise_for_status
 from huggingface_hub.utils import build_hf_headers
@@ -27,7 +26,7 @@ from mono_quant.errors import (
     UnsafeInputError,
 )
 from mono_quant.io.hub.client import CHECK_CACHE, HUB, TRIES, Hub, ask, check_repo_id, is_repo_id, quiet_bars
-from mono_quant.io.hub.metadata import card_fields, read_card, text_of
+from mono_quant.io.hub.metadata import NO_CARD, CardMetadata, read_card, text_of
 from mono_quant.io.tensors.headers import MAX_HEADER_BYTES
 from mono_quant.io.text import looks_like_token
 from mono_quant.version import __version__
@@ -55,6 +54,11 @@ class RepoFile:
     sha256: str | None = None
     blob_id: str | None = None
 
+    def differs(self, other: "RepoFile") -> bool:
+        """Tell whether two files surely have another content; of one only the other kind of hash may be known."""
+        hashes = ((self.sha256, other.sha256), (self.blob_id, other.blob_id))
+        return self.size != other.size or any(None not in pair and pair[0] != pair[1] for pair in hashes)
+
 
 @dataclass(frozen=True)
 class RepoFacts:
@@ -66,9 +70,8 @@ class RepoFacts:
         sha: the commit it stands for; everything is read from this commit.
         private: whether only some accounts see the repository; None when offline.
         gated: whether access must be asked for; None when offline.
-        pipeline_tag, library_name: as the Hub derived them.
-        license, license_name, license_link, language, datasets: from the model card.
-        extra_gated: the card's `extra_gated_*` entries.
+        card: metadata of its card, with the task as the Hub derived it.
+        library_name: as the Hub derived it.
         files: every file of the commit, or the cached ones when offline.
     """
 
@@ -77,14 +80,8 @@ class RepoFacts:
     sha: str
     private: bool | None
     gated: bool | None
-    pipeline_tag: str | None = None
+    card: CardMetadata = NO_CARD
     library_name: str | None = None
-    license: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    language: tuple[str, ...] = ()
-    datasets: tuple[str, ...] = ()
-    extra_gated: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[RepoFile, ...] = ()
 
     def file(self, path: str) -> RepoFile:
@@ -141,14 +138,24 @@ def resolve(repo_id: str, *, revision: str | None = None, hub: Hub = HUB) -> Rep
         raise HubError(
             f"{subject}: the answer names no repository and commit. Check that HF_ENDPOINT is a Hub."
         )
-    card = info.card_data.to_dict() if info.card_data is not None else {}
+    data = info.card_data.to_dict() if info.card_data is not None else {}
+    card = CardMetadata.of(data)
     files = [
         RepoFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
         for s in info.siblings or []
     ]
-    facts = _facts(info.id, revision, info.sha, bool(info.private), bool(info.gated), card, files)
+    facts = RepoFacts(
+        info.id,
+        revision,
+        info.sha,
+        bool(info.private),
+        bool(info.gated),
+        replace(card, pipeline_tag=text_of(info.pipeline_tag) or card.pipeline_tag),
+        text_of(info.library_name) or text_of(data.get("library_name")),
+        _by_path(files),
+    )
     logger.info("%s at %s", facts.repo_id, facts.sha)
-    return _with_derived(facts, info.pipeline_tag, info.library_name)
+    return facts
 
 
 def download(facts: RepoFacts, *, wanted: Callable[[str], bool], verify: bool = True, hub: Hub = HUB) -> Path:
@@ -225,36 +232,11 @@ def read_small_file(facts: RepoFacts, path: str, *, hub: Hub = HUB) -> bytes:
         raise LimitExceededError(
             f"{path!r} of {facts.repo_id!r} has {entry.size} bytes; at most {MAX_SMALL_FILE_BYTES} are read here."
         )
-    return _read_range(facts, entry, 0, entry.size, hub) if entry.size else b""
+    return _read_range(facts, entry, 0, entry.size, hub, whole=True) if entry.size else b""
 
 
-def _facts(
-    repo_id: str,
-    revision: str | None,
-    sha: str,
-    private: bool | None,
-    gated: bool | None,
-    card: Mapping[str, Any],
-    files: list[RepoFile],
-) -> RepoFacts:
-    return RepoFacts(
-        repo_id=repo_id,
-        revision=revision,
-        sha=sha,
-        private=private,
-        gated=gated,
-        library_name=text_of(card.get("library_name")),
-        files=tuple(sorted(files, key=lambda entry: entry.path)),
-        **card_fields(card),
-    )
-
-
-def _with_derived(facts: RepoFacts, pipeline_tag: Any, library_name: Any) -> RepoFacts:
-    return replace(
-        facts,
-        pipeline_tag=text_of(pipeline_tag) or facts.pipeline_tag,
-        library_name=text_of(library_name) or facts.library_name,
-    )
+def _by_path(files: Iterable[RepoFile]) -> tuple[RepoFile, ...]:
+    return tuple(sorted(files, key=lambda entry: entry.path))
 
 
 def _snapshot(repo_id: str, revision: str | None, names: list[str], hub: Hub, api: HfApi) -> Path:
@@ -276,7 +258,9 @@ def _cached_facts(repo_id: str, revision: str | None, hub: Hub, subject: str) ->
         for path in folder.rglob("*")
         if path.is_file()
     ]
-    return _facts(repo_id, revision, folder.name, None, None, read_card(folder / "README.md"), files)
+    data = read_card(folder / "README.md")
+    card, library = CardMetadata.of(data), text_of(data.get("library_name"))
+    return RepoFacts(repo_id, revision, folder.name, None, None, card, library, _by_path(files))
 
 
 def _cached_sha256(path: Path) -> str | None:
@@ -305,7 +289,7 @@ def _check_arrived(repo_id: str, path: Path, entry: RepoFile, verify: bool) -> N
             "download again."
         )
     if verify and entry.sha256 is None and entry.blob_id is not None:
-        found = hashlib.sha1(b"blob %d\0" % size + path.read_bytes(), usedforsecurity=False).hexdigest()
+        found = git_id(path.read_bytes())
         if found != entry.blob_id:
             raise CorruptCheckpointError(
                 f"{entry.path!r} of {repo_id!r} has git id {found} instead of {entry.blob_id}. Delete {path.resolve()} "
@@ -364,8 +348,10 @@ def _read_header(facts: RepoFacts, entry: RepoFile, hub: Hub) -> bytes:
     return head[: 8 + length]
 
 
-def _read_range(facts: RepoFacts, entry: RepoFile, start: int, stop: int, hub: Hub) -> bytes:
-    """Return the bytes [start, stop) of a file, from the cache when offline."""
+def _read_range(
+    facts: RepoFacts, entry: RepoFile, start: int, stop: int, hub: Hub, *, whole: bool = False
+) -> bytes:
+    """Return the bytes [start, stop) of a file, from the cache when offline; a whole one is compared with its git id."""
     subject = f"Cannot read {entry.path!r} of {facts.repo_id!r} at commit {facts.sha}"
     _check_path(facts.repo_id, entry.path)
     if hub.is_offline:
@@ -373,10 +359,13 @@ def _read_range(facts: RepoFacts, entry: RepoFile, start: int, stop: int, hub: H
         with (folder / entry.path).open("rb") as file:
             file.seek(start)
             return file.read(stop - start)
-    return ask(hub, subject, partial(_fetch_range, facts, entry.path, start, stop, hub), tries=TRIES)
+    wanted = entry.blob_id if whole else None
+    return ask(hub, subject, partial(_fetch_range, facts, entry.path, start, stop, hub, wanted), tries=TRIES)
 
 
-def _fetch_range(facts: RepoFacts, path: str, start: int, stop: int, hub: Hub, api: HfApi) -> bytes:
+def _fetch_range(
+    facts: RepoFacts, path: str, start: int, stop: int, hub: Hub, blob_id: str | None, api: HfApi
+) -> bytes:
     url = hf_hub_url(facts.repo_id, path, revision=facts.sha, endpoint=hub.url)
     headers = build_hf_headers(token=api.token, library_name=api.library_name, library_version=__version__)
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -392,4 +381,12 @@ def _fetch_range(facts: RepoFacts, path: str, start: int, stop: int, hub: Hub, a
                 break
     if len(content) < end:
         raise EOFError(f"{len(content)} bytes came instead of {end}")
-    return bytes(content[begin:end])
+    found = bytes(content[begin:end])
+    if blob_id is not None and git_id(found) != blob_id:
+        raise EOFError(f"content with git id {git_id(found)} came instead of {blob_id}")
+    return found
+
+
+def git_id(content: bytes) -> str:
+    """Return the id that git gives to a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -20,6 +20,7 @@ from mono_quant.errors import (
     LimitExceededError,
     MissingFileError,
     MonoQuantError,
+    Option,
     PickleOnlyError,
     UnsafeInputError,
 )
@@ -54,8 +55,9 @@ def converted(folder: Path, allow_pickle: bool, resources: ExitStack) -> Path:
     if not allow_pickle:
         raise PickleOnlyError(
             f"{printable(folder, 400)} holds only pickle weights ({listed(pickles)}), which can run code when read; "
-            "convert it with https://huggingface.co/spaces/safetensors/convert, or pass allow_pickle=True to "
-            "read plain tensors from it in a process of limited memory"
+            "convert it with https://huggingface.co/spaces/safetensors/convert, or pass ",
+            Option("allow_pickle", True),
+            " to read plain tensors from it in a process of limited memory",
         )
     _check_pickle_set(folder, pickles)
     out = resources.enter_context(temporary_folder()) / "converted"

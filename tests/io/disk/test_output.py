@@ -257,7 +257,7 @@ def test_a_source_that_shrinks_while_copied_is_noticed(tmp_path, monkeypatch):
 
 def test_overwrite_replaces_the_whole_folder(tmp_path, expected):
     save(tmp_path / "out", 1)
-    (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("stale")
+    (tmp_path / "out" / "config.json").unlink()
     save(tmp_path / "out", 2, overwrite=True)
     assert snapshot(tmp_path / "out") == expected["new"]
     assert leftovers(tmp_path) == []

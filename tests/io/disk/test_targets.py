@@ -1,9 +1,10 @@
 """Targets: see the room of this name."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from folders import leftovers, listing, save
+from folders import leftovers, listing, save, snapshot
 
 from mono_quant.errors import (
     ConfigError,
@@ -38,14 +39,52 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path):
     assert listing(out) == ["mono_quant.json", "thesis.tex"] and leftovers(tmp_path) == []
 
 
-def test_foreign_files_beside_our_own_are_not_deleted(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("thesis.tex", "x"),
+        ("LICENSE", "terms"),
+        ("model-00001-of-00002.safetensors", "stale"),
+        ("config.json", '{\n  "value": 7\n}\n'),
+        ("model.safetensors", "another size"),
+        ("1_Pooling/config.json", "7\n"),
+        ("README.md", "words"),
+    ],
+)
+def test_files_beside_or_in_place_of_our_own_are_not_deleted(tmp_path, name, content):
     save(tmp_path / "out", 1)
-    (tmp_path / "out" / "thesis.tex").write_text("x")
-    with pytest.raises(
-        OutputExistsError, match=r"did not write and would delete: 'thesis\.tex'; move them away"
-    ):
-        save(tmp_path / "out", 2, overwrite=True)
-    assert (tmp_path / "out" / "thesis.tex").exists()
+    (tmp_path / "out" / name).write_text(content)
+    before = snapshot(tmp_path / "out")
+    for refuse in (partial(save, value=2), check_target):
+        with pytest.raises(
+            OutputExistsError, match=rf"did not write.* would delete: '{name}'; move them away"
+        ):
+            refuse(tmp_path / "out", overwrite=True)
+    assert snapshot(tmp_path / "out") == before
+    check_target(tmp_path / "out", overwrite=True, merges=[name])
+    save(tmp_path / "out", 2, overwrite=True, merges=[name])
+    assert (
+        not (tmp_path / "out" / name).exists()
+        or (tmp_path / "out" / name).read_text(errors="replace") != content
+    )
+
+
+def test_a_manifest_without_a_list_of_files_leaves_nothing_to_replace(tmp_path):
+    save(tmp_path / "out", 1)
+    for files in ("[]", "{}", '{"config.json": 3}'):
+        (tmp_path / "out" / "mono_quant.json").write_text(f'{{"format": "mono_quant", "files": {files}}}')
+        with pytest.raises(
+            OutputExistsError, match=r"would delete: '1_Pooling/config\.json', 'config\.json'"
+        ):
+            save(tmp_path / "out", 2, overwrite=True)
+
+
+def test_what_git_and_the_hub_put_beside_a_result_is_in_nobodys_way(tmp_path):
+    save(tmp_path / "out", 1)
+    (tmp_path / "out" / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (tmp_path / "out" / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / "out" / ".cache" / "huggingface" / "x.lock").touch()
+    save(tmp_path / "out", 2, overwrite=True)
 
 
 def test_files_and_links_are_refused(tmp_path):

@@ -13,7 +13,7 @@ from pushes import ANN, BOB, EARLIER, SOURCE, TRANSIENT, failure, holds_finished
 
 from mono_quant import errors
 from mono_quant.io.hub.client import Hub
-from mono_quant.io.hub.repo import download, read_headers, read_small_file, resolve
+from mono_quant.io.hub.repo import RepoFile, download, read_headers, read_small_file, resolve
 
 # The client library uploads with an argument that its HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -24,11 +24,11 @@ def test_resolve_tells_what_the_card_and_the_repository_say(server: LoopbackHub,
     facts = resolve("ann/model", hub=hub)
     assert (facts.repo_id, facts.sha, facts.revision) == ("ann/model", server.repo("ann/model").head, None)
     assert (facts.private, facts.gated) == (False, True)
-    assert (facts.pipeline_tag, facts.library_name) == ("fill-mask", "transformers")
-    assert (facts.license, facts.license_name) == ("other", "acme")
-    assert facts.license_link == "https://example.org/license"
-    assert (facts.language, facts.datasets) == (("en", "de"), ("some/data",))
-    assert facts.extra_gated == {"extra_gated_prompt": "Please agree"}
+    assert (facts.card.pipeline_tag, facts.library_name) == ("fill-mask", "transformers")
+    assert (facts.card.license, facts.card.license_name) == ("other", "acme")
+    assert facts.card.license_link == "https://example.org/license"
+    assert (facts.card.language, facts.card.datasets) == (("en", "de"), ("some/data",))
+    assert facts.card.extra_gated == {"extra_gated_prompt": "Please agree"}
     weights = facts.file("model.safetensors")
     assert weights.size == len(SOURCE["model.safetensors"])
     assert weights.sha256 == hashlib.sha256(SOURCE["model.safetensors"]).hexdigest()
@@ -40,7 +40,12 @@ def test_resolve_survives_a_strange_card(server: LoopbackHub, hub: Hub) -> None:
     card = b"---\nlicense: [mit, apache]\nlicense_name: 3\nlanguage: 7\ndatasets: {a: b}\n---\n"
     server.add_repo("ann/model", {"README.md": card})
     facts = resolve("ann/model", hub=hub)
-    assert (facts.license, facts.license_name, facts.language, facts.datasets) == (None, None, (), ())
+    assert (facts.card.license, facts.card.license_name, facts.card.language, facts.card.datasets) == (
+        None,
+        None,
+        (),
+        (),
+    )
 
 
 @pytest.mark.parametrize("asked", ["old/name", "Ann/MODEL"])
@@ -235,7 +240,7 @@ def test_offline_reads_the_cache(server: LoopbackHub, hub: Hub) -> None:
     seen = len(server.requests)
     for revision in (None, "main", facts.sha):
         cached = resolve("ann/model", revision=revision, hub=off)
-        assert (cached.sha, cached.license, cached.private) == (facts.sha, "other", None)
+        assert (cached.sha, cached.card.license, cached.private) == (facts.sha, "other", None)
     assert cached.file("model.safetensors") == facts.file("model.safetensors")
     assert read_headers(cached, hub=off) == read_headers(facts, hub=off)
     assert download(cached, wanted=lambda path: path.endswith(".safetensors"), hub=off) == folder
@@ -275,3 +280,21 @@ def test_a_long_file_list_is_read_to_its_end(server: LoopbackHub, hub: Hub, fold
     repo = server.add_repo("ann/out", EARLIER | {f"a/{number}.txt": b"" for number in range(9)})
     pushed(folder, "ann/out", hub)
     assert holds_finished(repo)
+
+
+def test_a_small_file_that_arrives_changed_is_asked_for_again(server: LoopbackHub, hub: Hub) -> None:
+    server.add_repo("ann/model", SOURCE)
+    facts = resolve("ann/model", hub=hub)
+    server.inject("resolve", "corrupt")
+    assert read_small_file(facts, "README.md", hub=hub) == SOURCE["README.md"]
+    server.inject("resolve", "corrupt", times=4)
+    call: Callable[[], object] = lambda: read_small_file(facts, "README.md", hub=hub)
+    failure(errors.HubTransientError, "content with git id .* came instead of", call)
+
+
+def test_two_files_differ_when_something_known_of_both_does() -> None:
+    assert RepoFile("x", 1, "a").differs(RepoFile("x", 2, "a"))
+    assert RepoFile("x", 1, "a", "i").differs(RepoFile("x", 1, None, "j"))
+    assert RepoFile("x", 1, "a").differs(RepoFile("x", 1, "b"))
+    assert not RepoFile("x", 1, "a").differs(RepoFile("x", 1, None, "i"))
+    assert not RepoFile("x", 1, "a", "i").differs(RepoFile("x", 1, "a", None))

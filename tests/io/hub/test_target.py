@@ -22,7 +22,7 @@ from pushes import (
 from mono_quant import errors
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.repo import RepoFacts, resolve
-from mono_quant.io.hub.target import check_push
+from mono_quant.io.hub.target import PushOptions, Target, check_push, open_target
 
 # The client library uploads with an argument that its HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -123,13 +123,17 @@ def test_what_a_push_would_refuse_is_refused_before_the_work(server: LoopbackHub
         "ann/open": "is public, but its source 'ann/model' is private",
         "ann/used": "holds weights that mono_quant did not push",
     }.items():
-        call: Callable[[], object] = lambda target=target: check_push(target, hub, source=source)  # type: ignore[misc]
+        call: Callable[[], object] = lambda target=target: check_push(target, hub=hub, source=source)  # type: ignore[misc]
         failure(errors.HubConflictError, says, call)
-    check_push("ann/open", hub, source=source, private=False)
-    check_push("ann/used", hub, source=source, overwrite=True)
-    check_push("ann/used", hub, source=source, create_pr=True)
-    check_push("ann/ours", hub, source=source)
-    check_push("ann/new", hub, source=source)
+    look: Callable[..., Target | None] = lambda name, **options: check_push(
+        name, PushOptions(**options), source=source, hub=hub
+    )
+    assert look("ann/open", private=False)
+    assert look("ann/used", overwrite=True)
+    assert look("ann/used", create_pr=True)
+    assert look("ann/ours")
+    assert look("ann/new") is None
+    assert "ann/new" not in server.repos
 
 
 def test_an_offline_source_counts_as_private(server: LoopbackHub, hub: Hub, folder: Path) -> None:
@@ -163,3 +167,62 @@ def test_missing_rights_show_before_anything_is_uploaded(
     failure(errors.HubAuthError, "hf auth login", lambda: pushed(folder, repo_id, anonymous))
     assert server.calls("preupload", "lfs_batch", "lfs_put", "commit") == []
     assert pushed(folder, "team/other", Hub(token=ANN, endpoint=server.endpoint)).created
+
+
+def test_a_file_is_ours_as_long_as_nobody_changed_it(server: LoopbackHub, hub: Hub) -> None:
+    ours = {name for name in EARLIER if name != "notes.txt"}
+    server.add_repo("ann/model", EARLIER)
+    target = open_target("ann/model", hub=hub)
+    assert {path for path in target.files if target.is_ours(path)} == ours
+    assert target.foreign([*EARLIER, "missing"]) == ["notes.txt"]
+    # as long as before, and of another kind
+    changed = {"config.json": b"[]", "tokenizer.json": b"OF the earlier model"}
+    server.commit("ann/model", changed | {"model-00001-of-00002.safetensors": safetensors((5,), fill=b"?")})
+    target = open_target("ann/model", PushOptions(overwrite=True), hub=hub)
+    left = {
+        "README.md",
+        "mono_quant.json",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    }
+    assert {path for path in target.files if target.is_ours(path)} == left
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        '{"config.json": 3}',
+        '{"config.json": {"size": 2}}',
+        '{"config.json": {"sha256": "x"}}',
+        "[]",
+        '"x"',
+        "null",
+    ],
+)
+def test_a_manifest_of_another_form_makes_nothing_ours(server: LoopbackHub, hub: Hub, files: str) -> None:
+    manifest = f'{{"format": "mono_quant", "files": {files}}}'.encode()
+    server.add_repo("ann/model", {"config.json": b"{}", "mono_quant.json": manifest})
+    assert not open_target("ann/model", hub=hub).is_ours("config.json")
+
+
+def test_files_that_are_not_ours_are_not_replaced(server: LoopbackHub, hub: Hub, folder: Path) -> None:
+    repo = server.add_repo(
+        "ann/model", {"config.json": b"theirs", "mono_quant.json": b"{}", "README.md": b"words"}
+    )
+    head = repo.head
+    says = r"did not push, or that were changed since: 'README.md', 'config.json', 'mono_quant.json'"
+    failure(errors.HubConflictError, says, lambda: pushed(folder, "ann/model", hub))
+    assert repo.head == head
+    assert pushed(folder, "ann/model", hub, create_pr=True).pr_url
+    pushed(folder, "ann/model", hub, overwrite=True)
+    assert holds_finished(repo)
+
+
+def test_a_deleted_file_of_ours_comes_back_and_an_edited_one_that_is_not_needed_stays(
+    server: LoopbackHub, hub: Hub, folder: Path
+) -> None:
+    repo = server.add_repo("ann/model", EARLIER)
+    server.commit("ann/model", {"tokenizer.json": b"theirs now"}, ["config.json"])
+    pushed(folder, "ann/model", hub)
+    assert repo.files()["tokenizer.json"] == b"theirs now"
+    assert holds_finished(repo)
