@@ -13,6 +13,7 @@ from mono_quant.artifact.buffers import read_values, unsaved_buffers
 from mono_quant.artifact.facts import Manifest, read_card_facts
 from mono_quant.artifact.tensors import read_tensors
 from mono_quant.errors import ConfigError, CorruptCheckpointError, MonoQuantError
+from mono_quant.hf.state import at_rest
 from mono_quant.io.disk.json_text import canonical_json
 from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.disk.output import record, temporary_folder, write_file
@@ -149,9 +150,11 @@ def check_loads(folder: Path, manifest: Manifest, model: nn.Module | None) -> No
         found = _tensors(loading.load(folder, verify=False)[0])
     if model is None:
         return
-    expected = _tensors(model)
-    tied = set(expected) - set(found) if manifest.kind == "module" else set()
-    wrong = [n for n in (expected.keys() | found.keys()) - tied if not _equal(expected.get(n), found.get(n))]
+    with at_rest(model):
+        expected = _tensors(model)
+        tied = set(expected) - set(found) if manifest.kind == "module" else set()
+        names = (expected.keys() | found.keys()) - tied
+        wrong = [name for name in names if not _equal(expected.get(name), found.get(name))]
     if wrong:
         raise CorruptCheckpointError(
             f"{folder} does not load as the model that was saved: {', '.join(sorted(wrong)[:5])} differ. Nothing was published"

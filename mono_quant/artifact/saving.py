@@ -19,7 +19,7 @@ from mono_quant.hf.compressed_tensors import STANDARD, ct_block
 from mono_quant.hf.configs import clean_config, plain_config
 from mono_quant.hf.names import standard_obstacle
 from mono_quant.hf.sentence import write_modules
-from mono_quant.hf.state import checkpoint_state
+from mono_quant.hf.state import at_rest, checkpoint_state
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION
 from mono_quant.io.disk.output import OutputFolder, new_folder
@@ -57,6 +57,19 @@ def save(
     Raises:
         OutputError: it could not be written; nothing was changed.
     """
+    with at_rest(subject.model):
+        _save(target, subject, report, config, overwrite, max_shard_size)
+    return Path(target)
+
+
+def _save(
+    target: str | Path,
+    subject: Subject,
+    report: QuantReport,
+    config: QuantizationConfig,
+    overwrite: bool,
+    max_shard_size: int | str,
+) -> None:
     state = state_of(subject, report)
     layout = _layout(subject, report, state)
     dtype = read_dtype(subject, layout)
@@ -86,7 +99,6 @@ def save(
             about.generates,
             buffers.built,
         ).to_dict()
-    return Path(target)
 
 
 def render_card(subject: Subject, report: QuantReport, config: QuantizationConfig) -> str:
