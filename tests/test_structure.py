@@ -23,11 +23,15 @@ ROOMS = {
     "io/tensors": [["headers"], ["tensor_file"], ["shards"], ["pickles"], ["checkpoint"]],
     "io/hub": [["patience", "metadata"], ["client"], ["repo"], ["target"], ["push"]],
     "kernels": [["reference", "weights", "build", "inputs"], ["cpu"], ["choice"], ["encoding", "ops"]],
-    "planning": [["rules", "kinds", "report"], ["config", "walk"], ["layers", "rows"]],
+    "planning": [
+        ["rules", "kinds", "report", "forward_code"],
+        ["config", "walk", "writes"],
+        ["layers", "rows"],
+    ],
     "convert": [
-        ["computed", "probes"],
-        ["stored"],
-        ["forwards"],
+        ["computed", "snapshot"],
+        ["stored", "untouched"],
+        ["forwards", "probes"],
         ["int8_layers", "half_layers", "fidelity", "surgery"],
         ["contract"],
         ["int8", "half"],
@@ -233,7 +237,9 @@ def test_private_torch_and_compiled_ops_are_used_in_kernels_alone(file):
         for chain in torch_chains(TREES[file])
         if any(part.startswith("_") and not part.startswith("__") for part in chain) or "ops" in chain
     }
-    assert private == set() or folder_of(file) == "kernels"
+    # the one way to see an operation before it writes
+    seen = {"torch.utils._python_dispatch.TorchDispatchMode"} if "untouched" in str(file) else set()
+    assert private <= seen or folder_of(file) == "kernels"
 
 
 @FILES

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
+from torch import nn
 
 from mono_quant.api.result import QuantizedModel
 from mono_quant.convert.contract import Progress, Scheme, Task, device_of
@@ -51,7 +52,11 @@ def convert_source(
     task = Task.of(work.model, work.core_name, request, _floats(source, scheme, request))
     decisions = scheme.decide(task)
     names = [name for name, _, _ in tensor_names(work.model)]
-    reference, note = _reference(work, source.dtypes, request, probe)
+    seen: set[str] = set()
+    reference, note = _reference(work, source.dtypes, request, probe, seen)
+    if seen:
+        task = replace(task, written=task.written | seen)
+        decisions = scheme.decide(task)
     with rollback(work.model), _bar(type(work.core).__name__) as progress:
         outcome = scheme.apply_(task, decisions, progress)
         own_memory_(work.model, None if inplace else source.subject.model)
@@ -98,9 +103,16 @@ def _copy(subject: Subject) -> Subject:
 
 
 def _reference(
-    work: Subject, dtypes: Mapping[str, torch.dtype], request: QuantizationConfig, given: Any
+    work: Subject,
+    dtypes: Mapping[str, torch.dtype],
+    request: QuantizationConfig,
+    given: Any,
+    written: set[str],
 ) -> tuple[tuple[Probe, Output] | None, str]:
-    """Run the float model on the probe, in the dtypes that it runs in, or say why not."""
+    """Run the float model on the probe, in the dtypes that it runs in, or say why not.
+
+    `written` gets the names of the tensors that it writes into.
+    """
     if request.fidelity is False:
         return None, "not asked for"
     parameters = sum(p.numel() for p in work.core.parameters())
@@ -113,7 +125,7 @@ def _reference(
         else:
             model = original.core
             probe = make_probe(model, _processor(work))
-        return (probe, run(model, probe)), ""
+        return (probe, _run(original, model, probe, written)), ""
     except ProbeError as e:
         if request.fidelity is True or given is not None:
             raise ConfigError(
@@ -123,6 +135,15 @@ def _reference(
                 Option("fidelity", False),
             ) from e
         return None, str(e)
+
+
+def _run(subject: Subject, model: nn.Module, probe: Probe, written: set[str]) -> Output:
+    prefix = "" if model is subject.model else f"{subject.core_name}."
+    found: set[str] = set()
+    try:
+        return run(model, probe, found)
+    finally:
+        written |= {prefix + name for name in found}
 
 
 def _processor(work: Subject) -> Any:

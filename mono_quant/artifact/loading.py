@@ -197,6 +197,7 @@ def _fill_plain(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> N
             owner, _, last = name.rpartition(".")
             # one Parameter for all names it has, so that ties stay ties
             new = fresh.setdefault(id(old), nn.Parameter(tensors[name], requires_grad=old.requires_grad))
+            vars(new).update(vars(old))
             model.get_submodule(owner)._parameters[last] = new
         else:
             old.data = tensors[name]

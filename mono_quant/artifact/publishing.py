@@ -1,6 +1,6 @@
 """From a saved folder to a repository: check it, give it the card of the place where it will be, push it in one commit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from mono_quant.errors import (
     LimitExceededError,
     Option,
 )
+from mono_quant.hf.state import at_rest
 from mono_quant.io.disk.json_text import canonical_json
 from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.disk.output import record, temporary_folder, write_file
@@ -199,19 +200,27 @@ def check_loads(folder: Path, manifest: Manifest, model: nn.Module | None) -> No
         found = _tensors(loading.load(folder, verify=False)[0])
     if model is None:
         return
-    expected = _tensors(model)
-    tied = set(expected) - set(found) if manifest.kind == "module" else set()
-    if manifest.kind == "module":
-        # what is float16 in the file may be float32 in memory, with the same values
-        found = {
-            n: t.to(expected[n].dtype) if t.dtype == torch.float16 and n in expected else t
-            for n, t in found.items()
-        }
-    wrong = [n for n in (expected.keys() | found.keys()) - tied if not _equal(expected.get(n), found.get(n))]
+    with at_rest(model):
+        wrong = sorted(_differing(_tensors(model), found, manifest))
     if wrong:
         raise CorruptCheckpointError(
-            f"{folder} does not load as the model that was saved: {', '.join(sorted(wrong)[:5])} differ. Nothing was published"
+            f"{folder} does not load as the model that was saved: {', '.join(wrong[:5])} differ. Nothing was published"
         )
+
+
+def _differing(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], manifest: Manifest
+) -> Iterator[str]:
+    is_plain = manifest.kind == "module"
+    for name in expected.keys() | found.keys():
+        ours, theirs = expected.get(name), found.get(name)
+        if is_plain and theirs is None:
+            continue  # tied: the file holds the tensor under its first name
+        if is_plain and ours is not None and theirs is not None and theirs.dtype == torch.float16:
+            # what is float16 in the file may be float32 in memory, with the same values
+            theirs = theirs.to(ours.dtype)
+        if not _equal(ours, theirs):
+            yield name
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from mono_quant.hf.models import builds_itself
 from mono_quant.hf.names import standard_obstacle
 from mono_quant.hf.remedies import check_described
 from mono_quant.hf.sentence import check_modules, write_modules
-from mono_quant.hf.state import checkpoint_state
+from mono_quant.hf.state import at_rest, checkpoint_state
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION
 from mono_quant.io.disk.output import OutputFolder, check_target, new_folder
@@ -69,6 +69,19 @@ def save(
         OutputError: it could not be written; nothing was changed.
     """
     subject = _as_saved(subject)
+    with at_rest(subject.model):
+        _save(target, subject, report, config, overwrite, max_shard_size)
+    return Path(target)
+
+
+def _save(
+    target: str | Path,
+    subject: Subject,
+    report: QuantReport,
+    config: QuantizationConfig,
+    overwrite: bool,
+    max_shard_size: int | str,
+) -> None:
     state = state_of(subject, report)
     layout = _layout(subject, report, state)
     if subject.kind != "module":
@@ -99,7 +112,6 @@ def save(
             about.generates,
             buffers.built,
         ).to_dict()
-    return Path(target)
 
 
 def check_save(target: str | Path, origin: Origin, *, overwrite: bool = False) -> None:

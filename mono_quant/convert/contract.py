@@ -15,6 +15,7 @@ from mono_quant.planning.layers import find_layers
 from mono_quant.planning.report import TensorReport, dtype_name
 from mono_quant.planning.rows import Converted, account, survey
 from mono_quant.planning.rules import DEFAULTS, Decision, Layer
+from mono_quant.planning.writes import written_by_code
 
 Decisions = Mapping[str, Decision]
 # Called as (name, done, total) before each layer or module.
@@ -32,6 +33,7 @@ class Task:
         layers: of the whole model, as `find_layers` gives them.
         rows: one per tensor, as `survey` gives them before anything is changed.
         floats: dtype of tensors that get another one than the scheme would give them, by name.
+        written: names of the tensors that a forward writes into, as its code says and as a run has shown.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class Task:
     layers: Sequence[Layer]
     rows: Mapping[str, TensorReport]
     floats: Mapping[str, torch.dtype]
+    written: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -53,7 +56,13 @@ class Task:
         layers = find_layers(model, within)
         rows = survey(model, layers)
         first = {name: row.reason if row.action == "shared" else name for name, row in rows.items()}
-        return cls(model, within, request, layers, rows, {first[n]: dtype for n, dtype in floats.items()})
+        dtypes = {first[name]: dtype for name, dtype in floats.items()}
+        return cls(model, within, request, layers, rows, dtypes, written_by_code(model))
+
+    def writes_into(self, modules: Iterable[str], tensors: Iterable[str]) -> bool:
+        """Tell whether a forward writes into one of the tensors of a module; `modules` are all its names."""
+        own = list(tensors)
+        return any(f"{name}.{tensor}".lstrip(".") in self.written for name in modules for tensor in own)
 
 
 class Outcome(NamedTuple):

@@ -1,7 +1,6 @@
 """How far the converted model's output is from the original's, measured on the same inputs."""
 
 import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mono_quant.convert.probes import Probe, ProbeError, probing
+from mono_quant.convert.untouched import untouched
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,26 @@ def peak_activation(model: nn.Module) -> Iterator[list[float]]:
             handle.remove()
 
 
-def run(model: nn.Module, probe: Probe) -> Output:
+def run(model: nn.Module, probe: Probe, written: set[str] | None = None) -> Output:
     """Run the model once in inference mode and pick the output to compare.
 
-    The random states of torch and Python and the training flags are what they were afterwards.
+    Everything that the model and the inputs hold, and the random states, are afterwards what they were; see `untouched`.
+
+    Args:
+        model: is not changed.
+        probe: the inputs.
+        written: gets the names of the model's parameters and saved buffers that its forward wrote into.
 
     Raises:
         ProbeError: the model does not run on these inputs, or returns no float tensor.
     """
-    with probing(f"the model did not run on {probe.name}"), _undisturbed(model), torch.no_grad():
-        name, values = _pick(model(*_copied(probe.args), **_copied(probe.kwargs)))
+    with (
+        probing(f"the model did not run on {probe.name}"),
+        untouched(model, probe, written=written),
+        torch.no_grad(),
+    ):
+        model.eval()
+        name, values = _pick(model(*probe.args, **probe.kwargs))
     mask = probe.mask if probe.mask is not None and values.shape[:2] == probe.mask.shape else None
     return Output(name, values.detach().float().cpu(), None if mask is None else mask.cpu())
 
@@ -105,14 +115,6 @@ def digits(value: float) -> float | None:
     return float(f"{value:.4g}") if abs(value) < 0.9 else round(value, 6)
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, Mapping):
-        return {k: _copied(v) for k, v in value.items()}
-    return tuple(_copied(v) for v in value) if isinstance(value, tuple) else value
-
-
 def _pick(raw: Any) -> tuple[str, Tensor]:
     for name in ("logits", "last_hidden_state", "start_logits", "sentence_embedding"):
         value = raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
@@ -138,17 +140,3 @@ def _rows(values: Tensor, mask: Tensor | None) -> Tensor:
         # one value per token (question answering, token discriminators) is one feature
         return values[mask].reshape(int(mask.sum()), -1)
     return values.reshape(-1, values.shape[-1]) if values.dim() > 1 else values.reshape(1, -1)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    python = random.getstate()
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        for module, training in flags:
-            module.training = training

@@ -162,7 +162,8 @@ class AttentionForward(StoredModule):
             key_padding_mask = key_padding_mask.unsqueeze(0)
         mask = self._mask(key_padding_mask, attn_mask, q)
         out, weights = self._attend(q, k, v, mask, need_weights)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        # not a call: nn.MultiheadAttention reads the weight there, and no hook of the projection runs
+        out = self.out_proj.forward(out.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not batched:

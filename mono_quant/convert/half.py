@@ -16,7 +16,7 @@ from mono_quant.convert.fidelity import Output, compare, digits, peak_activation
 from mono_quant.convert.half_layers import HALF_LAYERS
 from mono_quant.convert.probes import Probe
 from mono_quant.convert.stored import StoredModule
-from mono_quant.convert.surgery import disable_float_fast_paths_, put_
+from mono_quant.convert.surgery import clash, disable_float_fast_paths_, put_
 from mono_quant.errors import Fp16RangeError, NonFiniteWeightError, Option
 from mono_quant.kernels import cast_half
 from mono_quant.kernels.weights import HalfCast
@@ -26,6 +26,7 @@ from mono_quant.planning.report import TensorReport
 from mono_quant.planning.rows import Converted
 from mono_quant.planning.rules import DEFAULTS, Decision, Layer, container_reason, user_reason
 from mono_quant.planning.walk import below, module_aliases, own_floats
+from mono_quant.planning.writes import WRITTEN
 
 
 def decide(task: Task) -> dict[str, Decision]:
@@ -125,6 +126,8 @@ def _kept_in_float(task: Task, modules: Mapping[str, nn.Module]) -> dict[str, st
         reason = user_reason(every, type(module).__name__, weights, rules) or container_reason(
             every, classes, rules
         )
+        if not reason and task.writes_into(every, own_floats(module)):
+            reason = WRITTEN
         if reason:
             keep[name] = reason
     return keep
@@ -249,7 +252,7 @@ def memory_notes(rows: Sequence[TensorReport], model: nn.Module | None) -> Itera
 
 def _can_hold_half(module: nn.Module) -> bool:
     kind = kind_of(module)
-    if kind not in HALF_LAYERS or obstacle(module, kind):
+    if kind not in HALF_LAYERS or obstacle(module, kind) or clash(module, kind, HALF_LAYERS[kind]):
         return False
     return all(module.get_parameter(w).dtype == torch.float16 for w in WEIGHTS[kind])
 

@@ -20,14 +20,15 @@ from mono_quant.convert.int8_layers import (
     Int8TransposedLinear,
 )
 from mono_quant.convert.probes import Probe
-from mono_quant.convert.surgery import disable_float_fast_paths_, put_, recast_
-from mono_quant.errors import NonFiniteWeightError, Option
+from mono_quant.convert.surgery import clash, disable_float_fast_paths_, put_, recast_
+from mono_quant.errors import CorruptCheckpointError, NonFiniteWeightError, Option
 from mono_quant.kernels import encode_rows
 from mono_quant.kernels.weights import RowCodes, stored_scale, weight_limit_db
-from mono_quant.planning.kinds import WEIGHTS, as_rows, kind_of, rows_of
+from mono_quant.planning.kinds import WEIGHTS, as_rows, kind_of, obstacle, rows_of
 from mono_quant.planning.rows import Converted, int8_notes, layer_reasons
 from mono_quant.planning.rules import Decision, Layer, keep_also, select
 from mono_quant.planning.walk import module_aliases
+from mono_quant.planning.writes import WRITTEN
 
 _LAYERS: Mapping[str, Callable[..., Int8Module]] = {
     layer.kind: layer
@@ -46,7 +47,15 @@ _LAYERS: Mapping[str, Callable[..., Int8Module]] = {
 def decide(task: Task) -> dict[str, Decision]:
     """Decide about every layer by the rules, with patterns checked against every module of the model."""
     names = {name: type(module).__name__ for name, module in task.model.named_modules()}
-    return select(task.layers, task.request.rules(), names)
+    chosen = select(task.layers, task.request.rules(), names)
+    reasons = {name: _why_not(task, d.layer) for name, d in chosen.items() if d.quantize}
+    return keep_also(chosen, {name: reason for name, reason in reasons.items() if reason})
+
+
+def _why_not(task: Task, layer: Layer) -> str:
+    if task.writes_into((layer.name, *layer.aliases), WEIGHTS[layer.kind]):
+        return WRITTEN
+    return clash(task.model.get_submodule(layer.name), layer.kind, _LAYERS[layer.kind])
 
 
 def to_int8_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
@@ -118,11 +127,22 @@ def build(module: nn.Module, kind: str, encoded: dict[str, RowCodes] | None) -> 
 
 
 def install_(model: nn.Module, names: Sequence[str]) -> None:
-    """Put empty int8 layers (codes on meta) in place of the named float layers, for loading."""
+    """Put empty int8 layers (codes on meta) in place of the named float layers, for loading.
+
+    Raises:
+        CorruptCheckpointError: one of the layers cannot be int8.
+    """
     aliases = module_aliases(model)
     for name in names:
         module = model.get_submodule(name)
-        put_(model, (name, *aliases[id(module)]), module, build(module, kind_of(module), None))
+        kind = kind_of(module)
+        problem = obstacle(module, kind) or clash(module, kind, _LAYERS[kind])
+        if problem:
+            raise CorruptCheckpointError(
+                f"{name} has int8 codes, but that layer of {type(model).__name__} cannot hold them: {problem}. "
+                f"Load it into the architecture that was saved"
+            )
+        put_(model, (name, *aliases[id(module)]), module, build(module, kind, None))
     disable_float_fast_paths_(model)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mono_quant.convert.untouched import untouched
 from mono_quant.errors import MonoQuantError
 from mono_quant.io.text import scrub
 from mono_quant.planning.walk import is_transformers_model
@@ -108,7 +109,7 @@ def make_probe(model: nn.Module, processor: Any) -> Probe:
     """
     if not is_transformers_model(model):
         raise ProbeError("a plain module's inputs are not known; pass probe=<inputs>")
-    with probing("no inputs could be made"):
+    with probing("no inputs could be made"), untouched(processor):
         generator = torch.Generator().manual_seed(_SEED)
         probe = _main_inputs(model, processor, generator)
         kwargs = {**probe.kwargs, **_decoder_inputs(model, probe)}

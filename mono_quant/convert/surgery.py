@@ -8,21 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from mono_quant.convert.snapshot import Snapshot
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import UnsupportedModelError
+from mono_quant.planning.kinds import WEIGHTS
 from mono_quant.planning.walk import tensor_names
 
 _HOOKS = tuple(
     name
     for name in vars(nn.Module())
-    if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
-)
-_REGISTRIES = (
-    "_modules",
-    "_buffers",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
+    if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook"))
 )
 
 
@@ -57,17 +52,16 @@ def _computed(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def own_memory_(model: nn.Module, original: nn.Module | None) -> None:
-    """Give every float parameter of `model` contiguous memory, and its own where it shares it with `original`.
+    """Give every parameter of `model` contiguous memory, and its own where it shares it with `original`.
 
     A saved tensor comes back contiguous, and products may differ in their last bit with the strides.
     """
     shared = {p.data_ptr() for p in original.parameters() if p.numel()} if original is not None else set()
     for parameter in model.parameters():
-        if parameter.is_floating_point():
-            if parameter.numel() and parameter.data_ptr() in shared:
-                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-            else:
-                parameter.data = parameter.data.contiguous()
+        if parameter.numel() and parameter.data_ptr() in shared:
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.contiguous()
 
 
 def recast_(model: nn.Module, floats: Mapping[str, torch.dtype]) -> None:
@@ -79,34 +73,60 @@ def recast_(model: nn.Module, floats: Mapping[str, torch.dtype]) -> None:
 
 @contextmanager
 def rollback(model: nn.Module) -> Iterator[None]:
-    """Put modules, parameter data, buffers and hooks of `model` back when the block fails."""
-    modules = [(m, {n: dict(vars(m)[n]) for n in _REGISTRIES}, dict(vars(m))) for m in model.modules()]
-    data = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
+    """Put modules, tensors, attributes and hooks of `model` back when the block fails."""
+    before = Snapshot(model)
     try:
         yield
     except BaseException:
-        for module, registries, attributes in modules:
-            for name in set(vars(module)) - set(attributes):
-                del module.__dict__[name]
-            module.__dict__.update(attributes)
-            for name, before in registries.items():
-                registry = vars(module)[name]
-                registry.clear()
-                registry.update(before)
-        for tensor, values in data:
-            tensor.data = values
+        before.restore()
         raise
 
 
+def clash(old: nn.Module, kind: str, cls: Any) -> str:
+    """Return why a layer of the class `cls` cannot take over the attributes of one of this kind; empty when it can."""
+    tensors = {"_float", *(f"{weight}_scale" for weight in WEIGHTS[kind])}
+    # the projection of an attention is replaced with it
+    held = {n for m in (old, *old.children()) if m is old or isinstance(m, nn.Linear) for n in vars(m)}
+    names = sorted(n for n in held if n in tensors or _is_code(getattr(cls, n, None)))
+    return (
+        f"it has attributes of its own ({', '.join(names)}) with names that its new form uses"
+        if names
+        else ""
+    )
+
+
+def _is_code(value: object) -> bool:
+    return callable(value) or isinstance(value, property)
+
+
 def put_(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, under all its names, with its training flag and its hooks."""
-    new.train(old.training)
-    for name in _HOOKS:
-        # kept, not dropped: users and libraries rely on them
-        vars(new)[name] = vars(old)[name]
+    """Put a module in the place of another, under all its names, with all that users and libraries hang on one."""
+    _hand_over_(old, new)
     for name in names:
         parent, _, last = name.rpartition(".")
         model.get_submodule(parent)._modules[last] = new
+
+
+def _hand_over_(old: nn.Module, new: nn.Module) -> None:
+    """Give a new module the hooks, the training flag and the plain attributes of an old one, and its tensors their tags."""
+    new.train(old.training)
+    for name in _HOOKS:
+        vars(new)[name] = vars(old)[name]
+    hooks: dict[int, Any] = new._load_state_dict_pre_hooks
+    for key, hook in hooks.items():
+        if hook.with_module:
+            # it knows by itself, weakly, which module it belongs to
+            hooks[key] = type(hook)(hook.hook, new)
+    for name, value in vars(old).items():
+        if name not in vars(new) and not hasattr(type(new), name):
+            vars(new)[name] = value
+    for name, parameter in old._parameters.items():
+        held = new._parameters.get(name)
+        if parameter is not None and held is not None:
+            vars(held).update(vars(parameter))
+    for name, module in new.named_children():
+        if module is not old._modules.get(name):
+            _hand_over_(old.get_submodule(name), module)
 
 
 def disable_float_fast_paths_(model: nn.Module) -> None:

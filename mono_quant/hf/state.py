@@ -1,7 +1,8 @@
 """A model's tensors under the names that a checkpoint has for them."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,27 @@ from torch import Tensor, nn
 from mono_quant.convert.int8_layers import stored_scales
 from mono_quant.hf.models import quiet
 from mono_quant.hf.names import SCALE, inseparable, scales_follow
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Give the weights of a model, for the block, the values that they would have if it had been loaded and not run yet.
+
+    RWKV divides some of them when it is first run for inference, and notes that in an attribute that no file holds.
+    """
+    divided: list[Any] = [m for m in model.modules() if getattr(m, "layers_are_rescaled", False) is True]
+    flags = [module.training for module in divided]
+    for module in divided:
+        # multiplies by the same powers of two
+        module.training = True
+        module._rescale_layers()  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for module, training in zip(divided, flags, strict=True):
+            module.training = False
+            module._rescale_layers()  # noqa: SLF001
+            module.training = training
 
 
 def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 # The float parameters that become int8, by kind of layer.
@@ -27,6 +28,12 @@ _KINDS: Mapping[type[nn.Module], str] = {
     nn.Conv2d: "conv2d",
     nn.Embedding: "embedding",
     nn.MultiheadAttention: "attention",
+}
+# What a float layer of each kind holds beside its weights; anything else would be lost with it.
+_BESIDE: Mapping[str, frozenset[str]] = {
+    "attention": frozenset({"in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"}),
+    "embedding": frozenset(),
+    "experts": frozenset({"act_fn"}),
 }
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 
@@ -88,7 +95,7 @@ def matrix_shape(module: nn.Module, kind: str) -> tuple[int, int]:
 def obstacle(module: nn.Module, kind: str) -> str:
     """Return why a layer of a known kind cannot be replaced; empty when it can."""
     if isinstance(module, nn.MultiheadAttention):
-        return _attention_problem(module)
+        return _attention_problem(module) or _hanging(module, kind)
     if any(name not in module._parameters for name in WEIGHTS[kind]):
         return "its weight is computed at every forward (weight norm or similar)"
     weights = [module._parameters[name] for name in WEIGHTS[kind]]
@@ -97,6 +104,21 @@ def obstacle(module: nn.Module, kind: str) -> str:
         return f"its weight is {', '.join(sorted(str(d) for d in dtypes - _FLOATS))}, not a float matrix"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "its forward renormalises the table (max_norm)"
+    return _hanging(module, kind)
+
+
+def _hanging(module: nn.Module, kind: str) -> str:
+    """Return what of a layer would vanish with it; plain attributes and hooks go over to the new one."""
+    registered = module._parameters.keys() | module._buffers.keys() | module._modules.keys()
+    extra = sorted(registered - _BESIDE.get(kind, {"bias"}) - set(WEIGHTS[kind]))
+    if extra:
+        return f"it has parameters, buffers or modules of its own ({', '.join(extra)})"
+    attributes = vars(module).keys()
+    if not attributes.isdisjoint({"bias", "in_proj_bias"}):
+        return "its bias is no parameter: it is fixed, or computed at every forward"
+    shadows = sorted(n for n in attributes if callable(getattr(type(module), n, None)))
+    if shadows:
+        return f"it has a {' and a '.join(shadows)} of its own, in place of what its class does"
     return ""
 
 
@@ -105,9 +127,18 @@ def _attention_problem(module: nn.MultiheadAttention) -> str:
         return "attention with different key or value sizes"
     if module.bias_k is not None or module.add_zero_attn:
         return "attention with bias_k, bias_v or add_zero_attn"
+    if "in_proj_weight" not in module._parameters:
+        return "its weight is computed at every forward (weight norm or similar)"
     if parametrize.is_parametrized(module) or parametrize.is_parametrized(module.out_proj):
         return "parametrized: its weight is computed at every forward"
-    return ""
+    return _projection_problem(module.out_proj)
+
+
+def _projection_problem(projection: nn.Module) -> str:
+    if type(projection) not in (nn.Linear, NonDynamicallyQuantizableLinear):
+        return f"its out_proj is a {type(projection).__name__} and may compute something else"
+    problem = obstacle(projection, "linear")
+    return f"its out_proj: {problem}" if problem else ""
 
 
 def foreign_reason(module: nn.Module) -> str:
