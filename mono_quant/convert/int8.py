@@ -153,8 +153,11 @@ def planned(task: Task, decisions: Decisions) -> Outcome:
         layer = decision.layer
         for name in WEIGHTS[layer.kind] if decision.quantize else ():
             weight = task.model.get_submodule(layer.name).get_parameter(name)
-            scales = min(4, weight.element_size()) * rows_of(weight.shape, layer.kind).numel()
-            done[f"{layer.name}.{name}".lstrip(".")] = Converted(weight.numel() + scales, torch.int8)
+            full = f"{layer.name}.{name}".lstrip(".")
+            # see `stored_scale`; that float16 cannot hold them is seen in their values alone
+            size = min(4, task.floats.get(full, weight.dtype).itemsize)
+            scales = size * rows_of(weight.shape, layer.kind).numel()
+            done[full] = Converted(weight.numel() + scales, torch.int8)
     return _outcome(task, decisions, done)
 
 
