@@ -68,7 +68,7 @@ def loaded_subject(folder: Path, model: nn.Module, manifest: Manifest) -> Subjec
     core: Any = model[0].auto_model if manifest.kind == "sentence_transformer" else model  # type: ignore[index]
     name = next(path for path, module in model.named_modules() if module is core)
     side = find_side_files(folder) if manifest.kind != "sentence_transformer" else ()
-    raw = None if manifest.kind == "module" else read_json_object(folder / "config.json")
+    raw = read_json_object(folder / "config.json") if (folder / "config.json").exists() else None
     return Subject(model, manifest.kind, name, folder, raw, side, origin=manifest.source)
 
 

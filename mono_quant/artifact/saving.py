@@ -15,7 +15,7 @@ from mono_quant.artifact.cards import CardFacts, render
 from mono_quant.artifact.facts import README, REPORT, Manifest, StoredCodes, card_facts
 from mono_quant.artifact.layouts import PLAIN, float_dtype, layout_of
 from mono_quant.artifact.merging import foresee, merge_card
-from mono_quant.convert.int8_layers import Int8Module, stored_scales
+from mono_quant.convert.int8_layers import Int8Module, narrow_scales
 from mono_quant.errors import MonoQuantError, OutputExistsError, UnsupportedModelError
 from mono_quant.hf.compressed_tensors import STANDARD, ct_block
 from mono_quant.hf.configs import clean_config, config_to_write
@@ -205,7 +205,7 @@ def state_of(subject: Subject, report: QuantReport) -> dict[str, Tensor]:
     halves = {row.name.removeprefix(prefix) for row in report.rows if row.dtype_after == "float16"}
     if subject.kind == "module":
         first: dict[tuple[int, torch.Size], str] = {}
-        state = subject.model.state_dict() | stored_scales(subject.model)
+        state = subject.model.state_dict()
         for name, tensor in list(state.items()):
             if not isinstance(tensor, Tensor):
                 raise UnsupportedModelError(
@@ -214,7 +214,8 @@ def state_of(subject: Subject, report: QuantReport) -> dict[str, Tensor]:
             key = (tensor.data_ptr(), tensor.shape)
             if tensor.numel() and first.setdefault(key, name) != name:
                 del state[name]
-        return {name: tensor.half() if name in halves else tensor for name, tensor in state.items()}
+        state = {name: tensor.half() if name in halves else tensor for name, tensor in state.items()}
+        return narrow_scales(subject.model, state)
     return checkpoint_state(subject.core, halves)
 
 

@@ -115,18 +115,26 @@ class Int8Module(StoredModule):
         return self
 
 
-def stored_scales(model: nn.Module) -> dict[str, Tensor]:
-    """Return the scales of all int8 layers as a file holds them, by the names of `state_dict()`."""
-    made: dict[int, Tensor] = {}
-    found = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Int8Module):
-            for name, scale in module.named_parameters(recurse=False):
-                if name.endswith("_scale"):
-                    # one layer under two names stays one tensor
-                    made.setdefault(id(scale), stored_scale(scale.detach(), module.float_dtype))
-                    found[f"{prefix}.{name}".lstrip(".")] = made[id(scale)]
-    return found
+def narrow_scales(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state in which scales are as a file holds them; see `stored_scale`.
+
+    Args:
+        model: with int8 layers.
+        state: its tensors, by their names in the model or in a checkpoint.
+    """
+    dtypes = {
+        f"{name}.{key}".lstrip("."): module.float_dtype
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Int8Module)
+        for key, _ in module.named_parameters(recurse=False)
+    }
+    # what a checkpoint has under another name, or merged, is in the dtype of the others
+    common = next(iter(dtypes.values()), torch.float32)
+    scales = {f"{name}_scale" for name, tensor in state.items() if tensor.dtype == torch.int8}
+    return {
+        name: stored_scale(tensor, dtypes.get(name, common)) if name in scales else tensor
+        for name, tensor in state.items()
+    }
 
 
 def int8_values(codes: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mono_quant.convert.int8_layers import stored_scales
+from mono_quant.convert.int8_layers import narrow_scales
 from mono_quant.hf.models import quiet
 from mono_quant.hf.names import SCALE, inseparable, scales_follow
 
@@ -38,7 +38,7 @@ def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str
     """Return the model's tensors under their checkpoint names: ties once, merged and split as its checkpoints are.
 
     int8 codes have the shape of the float weight they stand for, with scales beside them, one per row, in its dtype; see
-    `stored_scale`. Tensors that a checkpoint has as one, but that are not all in one dtype here, keep the names that they
+    `narrow_scales`. Tensors that a checkpoint has as one, but that are not all in one dtype here, keep the names that they
     have in the model.
 
     Args:
@@ -47,7 +47,7 @@ def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str
     """
     from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-    state = model.state_dict() | stored_scales(model)
+    state = model.state_dict()
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     for target, origin in getattr(model, "all_tied_weights_keys", {}).items():
@@ -62,7 +62,8 @@ def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str
     twin.__dict__["_weight_conversions"] = conversions
     with quiet():
         reverted = revert_weight_conversion(twin, {n: t for n, t in state.items() if n not in apart})
-    return {**reverted, **{name: state[name] for name in apart}}
+    # at last, so that scales which are merged have one dtype
+    return narrow_scales(model, {**reverted, **{name: state[name] for name in apart}})
 
 
 def _conversions(model: nn.Module) -> list[Any]:

@@ -157,6 +157,20 @@ def test_scales_that_float16_cannot_hold_stay_fp32_and_exact(tmp_path):
     assert sum(t.nbytes for t in stored.values()) == result.report.bytes_after
 
 
+def test_scales_that_the_checkpoint_merges_have_one_dtype(tmp_path):
+    # q, k and v are one tensor in the file, and only k has a row that float16 cannot scale
+    model = build("NomicBertModel", hf.NomicBertConfig(**transformer), torch.float16)
+    with torch.no_grad():
+        model.layers[0].self_attn.k_proj.weight[3] = (torch.arange(64) + 1).half() * 2**-20
+    result = mq.quantize(model, fidelity=False)
+    folder = result.save(tmp_path / "out")
+    stored = load_file(folder / "model.safetensors")
+    dtypes = [stored[f"encoder.layers.{i}.attn.Wqkv.weight_scale"].dtype for i in (0, 1)]
+    assert dtypes == [torch.float32, torch.float16]
+    ours, theirs = result.model.state_dict(), mq.load(folder).state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
 def test_a_module_given_twice_keeps_one_scale_in_the_file(tmp_path):
     shared = torch.nn.Linear(64, 64)
     model = torch.nn.Sequential(shared, torch.nn.ReLU(), shared).to(torch.bfloat16)
