@@ -25,7 +25,7 @@ _OPEN = ("language", "datasets", "pipeline_tag")
 INPUTS = ("input_ids", "pixel_values", "input_features", "input_values", "inputs", "past_values")
 _MAX_KEPT_LINES = 60
 # What was run, not what should work: the table in docs/interop.md, made by scripts/interop.
-_VLLM = "vLLM 0.32 ran tiny models of 50 architectures from files of this layout, on a CPU; `docs/interop.md` of mono_quant lists them."
+_VLLM = "vLLM 0.32 ran tiny models of 37 architectures from files of this layout, on a CPU; `docs/interop.md` of mono_quant lists them."
 # Characters of a gated repository's terms.
 _MAX_TERMS = 100_000
 
@@ -363,7 +363,7 @@ def _reader_lines(facts: CardFacts) -> Iterator[str]:
     elif library_of(facts) == "mono_quant":
         yield (
             "The files are a standard compressed-tensors checkpoint with one int8 matrix per expert. transformers by itself cannot load "
-            f"int8 experts; mono_quant keeps them in int8. {_VLLM}"
+            "int8 experts; mono_quant keeps them in int8."
         )
     else:
         yield (

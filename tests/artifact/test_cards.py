@@ -209,3 +209,12 @@ def test_origin_survives_the_manifest() -> None:
     card = CardMetadata(extra_gated={"extra_gated_prompt": "Please"}, datasets=("a/b",))
     origin = replace(facts().origin, card=card)
     assert Origin.from_dict(json.loads(json.dumps(origin.to_dict()))) == origin
+
+
+def test_the_card_names_as_many_architectures_as_the_list_of_what_was_run():
+    listed = (Path(__file__).parents[2] / "docs" / "interop.md").read_text().partition("\n## transformers")[0]
+    ran = {line.split("|")[2].strip() for line in listed.splitlines() if line.split("|")[3:4] == [" ok "]}
+    version = re.search(r"^## vLLM ([\d.]+)", listed, re.MULTILINE)[1]
+    text = cards.render(facts(layout="compressed-tensors", kind="transformers"))
+    assert f"vLLM {version} ran tiny models of {len(ran)} architectures from files of this layout" in text
+    assert "`docs/interop.md`" in text and "vLLM" not in cards.render(facts(layout="mono_quant"))
