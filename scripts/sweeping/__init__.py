@@ -1,0 +1,1 @@
+"""The rooms of `scripts/sweep`: every model class of the installed transformers goes the whole way, tiny and random."""

@@ -1,0 +1,124 @@
+"""What the rules of `shrinking` and `inputs` do not get right, by model type or class."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sweeping.inputs import Inputs
+
+Fields = Mapping[str, Any]
+
+
+def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
+    """Return rotary parameters for heads of 16, split over time, height and width."""
+    return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections), **more}
+
+
+class _NoTimm(dict[str, Any]):
+    """The fields of a DETR whose backbone needs no timm; made when they are read, so that nothing is imported before."""
+
+    def items(self) -> Any:
+        from transformers import ResNetConfig  # noqa: PLC0415
+
+        sizes = {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 64], "depths": [1, 1, 2, 1]}
+        backbone = ResNetConfig(**sizes, layer_type="basic", out_features=["stage4"])
+        return {"use_timm_backbone": False, "backbone": None, "backbone_config": backbone}.items()
+
+
+_TEXT_MROPE = {"text_config.rope_parameters": _mrope(2, 3, 3)}
+_MROPE = {"rope_parameters": _mrope(2, 3, 3)}
+_SMALL_MROPE = _mrope(1, 1, 2, partial_rotary_factor=0.5)
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
+_SERIES = {"prediction_length": 4, "context_length": 8, "num_time_features": 2}
+_FOUR_DEPTHS = {"backbone_config.num_hidden_layers": 4, "backbone_config.out_indices": [1, 2, 3, 4]}
+_HYBRID = {
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    "num_hidden_layers": 4,
+}
+
+# A dotted name is a field of a sub-config.
+FIELDS: dict[str, Fields] = {
+    "autoformer": _SERIES,
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "bit": {"num_groups": 4},
+    "chameleon": {"vocabulary_map": {"<image>": 150}},
+    "colqwen2": {"vlm_config.text_config.rope_parameters": _mrope(2, 3, 3)},
+    "conditional_detr": _NoTimm(),
+    "cpmant": {"dim_ff": 128},
+    "cvt": {"depth": [1, 2, 2], "drop_path_rate": [0.0, 0.0, 0.1], "num_stages": 3},
+    "d_fine": {"decoder_layers": 3},
+    "dab-detr": _NoTimm(),
+    "deformable_detr": _NoTimm(),
+    "deimv2": {"decoder_layers": 3},
+    "depth_anything": _FOUR_DEPTHS,
+    "detr": _NoTimm(),
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
+    "falcon_h1": _MAMBA,
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [128] * 4,
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+    },
+    "glm46v": _TEXT_MROPE,
+    "glm4v": _TEXT_MROPE,
+    "glm4v_moe": {"text_config.rope_parameters": _SMALL_MROPE},
+    "glm4v_moe_text": {"rope_parameters": _SMALL_MROPE},
+    "glm4v_text": _MROPE,
+    "glm_image": _TEXT_MROPE,
+    "glm_image_text": _MROPE,
+    "glm_ocr": _TEXT_MROPE,
+    "glm_ocr_text": _MROPE,
+    "granitemoehybrid": {
+        **_MAMBA,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "hrm_text": {"num_layers_per_stack": 2},
+    "informer": _SERIES,
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lilt": {"hidden_size": 48},
+    "longcat_flash": {"qk_head_dim": 32},
+    "lw_detr_vit": {"image_size": 128},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "maskformer": {"backbone_config.embed_dim": 24},
+    "mistral4": {"qk_rope_head_dim": 16, "qk_head_dim": 32, "head_dim": 32},
+    "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 64, "true_hidden_size": 64},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "nemotron_h": {"n_groups": 2},
+    "paddleocr_vl": _TEXT_MROPE,
+    "prompt_depth_anything": _FOUR_DEPTHS,
+    "qwen2_5_omni_thinker": _TEXT_MROPE,
+    "qwen2_5_vl": _TEXT_MROPE,
+    "qwen2_5_vl_text": _MROPE,
+    "qwen2_vl": _TEXT_MROPE,
+    "qwen2_vl_text": _MROPE,
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64},
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [4, 16],
+        "axial_pos_embds_dim": [16, 48],
+    },
+    "rt_detr_v2": {"decoder_layers": 3},
+    "swin2sr": {"embed_dim": 48, "num_heads": [2, 2], "depths": [2, 2]},
+    "table-transformer": _NoTimm(),
+    "time_series_transformer": _SERIES,
+    "tipsv2_dpt": _FOUR_DEPTHS,
+    "wav2vec2-bert": {"vocab_size": 32, "feature_projection_input_dim": 80},
+    "wav2vec2-conformer": {"vocab_size": 32},
+    "zamba": {**_HYBRID, "attention_hidden_size": 128, "attention_head_dim": 32},
+}
+
+# What makes the inputs of an architecture from its config.
+INPUTS: dict[str, Callable[[Any], Inputs]] = {}
