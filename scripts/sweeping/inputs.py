@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -63,9 +64,8 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
         tuple(k for k in dict.fromkeys([*needed, *also]) if k in takes and k in _MAKERS) for also in _BESIDE
     ]
     for names in dict.fromkeys(sets):
-        forms = [list(_MAKERS[name](config)) for name in names]
-        for i in range(max((len(f) for f in forms), default=0)):
-            yield {name: form[min(i, len(form) - 1)] for name, form in zip(names, forms, strict=True)}
+        for forms in product(*(list(_MAKERS[name](config)) for name in names)):
+            yield dict(zip(names, forms, strict=True))
 
 
 def _patches(config: Any, required: list[str]) -> Inputs:

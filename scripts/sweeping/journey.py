@@ -1,5 +1,6 @@
 """The whole way of one model in one dtype, through public names alone, with everything that must hold on it."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -271,6 +272,22 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _other_files(first: Mapping[str, bytes], second: Mapping[str, bytes]) -> Iterator[str]:
-    for name in sorted(first.keys() | second.keys()):
-        if first.get(name) != second.get(name):
-            yield f"{name} {'differs' if name in first and name in second else 'is on one side only'}"
+    for name in sorted(first.keys() ^ second.keys()):
+        yield f"{name} is on one side only"
+    for name in sorted(first.keys() & second.keys()):
+        if first[name] != second[name]:
+            where = ", ".join(_other_fields(first[name], second[name])) if name.endswith(".json") else ""
+            yield f"{name} differs{f' in {where}' if where else ''}"
+
+
+def _other_fields(first: bytes, second: bytes) -> list[str]:
+    a, b = (dict(_fields(json.loads(text))) for text in (first, second))
+    return [k for k in sorted(a.keys() | b.keys()) if a.get(k, "absent") != b.get(k, "absent")][:5]
+
+
+def _fields(data: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(data, dict) and data:
+        for key, value in data.items():
+            yield from _fields(value, f"{place}.{key}".lstrip("."))
+    else:
+        yield place, data

@@ -38,7 +38,8 @@ _RULES: tuple[tuple[str, str | int], ...] = (
     (r".*(attention|attn|num|n|mamba|key|value|resampler|index)_heads(_.*)?|n_head", "heads"),
     (r".*head_dim|d_kv|d_head|dim_head|kv_channels|mamba_d_head|.*_head_size", "head"),
     (r".*lora_rank|laurel_rank", 32),
-    (r"rotary_dim", 8),
+    (r"rotary_dim|num_filters|n_filters", 8),
+    (r"base_channels", 32),
     (r".*(time_step|dt)_rank", 8),
     (
         r"(.*_)?(hidden_size|hidden_dim|embed(ding)?_dim|embedding_size|emb_dim|d_model|n_embd|dim|width)",
@@ -133,7 +134,15 @@ class _Shape:
         # widths of a pyramid are products of one number and the stage, and have to stay so
         self.is_pyramid = any(
             isinstance(fields.get(k), (list, tuple))
-            for k in ("depths", "hidden_sizes", "num_heads", "embed_dim", "strides", "num_attention_heads")
+            for k in (
+                "depths",
+                "hidden_sizes",
+                "embed_dim_per_stage",
+                "num_heads",
+                "embed_dim",
+                "strides",
+                "num_attention_heads",
+            )
         )
 
     def field(self, name: str, value: Any) -> Any:
