@@ -1,6 +1,5 @@
 """Building the model of a class: its small config, and random weights that every layer shows in the output."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,8 +29,8 @@ def small_config(kind: str, cls: type[Any]) -> Any:
     """Return a small config for a model class, which may be a part of the config that the model type names."""
     from transformers import CONFIG_MAPPING  # noqa: PLC0415
 
-    special: Mapping[str, Any] = FIELDS.get(cls.__name__, FIELDS.get(kind, {}))
-    return shrunk((cls.config_class or CONFIG_MAPPING[kind])(), special)
+    special = FIELDS.get(cls.__name__, FIELDS.get(kind, {}))
+    return shrunk((cls.config_class or CONFIG_MAPPING[kind])(), special() if callable(special) else special)
 
 
 @torch.no_grad()

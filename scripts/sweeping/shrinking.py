@@ -93,17 +93,17 @@ _PYRAMID = {"width": 0, "image": 64, "window": 2}
 _NARROWER, _SHALLOW = 4, 2
 
 
-def shrunk(config: Any, special: Mapping[str, Any] | None = None) -> Any:
+def shrunk(config: Any, special: Mapping[str, Any]) -> Any:
     """Return a config of the same class with small sizes.
 
     Args:
         config: as its class makes it.
         special: fields of this architecture that the rules do not get right; a dotted name is a field of a sub-config.
     """
-    return _shrunk(config, dict((special or {}).items()), {})
+    return _shrunk(config, special, {})
 
 
-def _shrunk(config: Any, special: dict[str, Any], tokens: dict[int, int]) -> Any:
+def _shrunk(config: Any, special: Mapping[str, Any], tokens: dict[int, int]) -> Any:
     from transformers import PreTrainedConfig  # noqa: PLC0415
 
     fields = {k: v for k, v in vars(config).items() if not k.startswith("_")}

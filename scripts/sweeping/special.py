@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sweeping.inputs import Inputs
 
-Fields = Mapping[str, Any]
+Fields = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 
 def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
@@ -16,15 +16,13 @@ def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections), **more}
 
 
-class _NoTimm(dict[str, Any]):
-    """The fields of a DETR whose backbone needs no timm; made when they are read, so that nothing is imported before."""
+def _no_timm() -> dict[str, Any]:
+    """Return the fields of a DETR whose backbone needs no timm."""
+    from transformers import ResNetConfig  # noqa: PLC0415
 
-    def items(self) -> Any:
-        from transformers import ResNetConfig  # noqa: PLC0415
-
-        sizes = {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 64], "depths": [1, 1, 2, 1]}
-        backbone = ResNetConfig(**sizes, layer_type="basic", out_features=["stage4"])
-        return {"use_timm_backbone": False, "backbone": None, "backbone_config": backbone}.items()
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 64], "depths": [1, 1, 2, 1]}
+    backbone = ResNetConfig(**sizes, layer_type="basic", out_features=["stage4"])
+    return {"backbone_config": backbone}
 
 
 _TEXT_MROPE = {"text_config.rope_parameters": _mrope(2, 3, 3)}
@@ -52,7 +50,7 @@ _HYBRID = {
     "num_hidden_layers": 4,
 }
 
-# A dotted name is a field of a sub-config.
+# A dotted name is a field of a sub-config; what needs transformers is made when it is asked for.
 FIELDS: dict[str, Fields] = {
     "align": {f"vision_config.{k}": v for k, v in _EFFICIENT.items()},
     "autoformer": _SERIES,
@@ -61,20 +59,20 @@ FIELDS: dict[str, Fields] = {
     "blt": {"encoder_hash_byte_group_vocab": 500},
     "chameleon": {"vocabulary_map": {"<image>": 150}},
     "colqwen2": {"vlm_config.text_config.rope_parameters": _mrope(2, 3, 3)},
-    "conditional_detr": _NoTimm(),
+    "conditional_detr": _no_timm,
     "cosmos3_edge": _TEXT_MROPE,
     "cosmos3_edge_text": _MROPE,
     "cpmant": {"dim_ff": 128},
     "csm": {"codec_config.upsample_groups": 64},
     "cvt": {"depth": [1, 2, 2], "drop_path_rate": [0.0, 0.0, 0.1], "num_stages": 3},
     "d_fine": {"decoder_layers": 3},
-    "dab-detr": _NoTimm(),
+    "dab-detr": _no_timm,
     "dbrx": {"attn_config.rope_theta": 10_000.0},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
-    "deformable_detr": _NoTimm(),
+    "deformable_detr": _no_timm,
     "deimv2": {"decoder_layers": 3},
     "depth_anything": _FOUR_DEPTHS,
-    "detr": _NoTimm(),
+    "detr": _no_timm,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "efficientnet": _EFFICIENT,
     "ernie4_5_vl_moe": {"text_config.rope_parameters": _mrope(3, 3, 2)},
@@ -153,10 +151,11 @@ FIELDS: dict[str, Fields] = {
         "axial_pos_embds_dim": [16, 48],
     },
     "rt_detr_v2": {"decoder_layers": 3},
+    "rwkv": {"rescale_every": 1},
     "seggpt": {"num_hidden_layers": 6, "intermediate_hidden_state_indices": [2, 3, 4, 5], "merge_index": 1},
     "step3p7": {"text_config.sliding_window": 4},
     "swin2sr": {"embed_dim": 48, "num_heads": [2, 2], "depths": [2, 2]},
-    "table-transformer": _NoTimm(),
+    "table-transformer": _no_timm,
     "time_series_transformer": _SERIES,
     "tipsv2_dpt": _FOUR_DEPTHS,
     "wav2vec2-bert": {"vocab_size": 32, "feature_projection_input_dim": 80},

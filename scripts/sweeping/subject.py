@@ -1,5 +1,6 @@
 """One class as the journeys need it: the model, inputs, a float folder, and what transformers itself makes of that folder."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,35 @@ class Subject:
     """What both dtypes share.
 
     Attributes:
-        model: float, in evaluation mode.
+        make: makes the float model, the same every time; a forward may write into the one that runs it.
+        model: the one that is converted, which nobody ran.
         inputs: that it runs on; None when none were found, and `silence` says what it said.
-        output: of the model on them.
+        output: of the float model on them.
         folder: written by transformers' `save_pretrained`; None when it refused.
         own_road: what is lost between `save_pretrained` and `from_pretrained` without us; empty when nothing is.
-        own_half: the model that transformers loads in float16, and its output; None when it does not.
     """
 
+    make: Callable[[], nn.Module]
     model: nn.Module
-    inputs: Inputs | None
-    silence: str
-    output: dict[str, Tensor] | None
-    folder: Path | None
-    own_road: str
-    own_half: nn.Module | None = None
+    inputs: Inputs | None = None
+    silence: str = ""
+    output: dict[str, Tensor] | None = None
+    folder: Path | None = None
+    own_road: str = ""
 
     @property
     def parameters(self) -> int:
         """How many the model has."""
         return sum(p.numel() for p in self.model.parameters())
+
+    def own_half(self) -> nn.Module | None:
+        """Return the model that transformers itself loads in float16 from the float folder; None when it does not."""
+        cls: Any = type(self.model)
+        try:
+            loaded: nn.Module = cls.from_pretrained(self.folder, dtype=torch.float16)
+        except Exception:  # noqa: BLE001 - `own_road` says so already
+            return None
+        return loaded.eval()
 
 
 def prepare(kind: str, name: str, home: Path, dtype: str) -> Subject:
@@ -49,21 +59,23 @@ def prepare(kind: str, name: str, home: Path, dtype: str) -> Subject:
         home: an empty folder.
         dtype: of the float model: float32, or bfloat16 as transformers loads it.
     """
-    model: Any = build(kind, name)
-    if dtype != "float32":
-        model.save_pretrained(home / "first")
-        model = type(model).from_pretrained(home / "first", dtype=getattr(torch, dtype)).eval()
-    inputs, silence = None, ""
+
+    def make() -> nn.Module:
+        model: Any = build(kind, name)
+        if dtype == "float32":
+            return model  # type: ignore[no-any-return]
+        if not (home / "first").exists():
+            model.save_pretrained(home / "first")
+        return type(model).from_pretrained(home / "first", dtype=getattr(torch, dtype)).eval()  # type: ignore[no-any-return]
+
+    subject = Subject(make, make())
     try:
-        inputs = find_inputs(model, INPUTS.get(name, INPUTS.get(kind)))
+        subject.inputs = find_inputs(make(), INPUTS.get(name, INPUTS.get(kind)))
     except NoInputsError as e:
-        silence = str(e)
-    subject = Subject(model, inputs, silence, None, None, "")
-    if inputs is not None:
-        subject.output = run(model, inputs)
+        subject.silence = str(e)
+    else:
+        subject.output = run(make(), subject.inputs)
     subject.folder, subject.own_road = _own_road(subject, home / "float")
-    if subject.folder is not None:
-        subject.own_half = _loaded(subject, torch.float16)
     return subject
 
 
@@ -85,12 +97,3 @@ def _own_road(subject: Subject, folder: Path) -> tuple[Path | None, str]:
     if not changed and subject.inputs is not None and subject.output is not None:
         changed = [f"output {line}" for line in differences(subject.output, run(loaded, subject.inputs))]
     return folder, changed[0] if changed else ""
-
-
-def _loaded(subject: Subject, dtype: torch.dtype) -> nn.Module | None:
-    cls: Any = type(subject.model)
-    try:
-        loaded: nn.Module = cls.from_pretrained(subject.folder, dtype=dtype)
-    except Exception:  # noqa: BLE001 - `own_road` says so already
-        return None
-    return loaded.eval()
