@@ -46,12 +46,11 @@ def far(subject: Subject, report: Any, output: Mapping[str, Tensor], half: nn.Mo
         limit += _BF16
     if error <= limit:
         return
+    peer = _noisy_error(subject, report)
+    what = f"the bound; as much noise on the float weights gives {peer:.1e}"
     if half is not None:
-        peer = error_of(subject.output, run(half, subject.inputs))
-        what = f"the bound; transformers' own float16 has {peer:.1e}"
-    else:
-        peer = _noisy_error(subject, report)
-        what = f"the bound; as much noise on the float weights gives {peer:.1e}"
+        own = error_of(subject.output, run(half, subject.inputs))
+        peer, what = max(peer, own), f"{what}, transformers' own float16 has {own:.1e}"
     yield from _beyond(error, max(limit, 4 * peer), what)
 
 
@@ -63,18 +62,19 @@ def noisy(reference: Mapping[str, Tensor], output: Mapping[str, Tensor], report:
 
 
 def _noisy_error(subject: Subject, report: Any) -> float:
-    """Return the error of the float model with random noise of the measured strength on every weight."""
+    """Return the error of the float model whose weights carry what the report says: float16 rounding, or noise of that strength."""
     assert subject.output is not None and subject.inputs is not None
     model = subject.make()
     state = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for row in report.quantized:
-            weight = state.get(row.name)
-            if weight is not None:
-                noise = torch.randn(weight.shape, generator=generator)
+    for row in report.quantized:
+        if row.name in state:
+            weight = state[row.name].data
+            if report.dtype == "fp16":
+                weight.copy_(weight.half())
+            else:
                 strength = float(weight.float().pow(2).mean().sqrt()) * 10 ** (-(row.sqnr_db or 40) / 20)
-                weight += (noise * strength).to(weight.dtype)
+                weight += strength * torch.randn(weight.shape, generator=generator).to(weight.dtype)
     return error_of(subject.output, run(model, subject.inputs))
 
 
