@@ -69,8 +69,7 @@ class MonoQuantError(Exception):
         *parts: the message, in pieces of text and `Option`s.
     """
 
-    def __init__(self, *parts: object) -> None:
-        super().__init__(*parts)
+    # no `__init__`: torch.compile cannot trace one, and would raise its own error in place of this one
 
     def __str__(self) -> str:
         return self.worded(str)
