@@ -86,7 +86,10 @@ def _outcome(
     wide = _wide(task, modules)
     for name, tensor in _tensors(modules).items():
         reason = keep.get(name.rpartition(".")[0], "")
-        dtype = wide.get(id(tensor), tensor.dtype if reason else torch.float16)
+        # what is written into has to stay a plain tensor, which a float16 matrix does not
+        is_written = reason == WRITTEN and tensor.dtype == torch.float16
+        own = torch.float32 if is_written else tensor.dtype
+        dtype = wide.get(id(tensor), own if reason else torch.float16)
         if reason or id(tensor) in wide:
             reasons[name] = reason or DEFAULTS["keep_in_fp32"]
             if not reason or dtype.itemsize > tensor.dtype.itemsize:

@@ -190,7 +190,10 @@ def test_what_a_model_declares_is_float32_in_its_float16_form_as_in_transformers
 
     result = mono_quant.quantize(source, "fp16", fidelity=False)
 
-    assert after(result.report) == float_dtypes(theirs)
+    # RWKV divides some of its weights itself, which transformers does to the float16 values
+    written = {r.name for r in result.report.rows if r.reason == "the model's forward writes into it"}
+    assert all(after(result.report)[name] == "float32" for name in written)
+    assert after(result.report) == float_dtypes(theirs) | dict.fromkeys(written, "float32")
     declared = {n for n in float_dtypes(theirs) if n.endswith(DECLARED[family][1])}
     assert {n for n, d in float_dtypes(theirs).items() if d == "float32"} == declared and declared
     mine = result.model.state_dict()
