@@ -28,7 +28,11 @@ def ast():
 
 
 SHAPES = {
-    "square images": (lambda: vit(image_size=32), {"pixel_values": (2, 3, 32, 32)}, "2 noise images of 32 x 32"),
+    "square images": (
+        lambda: vit(image_size=32),
+        {"pixel_values": (2, 3, 32, 32)},
+        "2 noise images of 32 x 32",
+    ),
     "other images": (
         lambda: vit(image_size=(16, 24), num_channels=1),
         {"pixel_values": (2, 1, 16, 24)},
@@ -62,7 +66,9 @@ def test_the_config_tells_the_shapes_and_the_report_names_them(kind):
     probe, again = make_probe(model, None), make_probe(model, None)
     assert {n: tuple(t.shape) for n, t in probe.kwargs.items()} == shapes
     assert (probe.args, probe.name) == ((), name)
-    assert all(torch.equal(probe.kwargs[n], again.kwargs[n]) for n in shapes), "the numbers of two runs differ"
+    assert all(torch.equal(probe.kwargs[n], again.kwargs[n]) for n in shapes), (
+        "the numbers of two runs differ"
+    )
 
 
 def test_images_of_unknown_size_are_those_of_most_models():
@@ -111,7 +117,9 @@ class Tokenizer:
         return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: SimpleNamespace(tokenizer=t)], ids=["tokenizer", "processor"])
+@pytest.mark.parametrize(
+    "wrap", [lambda t: t, lambda t: SimpleNamespace(tokenizer=t)], ids=["tokenizer", "processor"]
+)
 def test_sentences_are_padded_where_the_tokenizer_can_and_else_joined(wrap):
     for pad, texts in (("<pad>", list(SENTENCES)), (None, [" ".join(SENTENCES)])):
         tokenizer = Tokenizer(pad)
@@ -135,7 +143,9 @@ def test_what_is_not_known_is_asked_for():
     with pytest.raises(ProbeError, match=r"inputs called smells are not known; pass probe=<inputs>"):
         make_probe(model, None)
     model.main_input_name = "input_features"
-    with pytest.raises(ProbeError, match=r"names no num_mel_bins and max_source_positions; pass probe=<inputs>"):
+    with pytest.raises(
+        ProbeError, match=r"names no num_mel_bins and max_source_positions; pass probe=<inputs>"
+    ):
         make_probe(model, None)
 
 
