@@ -51,7 +51,7 @@ def main() -> int:
         record = recording.record(workspace, ROOT / ".mutation_cache", say)
         if record.failed:
             say(f"left out, since they fail without a change: {', '.join(record.failed)}")
-        processes.warm(record.modules)
+        processes.warm(sorted(record.modules))
         workspace.forget_compiled()
         found = []
         for number, mutant in enumerate(drawn, 1):

@@ -17,11 +17,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from mutation.workspace import PACKAGE, Workspace
+from mutation.workspace import Workspace
 
-FIRST = ("torch", "transformers", "sentence_transformers", "coverage", "hypothesis", "pytest")
+FIRST = (
+    "torch",
+    "torch._dynamo",
+    "torch.export",
+    "transformers",
+    "sentence_transformers",
+    "compressed_tensors",
+    "peft",
+    "sklearn",
+    "coverage",
+    "hypothesis",
+    "pytest",
+)
 FAULT = 70
-_OWN = (PACKAGE, "mutation", "mutmut", "conftest", "test_", "tests")
 
 
 class Deadline:
@@ -64,17 +75,8 @@ def warm(modules: Iterable[str]) -> None:
 
 
 def loaded() -> list[str]:
-    """Name the installed modules that this process has imported, in that order: another one may find a circle."""
-    installed = tuple(f"{folder}{os.sep}" for folder in sys.path if folder.endswith("site-packages"))
-    specs = {name: getattr(module, "__spec__", None) for name, module in sys.modules.items()}
-    return sorted(
-        name
-        for name, spec in specs.items()
-        if not name.startswith(_OWN)
-        and spec
-        and spec.name == name
-        and (spec.origin or "").startswith(installed)
-    )
+    """Name what this process has imported of transformers, which imports each family when it is first asked for."""
+    return sorted(name for name in sys.modules if name.startswith("transformers.models."))
 
 
 def run_forked(workspace: Workspace, work: Callable[[Deadline], int]) -> Ended:

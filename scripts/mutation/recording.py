@@ -99,12 +99,12 @@ class Record:
         self._parts = []
         self.seconds: dict[str, float] = {}
         self.failed: list[str] = []
-        self.modules: dict[str, None] = {}
+        self.modules: set[str] = set()
         for part in parts:
             facts = json.loads(part.read_text(encoding="utf-8"))
             self.seconds |= facts["seconds"]
             self.failed += facts["failed"]
-            self.modules |= dict.fromkeys(facts["modules"])
+            self.modules |= set(facts["modules"])
             users = defaultdict(set)
             for test, contexts in facts["shared"].items():
                 for context in contexts:

@@ -76,3 +76,31 @@ def test_a_value_that_does_not_fit_keeps_its_partners_as_well(spoilt):
         assert tensor.dtype == (torch.float16 if name == "alone.weight" else torch.float32), name
         own = model.state_dict()[name]
         assert torch.equal(tensor.float(), own.half().float() if name.startswith("alone") else own), name
+
+
+class Owner(nn.Module):
+    """A model with a parameter and a buffer of its own, beside a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+        self.register_buffer("shift", torch.ones(8))
+
+    def forward(self, x):
+        return self.layer(x) * self.scale + self.shift
+
+
+@pytest.mark.parametrize("options", [{}, {"skip": ["layer"]}, {"skip_types": ["Owner"]}], ids=str)
+def test_a_plan_tells_what_becomes_of_every_tensor(options):
+    planned = mq.plan(Owner(), "fp16", **options).rows
+    assert planned == mq.quantize(Owner(), "fp16", **options, **QUIET).report.rows
+    assert {row.name for row in planned} == {"scale", "shift", "layer.weight", "layer.bias"}
+    halved = {row.name for row in planned if row.action == "quantized"}
+    assert (
+        halved
+        == {
+            str({}): {"scale", "shift", "layer.weight", "layer.bias"},
+            str({"skip": ["layer"]}): {"scale", "shift"},
+            str({"skip_types": ["Owner"]}): set(),
+        }[str(options)]
+    )
