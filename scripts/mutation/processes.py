@@ -76,7 +76,9 @@ def warm(modules: Iterable[str]) -> None:
 
 def loaded() -> list[str]:
     """Name what this process has imported of transformers, which imports each family when it is first asked for."""
-    return sorted(name for name in sys.modules if name.startswith("transformers.models."))
+    found = {name: module for name, module in sys.modules.items() if name.startswith("transformers.models.")}
+    # it also lists modules under their old names, which cannot be imported
+    return sorted(name for name, module in found.items() if getattr(module, "__name__", "") == name)
 
 
 def run_forked(workspace: Workspace, work: Callable[[Deadline], int]) -> Ended:
