@@ -14,6 +14,7 @@ from torch import nn
 import mono_quant as mq
 from mono_quant.artifact.inspection import inspect, inspect_any, verify
 from mono_quant.errors import ConfigError, CorruptCheckpointError, SourceNotFoundError
+from mono_quant.sources.source import Access
 from mono_quant.version import __version__
 
 
@@ -134,17 +135,13 @@ def test_places_that_cannot_be_inspected(tmp_path):
     with pytest.raises(SourceNotFoundError, match=r"nowhere is no folder; give the folder of a model"):
         inspect(tmp_path / "nowhere")
     folder = mq.quantize(seeded(Net), **QUIET).save(tmp_path / "net")
-    assert (
-        inspect_any(folder)
-        == inspect_any(str(folder))
-        == inspect_any(str(folder), origin="local")
-        == inspect(folder)
-    )
+    assert inspect_any(folder) == inspect_any(str(folder)) == inspect(folder)
+    assert inspect_any(str(folder), Access(place="local")) == inspect(folder)
     for place in (folder, str(folder)):
         with pytest.raises(
             ConfigError, match=r"net is a local folder, which has no revision 'v1'; leave it out"
         ):
-            inspect_any(place, revision="v1")
+            inspect_any(place, Access(revision="v1"))
 
 
 @EACH

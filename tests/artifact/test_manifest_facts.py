@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from mono_quant.artifact.facts import Manifest, StoredCodes
 from mono_quant.errors import CorruptCheckpointError, FormatVersionError
@@ -15,13 +16,13 @@ MANIFEST = Manifest(
     "mono_quant",
     "int8",
     {"a.weight": StoredCodes((3, 4), True, (4, 1))},
-    {"b": "bfloat16"},
-    {"c": "float64"},
+    {"c": torch.float64},
     Origin("Tiny", "org/tiny", "0" * 40),
     {"dtype": "int8"},
     {"torch": "2"},
     ("input_ids",),
     True,
+    torch.bfloat16,
     {"config.json": {"size": 1, "sha256": "0"}},
 )
 
@@ -30,7 +31,7 @@ def test_it_goes_round():
     assert Manifest.parse(MANIFEST.to_dict(), FOLDER) == MANIFEST
 
 
-@pytest.mark.parametrize("key", ["tensors", "kept", "buffers", "source", "settings", "versions"])
+@pytest.mark.parametrize("key", ["tensors", "buffers", "source", "settings", "versions"])
 @pytest.mark.parametrize("value", [None, [], "x"])
 def test_what_should_be_an_object_and_is_none_is_named(key, value):
     with pytest.raises(
@@ -72,12 +73,23 @@ def test_codes_that_are_not_described_are_named(facts):
         Manifest.parse(MANIFEST.to_dict() | {"tensors": {"a.weight": facts}}, FOLDER)
 
 
-@pytest.mark.parametrize("key", ["kept", "buffers"])
-def test_dtypes_are_float_types(key):
+def test_dtypes_are_float_types():
     for dtype in ("float16", "bfloat16", "float32", "float64"):
-        assert getattr(Manifest.parse(MANIFEST.to_dict() | {key: {"x": dtype}}, FOLDER), key) == {"x": dtype}
-    with pytest.raises(CorruptCheckpointError, match=r"gives x the dtype 'int8'; save the model again"):
-        Manifest.parse(MANIFEST.to_dict() | {key: {"x": "int8"}}, FOLDER)
+        raw = MANIFEST.to_dict() | {"buffers": {"x": dtype}, "built": dtype}
+        found = Manifest.parse(raw, FOLDER)
+        assert found.buffers == {"x": getattr(torch, dtype)} and found.built == getattr(torch, dtype)
+    for key, value, name in (("buffers", {"x": "int8"}, "x"), ("built", "int8", "built")):
+        with pytest.raises(
+            CorruptCheckpointError, match=rf"gives {name} the dtype 'int8'; save the model again"
+        ):
+            Manifest.parse(MANIFEST.to_dict() | {key: value}, FOLDER)
+
+
+def test_an_older_folder_does_not_say_what_its_class_was_built_in():
+    raw = MANIFEST.to_dict()
+    del raw["built"]
+    found = Manifest.parse(raw, FOLDER)
+    assert found.built is None and "built" not in found.to_dict()
 
 
 def test_only_true_is_true_and_only_known_inputs_are_named():

@@ -104,13 +104,13 @@ def test_the_last_token_of_what_is_translated_is_its_end_and_the_answer_starts_a
 
 
 class Tokenizer:
-    """Notes how it is called."""
+    """Tells `calls` how it is called; an attribute of its own would be put back."""
 
-    def __init__(self, pad_token):
-        self.pad_token = pad_token
+    def __init__(self, pad_token, calls):
+        self.pad_token, self._tell = pad_token, lambda *call: calls.append(call)
 
     def __call__(self, texts, **options):
-        self.texts, self.options = texts, options
+        self._tell(texts, options)
         ids = torch.full((len(texts), 9), 7)
         mask = torch.ones_like(ids)
         mask[0, 6:] = 0
@@ -122,15 +122,10 @@ class Tokenizer:
 )
 def test_sentences_are_padded_where_the_tokenizer_can_and_else_joined(wrap):
     for pad, texts in (("<pad>", list(SENTENCES)), (None, [" ".join(SENTENCES)])):
-        tokenizer = Tokenizer(pad)
-        probe = make_probe(tiny_llama(), wrap(tokenizer))
-        assert tokenizer.texts == texts
-        assert tokenizer.options == {
-            "return_tensors": "pt",
-            "padding": pad is not None,
-            "truncation": True,
-            "max_length": 128,
-        }
+        calls = []
+        probe = make_probe(tiny_llama(), wrap(Tokenizer(pad, calls)))
+        options = {"return_tensors": "pt", "padding": pad is not None, "truncation": True, "max_length": 128}
+        assert calls == [(texts, options)]
         assert probe.name == "12 built-in sentences"
         assert probe.mask.dtype == torch.bool and probe.mask.sum() == 9 * len(texts) - 3
 

@@ -1,4 +1,4 @@
-"""How the names of a checkpoint become those of the model."""
+"""A checkpoint that has the model's own names already, though a rule of transformers would change them."""
 
 import json
 
@@ -9,7 +9,7 @@ from models import FAMILIES, seeded, transformer
 from safetensors.torch import save_file
 
 import mono_quant as mq
-from mono_quant.hf.names import renamer
+from mono_quant.hf.names import place
 
 VISION = {k: v for k, v in transformer.items() if k != "vocab_size"} | {"image_size": 32, "patch_size": 8}
 
@@ -26,12 +26,16 @@ def deepseek_v4():
     return hf.DeepseekV4ForCausalLM(hf.DeepseekV4Config(num_hidden_layers=2))
 
 
-@pytest.mark.parametrize("make", [dinov3, laguna, deepseek_v4, *(FAMILIES[n].make for n in ("llama", "t5", "whisper"))])
+@pytest.mark.parametrize(
+    "make", [dinov3, laguna, deepseek_v4, *(FAMILIES[n].make for n in ("llama", "t5", "whisper"))]
+)
 def test_a_name_that_the_model_has_itself_stays_though_a_rule_would_change_it(make):
     with torch.device("meta"):
         model = make()
-    rename = renamer(model)
-    assert {name: rename(name)[0] for name in model.state_dict()} == {name: name for name in model.state_dict()}
+    state = model.state_dict()
+    placed = place(model, state)
+    assert placed.tensors.keys() == state.keys() and not placed.left and not placed.broken
+    assert placed.sources == {name: (name,) for name in state}
 
 
 def test_a_checkpoint_with_the_models_own_names_is_converted(tmp_path):
