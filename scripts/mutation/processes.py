@@ -61,6 +61,8 @@ def prepare(workspace: Workspace) -> None:
     runpy.run_path(str(workspace.tree / "tests" / "conftest.py"))
     # a shell lets its background jobs ignore this, and they would hand that on to what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # the copy is removed then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     os.environ |= {"PYTHONPATH": str(workspace.tree), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(workspace.tree))
@@ -107,6 +109,7 @@ def _become_worker(
     status = FAULT
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
@@ -124,18 +127,15 @@ def _become_worker(
 
 
 def _wait(child: int, deadline: Deadline) -> int | None:
-    while not deadline.is_over():
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            _end_group(child)
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    _end_group(child)
+    try:
+        while not deadline.is_over():
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+    finally:
+        # also what it started and left running, and all of it when this process is to end
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return None
-
-
-def _end_group(child: int) -> None:
-    """End a process and what it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import signal
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,8 @@ def judge(mutant: Mutant, tests: list[str], record: Record, workspace: Workspace
         return Verdict("not run", "", 0, 0.0)
     with workspace.spoilt(mutant):
         ended, told = _run(tests, record, workspace, ["-x"])
+    if ended.status == -signal.SIGTERM:
+        raise RuntimeError("the tests were ended from outside; go on with --again")
     if ended.status == 0:
         kind = "survived"
     elif ended.status is None:

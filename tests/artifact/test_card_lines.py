@@ -201,3 +201,33 @@ def test_foreign_names_cannot_leave_their_code_span(text, code):
 def test_foreign_sentences_have_no_structure(text, shown):
     (line,) = (line for line in lines(row("a.weight", reason=text)) if line.startswith("| `a`"))
     assert line.endswith(f"{shown} |")
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "library"),
+    [
+        ("sentence_transformer", "plain", "sentence-transformers"),
+        ("sentence_transformer", "compressed-tensors", "mono_quant"),
+        ("sentence_transformer", "mono_quant", "mono_quant"),
+        ("transformers", "plain", "transformers"),
+        ("transformers", "compressed-tensors", "transformers"),
+        ("transformers", "mono_quant", "mono_quant"),
+        ("module", "plain", "mono_quant"),
+    ],
+)
+def test_the_library_is_the_one_whose_own_loader_loads_it(kind, layout, library):
+    assert f"library_name: {library}" in lines(kind=kind, layout=layout)
+
+
+def test_experts_in_int8_are_loaded_by_mono_quant_alone():
+    for action, library in (("quantized", "mono_quant"), ("kept", "transformers")):
+        found = lines(row("e.weight", action, kind="experts"), layout="compressed-tensors")
+        assert f"library_name: {library}" in found
+
+
+@pytest.mark.parametrize(("count", "more"), [(4, ""), (5, " and 1 more files"), (7, " and 3 more files")])
+def test_four_weight_files_are_named_with_their_hash_and_the_others_counted(count, more):
+    files = {f"model-{i}.safetensors": f"{i}" * 64 for i in range(count)}
+    (line,) = (line for line in lines(origin=Origin("TinyModel", files=files)) if "model-0" in line)
+    assert [f"model-{i}" in line for i in range(count)] == [i < 4 for i in range(count)]
+    assert f"`{'3' * 64}`{more})" in line
