@@ -181,7 +181,7 @@ def _random_tokens(model: nn.Module, generator: torch.Generator) -> Probe:
         if isinstance(t, int)
     ]
     for token in special:
-        ids[ids == token] = (token + 1) % size if (token + 1) % size not in special else 0
+        ids[ids == token] = next(t % size for t in range(token + 1, token + size) if t % size not in special)
     end = getattr(config, "eos_token_id", None)
     if getattr(model.config, "is_encoder_decoder", False) and isinstance(end, int):
         # classifiers read their answer at the end token

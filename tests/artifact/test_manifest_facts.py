@@ -1,0 +1,100 @@
+"""A manifest that was read has been checked, and what is written is what is read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mono_quant.artifact.facts import Manifest, StoredCodes
+from mono_quant.errors import CorruptCheckpointError, FormatVersionError
+from mono_quant.sources.origin import Origin
+
+FOLDER = Path("saved")
+MANIFEST = Manifest(
+    "Tiny",
+    "transformers",
+    "mono_quant",
+    "int8",
+    {"a.weight": StoredCodes((3, 4), True, (4, 1))},
+    {"c": torch.float64},
+    Origin("Tiny", "org/tiny", "0" * 40),
+    {"dtype": "int8"},
+    {"torch": "2"},
+    ("input_ids",),
+    True,
+    torch.bfloat16,
+    {"config.json": {"size": 1, "sha256": "0"}},
+)
+
+
+def test_it_goes_round():
+    assert Manifest.parse(MANIFEST.to_dict(), FOLDER) == MANIFEST
+
+
+@pytest.mark.parametrize("key", ["tensors", "buffers", "source", "settings", "versions"])
+@pytest.mark.parametrize("value", [None, [], "x"])
+def test_what_should_be_an_object_and_is_none_is_named(key, value):
+    with pytest.raises(
+        CorruptCheckpointError, match=rf"saved: {key} of mono_quant\.json is .*, not an object; save"
+    ):
+        Manifest.parse(MANIFEST.to_dict() | {key: value}, FOLDER)
+
+
+@pytest.mark.parametrize("key", ["class", "kind", "layout", "dtype"])
+def test_what_should_be_a_word_and_is_none_is_named(key):
+    with pytest.raises(
+        CorruptCheckpointError, match=rf"saved: {key} of mono_quant\.json is 3, not a text; save"
+    ):
+        Manifest.parse(MANIFEST.to_dict() | {key: 3}, FOLDER)
+
+
+@pytest.mark.parametrize("change", [{"kind": "diffusers"}, {"layout": "gguf"}])
+def test_a_word_of_a_later_version_is_told_with_the_version(change):
+    with pytest.raises(FormatVersionError, match=r"does not know; update mono_quant"):
+        Manifest.parse(MANIFEST.to_dict() | change, FOLDER)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"transposed": True, "scale": [4, 1]},
+        {"shape": [3, 4], "transposed": True},
+        {"shape": [3, 4], "scale": [4, 1]},
+        {"shape": 3, "transposed": True, "scale": [4, 1]},
+        {"shape": ["x"], "transposed": True, "scale": [4, 1]},
+        None,
+        [],
+    ],
+)
+def test_codes_that_are_not_described_are_named(facts):
+    with pytest.raises(
+        CorruptCheckpointError, match=r"mono_quant\.json describes a\.weight in an unknown way"
+    ):
+        Manifest.parse(MANIFEST.to_dict() | {"tensors": {"a.weight": facts}}, FOLDER)
+
+
+def test_dtypes_are_float_types():
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        raw = MANIFEST.to_dict() | {"buffers": {"x": dtype}, "built": dtype}
+        found = Manifest.parse(raw, FOLDER)
+        assert found.buffers == {"x": getattr(torch, dtype)} and found.built == getattr(torch, dtype)
+    for key, value, name in (("buffers", {"x": "int8"}, "x"), ("built", "int8", "built")):
+        with pytest.raises(
+            CorruptCheckpointError, match=rf"gives {name} the dtype 'int8'; save the model again"
+        ):
+            Manifest.parse(MANIFEST.to_dict() | {key: value}, FOLDER)
+
+
+def test_an_older_folder_does_not_say_what_its_class_was_built_in():
+    raw = MANIFEST.to_dict()
+    del raw["built"]
+    found = Manifest.parse(raw, FOLDER)
+    assert found.built is None and "built" not in found.to_dict()
+
+
+def test_only_true_is_true_and_only_known_inputs_are_named():
+    raw = MANIFEST.to_dict() | {"generates": 1, "inputs": ["input_ids", "rm -rf", 3]}
+    raw["tensors"]["a.weight"]["transposed"] = 1
+    found = Manifest.parse(raw, FOLDER)
+    assert not found.generates and found.inputs == ("input_ids",) and not found.tensors["a.weight"].transposed
+    assert Manifest.parse(raw | {"inputs": "input_ids"}, FOLDER).inputs == ()
