@@ -37,7 +37,9 @@ def write(name, folder, **changes):
     apply_quantization_config(model, config)
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is not None:
-            low, high = module.weight.amin(1, keepdim=True), module.weight.amax(1, keepdim=True)
+            # no gradient: the library keeps tensors that an earlier test may have made in inference mode
+            weight = module.weight.detach()
+            low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
             scale, zero = calculate_qparams(low, high, module.quantization_scheme.weights)
             module.weight_scale.data = scale
             if hasattr(module, "weight_zero_point"):
