@@ -261,24 +261,30 @@ class _Held:
         return getattr(self._model, name)
 
 
-def inseparable(converters: Sequence[Any], state: Mapping[str, Tensor]) -> set[str]:
-    """Name the tensors that a file cannot hold merged: a partner has another dtype, or is not there.
+def unmergeable(conversions: Sequence[Any], state: Mapping[str, Tensor]) -> set[str]:
+    """Name the tensors that a file cannot hold merged: a partner has another dtype, is not there, or could not be cut off again.
 
     Args:
-        converters: reversed conversions of a model.
+        conversions: of a model, in the direction of loading.
         state: its tensors by name.
     """
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    converters = [c for c in conversions[::-1] if isinstance(c, WeightConverter)]
+    backwards = [converter.reverse_transform() for converter in converters]
     groups: dict[tuple[int, str], dict[str, str]] = defaultdict(dict)
     for name in state:
-        for count, converter in enumerate(converters):
-            merged, pattern = converter.rename_source_key(name)
+        for count, backward in enumerate(backwards):
+            merged, pattern = backward.rename_source_key(name)
             if pattern is not None:
                 groups[count, merged][name] = pattern
                 break
     apart: set[str] = set()
     for (count, _), parts in groups.items():
-        complete = set(parts.values()) == set(converters[count].source_patterns)
-        if not complete or len({state[name].dtype for name in parts}) > 1:
+        is_whole = set(parts.values()) == set(backwards[count].source_patterns)
+        is_even = any(isinstance(operation, Chunk) for operation in converters[count].operations)
+        kinds = {(state[name].dtype, state[name].shape if is_even else None) for name in parts}
+        if not is_whole or len(kinds) > 1:
             apart |= parts.keys()
     return apart
 

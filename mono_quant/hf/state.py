@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mono_quant.convert.int8_layers import narrow_scales
 from mono_quant.hf.models import quiet
-from mono_quant.hf.names import SCALE, inseparable, scales_follow
+from mono_quant.hf.names import SCALE, scales_follow, unmergeable
 
 
 @contextmanager
@@ -38,14 +38,14 @@ def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str
     """Return the model's tensors under their checkpoint names: ties once, merged and split as its checkpoints are.
 
     int8 codes have the shape of the float weight they stand for, with scales beside them, one per row, in its dtype; see
-    `narrow_scales`. Tensors that a checkpoint has as one, but that are not all in one dtype here, keep the names that they
+    `narrow_scales`. Tensors that a checkpoint has as one, but that cannot be merged and split again here, keep the names they
     have in the model.
 
     Args:
         model: a transformers model.
         halves: names in the model of tensors to return as float16.
     """
-    from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+    from transformers.core_model_loading import revert_weight_conversion
 
     state = model.state_dict()
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
@@ -56,8 +56,7 @@ def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str
     state = {name: tensor.half() if name in halves else tensor for name, tensor in state.items()}
     codes = [name for name, t in state.items() if t.dtype == torch.int8 and f"{name}{SCALE}" in state]
     conversions = scales_follow(_conversions(model), codes, state)
-    backwards = [conversion.reverse_transform() for conversion in conversions[::-1]]
-    apart = inseparable([c for c in backwards if isinstance(c, WeightConverter)], state)
+    apart = unmergeable(conversions, state)
     twin = copy.copy(model)
     twin.__dict__["_weight_conversions"] = conversions
     with quiet():

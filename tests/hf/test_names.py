@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers as hf
 from models import transformer
-from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Chunk, Split, WeightConverter, WeightRenaming
 
 from mono_quant.hf.models import quiet
-from mono_quant.hf.names import fit, place, scales_follow
+from mono_quant.hf.names import fit, place, scales_follow, unmergeable
 from mono_quant.hf.state import checkpoint_state
 
 experts = {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}
@@ -135,3 +135,24 @@ def test_scales_go_where_their_codes_go_and_what_is_only_called_a_scale_does_not
         "0.self_attn.scale",
     ]
     assert {type(c) for c in conversions} == {WeightRenaming, WeightConverter}
+
+
+@pytest.mark.parametrize(
+    ("operation", "shapes", "dtypes", "apart"),
+    [
+        (Chunk(dim=0), [(4, 2), (4, 2)], ["float32", "float32"], False),
+        (Chunk(dim=0), [(4, 2), (2, 2)], ["float32", "float32"], True),
+        (Split(dim=0), [(4, 2), (2, 2)], ["float32", "float32"], False),
+        (Split(dim=0), [(4, 2), (2, 2)], ["int8", "float32"], True),
+        (Chunk(dim=0), [(4, 2)], ["float32"], True),
+    ],
+)
+def test_what_could_not_be_taken_apart_again_is_not_merged(operation, shapes, dtypes, apart):
+    conversions = [WeightConverter("qkv.weight", ["q.weight", "k.weight"], [operation])]
+    parts = {
+        f"0.{name}.weight": torch.empty(shape, dtype=getattr(torch, dtype))
+        for name, shape, dtype in zip("qk", shapes, dtypes, strict=False)
+    }
+    assert unmergeable(conversions, parts | {"0.norm.weight": torch.empty(2)}) == (
+        set(parts) if apart else set()
+    )
