@@ -5,10 +5,10 @@
 shape instead of taking codes for weights. `plain`: float16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mono_quant.convert.int8_layers import Int8Module
 from mono_quant.errors import Option, UnsupportedModelError
@@ -23,13 +23,13 @@ KINDS = ("module", "transformers", "sentence_transformer")
 LAYOUTS = (STANDARD, FORMAT, PLAIN)
 
 
-def layout_of(kind: str, report: QuantReport, state: Mapping[str, Tensor], obstacle: str = "") -> str:
+def layout_of(kind: str, report: QuantReport, ranks: Iterable[int], obstacle: str = "") -> str:
     """Return the layout that a converted model needs.
 
     Args:
         kind: of the source: `module`, `transformers` or `sentence_transformer`.
         report: of the conversion.
-        state: the tensors by the names they have in the file.
+        ranks: number of dimensions of each tensor that holds int8 codes in the file.
         obstacle: why transformers cannot load the standard layout of this model; empty when it can.
 
     Raises:
@@ -39,7 +39,7 @@ def layout_of(kind: str, report: QuantReport, state: Mapping[str, Tensor], obsta
         return PLAIN
     portable = not obstacle and all(row.kind in PORTABLE_KINDS for row in report.quantized)
     # experts that lie in one tensor in the file, too, have no standard form
-    portable = portable and all(t.dim() == 2 for t in state.values() if t.dtype == torch.int8)
+    portable = portable and all(rank == 2 for rank in ranks)
     if kind == "module" or not portable:
         if kind == "sentence_transformer":
             kinds = sorted({row.kind for row in report.quantized} - PORTABLE_KINDS) or [

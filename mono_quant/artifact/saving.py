@@ -162,7 +162,9 @@ def _refuse_card(target: Path, problems: Sequence[str]) -> None:
 def render_card(subject: Subject, report: QuantReport, config: QuantizationConfig) -> str:
     """Return the card that `save` would write."""
     subject = _as_saved(subject)
-    layout = _layout(subject, report, state_of(subject, report))
+    # float16 has one layout, whatever the tensors: none is cast to choose it
+    state = {} if report.dtype == "fp16" else state_of(subject, report)
+    layout = _layout(subject, report, state)
     has_tokenizer = "tokenizer_config.json" in subject.side_files or subject.processor is not None
     return render(card_facts(subject, report, config, layout, has_tokenizer))
 
@@ -195,7 +197,8 @@ def _check_described(subject: Subject, state: Mapping[str, Tensor], layout: str)
 
 def _layout(subject: Subject, report: QuantReport, state: Mapping[str, Tensor]) -> str:
     obstacle = "" if subject.kind == "module" else standard_obstacle(subject.core)
-    return layout_of(subject.kind, report, state, obstacle)
+    ranks = (tensor.dim() for tensor in state.values() if tensor.dtype == torch.int8)
+    return layout_of(subject.kind, report, ranks, obstacle)
 
 
 def state_of(subject: Subject, report: QuantReport) -> dict[str, Tensor]:
