@@ -103,7 +103,8 @@ class _Shape:
         if numbers and PLACES.fullmatch(name) and not self.is_pyramid:
             return type(value)(range(len(self.rows)))[-len(value) :]
         if len(value) == self.layers and self.layers > LAYERS:
-            return type(value)(value[i] for i in self.rows)
+            is_range = list(value) == list(range(self.layers))
+            return type(value)(range(len(self.rows)) if is_range else (value[i] for i in self.rows))
         if numbers and STAGE_DEPTHS.fullmatch(name):
             return type(value)(min(v, SHALLOW) for v in value)
         if numbers and STAGE_WIDTHS.fullmatch(name):
@@ -115,6 +116,8 @@ class _Shape:
         if not self.layers:
             return list(range(LAYERS))
         lists = [v for v in self.fields.values() if isinstance(v, (list, tuple)) and len(v) == self.layers]
+        # where every layer has a value of its own, the values tell no kinds
+        lists = [v for v in lists if len(set(map(str, v))) < self.layers]
         kinds: dict[Any, int] = {}
         for i in range(self.layers):
             kinds.setdefault(tuple(str(v[i]) for v in lists), i)
