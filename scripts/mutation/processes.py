@@ -45,7 +45,13 @@ class Deadline:
         self._memory[:] = struct.pack("d", time.monotonic() + seconds)
 
     def is_over(self) -> bool:
-        return bool(time.monotonic() > struct.unpack("d", self._memory)[0])
+        return time.monotonic() > self._moment()
+
+    def add(self, seconds: float) -> None:
+        self._memory[:] = struct.pack("d", self._moment() + seconds)
+
+    def _moment(self) -> float:
+        return float(struct.unpack("d", self._memory)[0])
 
 
 class Ended(NamedTuple):
@@ -127,12 +133,17 @@ def _become_worker(
 
 
 def _wait(child: int, deadline: Deadline) -> int | None:
+    looked = time.monotonic()
     try:
         while not deadline.is_over():
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.02)
+            looked, before = time.monotonic(), looked
+            if looked - before > 5:
+                # both processes were stopped, which is not the mutant's fault
+                deadline.add(looked - before)
     finally:
         # also what it started and left running, and all of it when this process is to end
         with contextlib.suppress(ProcessLookupError):
