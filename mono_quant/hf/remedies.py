@@ -84,7 +84,7 @@ def _candidates(config: Any, found: Differences) -> Iterator[Settings]:
     for prefix, part in _parts(config):
         numbers = [name for name, value in vars(part).items() if type(value) is int]
         for name in dict.fromkeys([*_LIKELY, *numbers]):
-            value = getattr(part, name, None)
+            value = _value(part, name)
             if isinstance(value, bool):
                 yield from [{prefix + name: not value}] if found.ties else []
                 continue
@@ -98,6 +98,15 @@ def _candidates(config: Any, found: Differences) -> Iterator[Settings]:
                 if lists:
                     # one entry per layer
                     yield {prefix + name: new, **lists}
+
+
+def _value(config: Any, name: str) -> Any:
+    """Return a value of a config; None where it has none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        # transformers' word for a value that differs from layer to layer (Gemma 4)
+        return None
 
 
 def _parts(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
