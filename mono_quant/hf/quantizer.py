@@ -17,6 +17,7 @@ from mono_quant.convert.int8 import install_
 from mono_quant.errors import CorruptCheckpointError, FrozenWeightError, UnsupportedModelError
 from mono_quant.hf.dtypes import take_dtypes_
 from mono_quant.hf.names import SCALE, Placement, on_meta, place, plain_class, scales_follow
+from mono_quant.planning.kinds import WEIGHTS
 from mono_quant.planning.layers import DECLARATIONS
 from mono_quant.planning.walk import weight_owners
 
@@ -249,8 +250,10 @@ def _untie_(model: Any, modules: list[str]) -> None:
     transformers does the same with two float tensors that differ.
     """
     ties: dict[str, str] = model.all_tied_weights_keys
+    # the weights alone: a bias stays tied (Flava)
+    codes = {f"{name}.{weight}" for name in modules for weights in WEIGHTS.values() for weight in weights}
     for target, source in list(ties.items()):
-        if {target.rpartition(".")[0], source.rpartition(".")[0]} & set(modules):
+        if {target, source} & codes:
             del ties[target]
             model.config.tie_word_embeddings = False
             logger.warning(
