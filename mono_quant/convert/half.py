@@ -4,7 +4,7 @@ Its large matrices stay float16 in memory, its arithmetic is float32.
 """
 
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from mono_quant.errors import Fp16RangeError, NonFiniteWeightError, Option
 from mono_quant.kernels import cast_half
 from mono_quant.kernels.weights import HalfCast
 from mono_quant.planning.config import QuantizationConfig
+from mono_quant.planning.forward_code import reads_own_dtype
 from mono_quant.planning.kinds import WEIGHTS, kind_of, obstacle
 from mono_quant.planning.report import TensorReport
 from mono_quant.planning.rows import Converted
@@ -192,14 +193,20 @@ def compute_in_float_(model: nn.Module, within: str = "") -> None:
     """Make a float16 model compute in float32, with its large matrices in float16.
 
     Layers of the kinds in `HALF_LAYERS` are replaced; every other float16 tensor becomes float32 with the same values.
-    A module in another dtype gets its inputs in it, and answers in float32, by hooks.
+    A module in another dtype gets its inputs in it, and answers in float32, by hooks. Where a forward asks for `self.dtype`, the
+    parameter that decides it is float32 as well.
 
     Args:
         model: is changed.
         within: name of the part that is float16; everything when empty.
     """
     modules = {n: m for n, m in model.named_modules() if below(n, within)}
-    layers = {n: m for n, m in modules.items() if _can_hold_half(m)}
+    deciding = _deciding(modules.values())
+    layers = {
+        n: m
+        for n, m in modules.items()
+        if _can_hold_half(m) and not any(id(m.get_parameter(w)) in deciding for w in WEIGHTS[kind_of(m)])
+    }
     inside = {f"{n}.out_proj".lstrip(".") for n, m in layers.items() if kind_of(m) == "attention"}
     held = {id(m.get_parameter(w)) for m in layers.values() for w in WEIGHTS[kind_of(m)]}
     wide: set[int] = set()
@@ -224,6 +231,13 @@ def compute_in_float_(model: nn.Module, within: str = "") -> None:
         if not isinstance(module, StoredModule):
             _cast_inputs_(module)
     disable_float_fast_paths_(model)
+
+
+def _deciding(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the ids of parameters whose dtype a forward takes for that of its arithmetic: masks of LayoutLM and its like."""
+    asking = [module for module in modules if reads_own_dtype(type(module))]
+    firsts = (next((p for p in m.parameters() if p.is_floating_point()), None) for m in asking)
+    return {id(parameter) for parameter in firsts if parameter is not None}
 
 
 def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:

@@ -61,6 +61,21 @@ def written_paths(function: Any, cls: type[nn.Module]) -> Paths:
     return read[function.__code__]
 
 
+def reads_own_dtype(cls: type[nn.Module]) -> bool:
+    """True when the forward of a class asks for `self.dtype` where that is computed: transformers looks at one parameter."""
+    if not isinstance(getattr(cls, "dtype", None), property):
+        return False
+    function = _plain(cls.forward)
+    node = None if function is None else _definition(function.__code__)
+    return node is not None and any(
+        isinstance(part, ast.Attribute)
+        and part.attr == "dtype"
+        and isinstance(part.value, ast.Name)
+        and part.value.id == "self"
+        for part in ast.walk(node)
+    )
+
+
 @lru_cache(maxsize=256)
 def _definition(code: CodeType) -> ast.FunctionDef | None:
     try:
