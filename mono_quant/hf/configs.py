@@ -129,7 +129,8 @@ def _with_older_keys(config: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     """Add what transformers 4 looks for, where transformers 5 reads the same config from it."""
     result = dict(data)
     for key, value in data.items():
-        inner = getattr(config, key, None)
+        # not getattr: a field that differs between layers is no attribute of the whole
+        inner = vars(config).get(key)
         if isinstance(value, Mapping) and hasattr(inner, "to_diff_dict"):
             result[key] = _with_older_keys(inner, value)
     if "dtype" in data:
