@@ -3,6 +3,7 @@
 Its large matrices stay float16 in memory, its arithmetic is float32.
 """
 
+import inspect
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -223,6 +224,9 @@ def compute_in_float_(model: nn.Module, within: str = "") -> None:
     for module in model.modules():
         if not isinstance(module, StoredModule):
             _cast_inputs_(module)
+        if _asks_for_dtype(type(module)):
+            for child in module.children():
+                child.register_forward_pre_hook(_halves_to_own_dtype, with_kwargs=True)
     disable_float_fast_paths_(model)
 
 
@@ -272,6 +276,21 @@ def _cast_inputs_(module: nn.Module) -> None:
         module.register_forward_pre_hook(_inputs_to_own_dtype, with_kwargs=True)
     if any(t.dtype != torch.float32 for t in own):
         module.register_forward_hook(_output_to_float)
+
+
+def _asks_for_dtype(cls: type[nn.Module]) -> bool:
+    """True for a class that reads `self.dtype`, which a transformers model answers with the first of its tensors: a float16 matrix."""
+    if not isinstance(getattr(cls, "dtype", None), property):
+        return False
+    own = [c for c in cls.mro() if "dtype" not in vars(c) and c is not nn.Module]
+    codes = (getattr(inspect.unwrap(f), "__code__", None) for c in own for f in vars(c).values() if callable(f))
+    return any(code is not None and "dtype" in code.co_names for code in codes)
+
+
+def _halves_to_own_dtype(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Take masks and such that were made in float16 in the dtype that the module computes in: that of its vectors."""
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dim() < 2), None)
+    return (args, kwargs) if own is None else (_cast_tree(args, own), _cast_tree(kwargs, own))
 
 
 def _own_dtype(module: nn.Module) -> torch.dtype | None:
