@@ -129,7 +129,7 @@ def _with_older_keys(config: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     """Add what transformers 4 looks for, where transformers 5 reads the same config from it."""
     result = dict(data)
     for key, value in data.items():
-        # not `getattr`: what differs from layer to layer (Gemma 4) cannot be asked for as one value
+        # not getattr: a field that differs between layers is no attribute of the whole
         inner = vars(config).get(key)
         if isinstance(value, Mapping) and hasattr(inner, "to_diff_dict"):
             result[key] = _with_older_keys(inner, value)

@@ -268,32 +268,10 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@contextmanager
-def _filled_rows_stay() -> Iterator[None]:
-    """Keep transformers from setting the padding row of a table to zero that was just filled (ChineseCLIP).
-
-    It protects a tensor that was loaded from being initialised again, but not a row of it.
-    """
-    from transformers import initialization
-
-    plain = initialization.zeros_
-
-    def zeros_(tensor: Tensor) -> Tensor:
-        base = tensor._base  # noqa: SLF001 - the tensor that this one is a view of
-        filled = base is not None and getattr(base, _INITIALIZED, False)
-        return tensor if filled else plain(tensor)
-
-    initialization.zeros_ = zeros_
-    try:
-        yield
-    finally:
-        initialization.zeros_ = plain
-
-
 def _load(cls: type[Any], config: Any, tensors: dict[str, Tensor], subject: str, **options: Any) -> nn.Module:
     try:
         # transformers draws random numbers for weights that it then overwrites
-        with quiet(), _filled_rows_stay(), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             model, info = cls.from_pretrained(
                 None, config=config, state_dict=tensors, output_loading_info=True, **options
             )

@@ -17,7 +17,6 @@ from mono_quant.convert.int8 import install_
 from mono_quant.errors import CorruptCheckpointError, FrozenWeightError, UnsupportedModelError
 from mono_quant.hf.dtypes import take_dtypes_
 from mono_quant.hf.names import SCALE, Placement, on_meta, place, plain_class, scales_follow
-from mono_quant.planning.kinds import WEIGHTS
 from mono_quant.planning.layers import DECLARATIONS
 from mono_quant.planning.walk import weight_owners
 
@@ -214,8 +213,10 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
                 self.declared = {name: getattr(model, name, None) for name in DECLARATIONS}
                 model.__dict__.update(dict.fromkeys(DECLARATIONS, frozenset()))
             modules = _modules_of(model, placed, set(asked.headers.codes))
+            weights = {name for name, layer in weight_owners(model).items() if layer in modules}
             install_(model, modules)
-            _untie_(model, modules)
+            _untie_(model, weights)
+            model.__dict__["initialize_weights"] = functools.partial(_initialize_, model)
 
         def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
             headers = self.quantization_config.headers
@@ -244,16 +245,29 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
     return Int8Config, Int8Quantizer, HalfQuantizer
 
 
-def _untie_(model: Any, modules: list[str]) -> None:
-    """Take int8 layers out of the model's ties: codes of their own are in the file, and a float table cannot be one of them.
+def _initialize_(model: Any) -> None:
+    """Let transformers compute what is not in the checkpoint; some classes also set padding rows to zero that are in it."""
+    del model.__dict__["initialize_weights"]
+    tables = [(dict(m.named_parameters(recurse=False)).get("weight"), m) for m in model.modules()]
+    rows = [
+        weight.data[module.padding_idx]
+        for weight, module in tables
+        if weight is not None and isinstance(getattr(module, "padding_idx", None), int)
+    ]
+    loaded = [row.clone() for row in rows]
+    model.initialize_weights()
+    for row, values in zip(rows, loaded, strict=True):
+        row.copy_(values)
+
+
+def _untie_(model: Any, weights: set[str]) -> None:
+    """Take int8 weights out of the model's ties: codes of their own are in the file, and a float table cannot be one of them.
 
     transformers does the same with two float tensors that differ.
     """
     ties: dict[str, str] = model.all_tied_weights_keys
-    # the weights alone: a bias stays tied (Flava)
-    codes = {f"{name}.{weight}" for name in modules for weights in WEIGHTS.values() for weight in weights}
     for target, source in list(ties.items()):
-        if {target, source} & codes:
+        if {target, source} & weights:
             del ties[target]
             model.config.tie_word_embeddings = False
             logger.warning(
