@@ -38,7 +38,7 @@ ROOMS = {
         ["schemes"],
     ],
     "hf": [
-        ["configs", "names", "methods", "processors"],
+        ["configs", "names", "methods", "processors", "computed"],
         ["dtypes", "compressed_tensors"],
         ["quantizer"],
         ["models"],

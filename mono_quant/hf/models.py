@@ -20,6 +20,7 @@ from mono_quant.errors import (
     RemoteCodeError,
     UnsupportedModelError,
 )
+from mono_quant.hf.computed import computed_on
 from mono_quant.hf.configs import BUILD_ERRORS, clean_config
 from mono_quant.hf.dtypes import loaded_dtypes
 from mono_quant.hf.names import fit, floats_of, grouped
@@ -27,9 +28,6 @@ from mono_quant.hf.quantizer import loading_method, mark_, register, unmark_
 from mono_quant.io.text import one_line
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.walk import is_transformers_model
-
-# The mark by which transformers knows what a checkpoint has filled.
-_INITIALIZED = "_is_hf_initialized"
 
 
 def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> tuple[type[Any], Any]:
@@ -195,26 +193,14 @@ def computed_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         CorruptCheckpointError: the class cannot be built from the config.
     """
     subject = type(model).__name__
-    bare: Any = skeleton(type(model), model.config, dtype, subject)
-    # as after loading: everything that a checkpoint holds is there, and the rest is not
-    saved = bare.state_dict(keep_vars=True)
-    for tensor in (*bare.parameters(), *bare.buffers()):
-        vars(tensor)[_INITIALIZED] = True
-    for module in bare.modules():
-        vars(module)[_INITIALIZED] = False
-    unsaved = [name for name, _ in bare.named_buffers() if name not in saved]
-    for name in unsaved:
-        owner, _, last = name.rpartition(".")
-        # a value that shows where nothing is computed
-        setattr(bare.get_submodule(owner), last, torch.full_like(bare.get_buffer(name), 77, device="cpu"))
+    bare = skeleton(type(model), model.config, dtype, subject)
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            bare.initialize_weights()
+        with quiet():
+            return computed_on(bare)
     except BUILD_ERRORS as e:
         raise CorruptCheckpointError(
             f"{subject}: transformers cannot initialise it ({one_line(e, 300)})"
         ) from e
-    return {name: bare.get_buffer(name) for name in unsaved}
 
 
 def given_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -3,6 +3,7 @@
 The classes need transformers as their base, so they are made when they are first asked for.
 """
 
+import contextlib
 import copy
 import functools
 import logging
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from mono_quant.convert.int8 import install_
 from mono_quant.errors import CorruptCheckpointError, FrozenWeightError, UnsupportedModelError
+from mono_quant.hf.computed import computed_on, put_buffers_
+from mono_quant.hf.configs import BUILD_ERRORS
 from mono_quant.hf.dtypes import take_dtypes_
 from mono_quant.hf.names import SCALE, Placement, on_meta, place, plain_class, scales_follow
 from mono_quant.planning.layers import DECLARATIONS
@@ -207,6 +210,9 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
             asked = self.quantization_config
             placed = place(model, asked.headers.weights())
             if asked.dtype:
+                # in the dtype that it is built in, not in those of the file
+                with contextlib.suppress(*BUILD_ERRORS):
+                    self.computed = computed_on(model)
                 stored = {name: tensor.dtype for name, tensor in placed.tensors.items()}
                 take_dtypes_(model, _dtype(asked.dtype), stored)
                 # what the class declares would be cast: here the file decides
@@ -225,6 +231,7 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
             model.__dict__.update(getattr(self, "declared", {}))
+            put_buffers_(model, getattr(self, "computed", {}))
 
     class HalfQuantizer(Watching):
         """Says that a float16 model cannot be trained; it is saved and compiled like any other."""

@@ -122,6 +122,8 @@ def build(name: str) -> nn.Module:
 
 
 def inputs(model: nn.Module) -> dict[str, Tensor]:
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": seeded(lambda: torch.randn(2, 3, 16, 16))}
     ids = seeded(lambda: torch.randint(3, 200, (4, 9)))
     both = getattr(model.config, "is_encoder_decoder", False)
     return {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if both else {"input_ids": ids}
@@ -528,6 +530,13 @@ def from_folder(dtype: torch.dtype) -> Callable[[nn.Module, Path], nn.Module | P
     return make
 
 
+def swin_v2() -> nn.Module:
+    """Its tables take the dtype of weights that may have been filled in by then."""
+    names = {"embed_dim": 32, "depths": [1], "num_heads": [2], "window_size": 4, "num_labels": 3}
+    config = hf.Swinv2Config(image_size=16, patch_size=4, **names)
+    return hf.Swinv2ForImageClassification(config)
+
+
 # How a model comes to us: built in float32, cast in memory, loaded by transformers in another dtype, or as a folder.
 ROADS: Mapping[str, Callable[[nn.Module, Path], nn.Module | Path]] = {
     "built": lambda model, _: model,
@@ -556,6 +565,8 @@ COMPUTED: list[tuple[Callable[[], nn.Module], str, str]] = [
     (recurrent_gemma, "cast to bfloat16", "int8"),
     (openai_gpt, "folder in float32", "fp16"),
     (reformer, "built", "fp16"),
+    (swin_v2, "built", "fp16"),
+    (swin_v2, "folder in bfloat16", "fp16"),
     (llama, "cast to bfloat16", "int8"),
 ]
 
