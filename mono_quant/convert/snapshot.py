@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # What cannot change, and what is not the holder's own: code, and whatever it closes over.
-_ATOMS = (
+ATOMS = (
     str,
     bytes,
     int,
@@ -46,7 +46,7 @@ class Snapshot:
         waiting: list[Any] = list(roots)
         while waiting:
             thing = waiting.pop()
-            if not isinstance(thing, _ATOMS) and id(thing) not in self._seen:
+            if not isinstance(thing, ATOMS) and id(thing) not in self._seen:
                 self._seen[id(thing)] = thing
                 waiting += self._take(thing)
 
@@ -77,12 +77,15 @@ class Snapshot:
             inside = list(thing)
         else:
             self._undo += _undo_state(thing)
-        if (
-            isinstance(thing, _DATA)
-            or type(thing).__module__.partition(".")[0] not in sys.stdlib_module_names
-        ):
+        if holds_attributes(thing):
             inside.append(getattr(thing, "__dict__", None))
         return inside
+
+
+def holds_attributes(thing: Any) -> bool:
+    """Tell whether the attributes of a thing are data."""
+    library = type(thing).__module__.partition(".")[0]
+    return isinstance(thing, _DATA) or library not in sys.stdlib_module_names
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -1,14 +1,16 @@
 """Copying a model without its weights, putting modules in the place of others, and putting everything back."""
 
 import copy
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from mono_quant.convert.snapshot import Snapshot
+from mono_quant.convert.snapshot import ATOMS, Snapshot, holds_attributes
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import UnsupportedModelError
 from mono_quant.planning.kinds import WEIGHTS
@@ -105,6 +107,60 @@ def put_(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Module)
     for name in names:
         parent, _, last = name.rpartition(".")
         model.get_submodule(parent)._modules[last] = new
+
+
+def relink_(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
+    """Let lists and attributes beside the module tree that hold a replaced module, or a method of it, hold the new one.
+
+    A forward that goes through them would compute with the old layers.
+
+    Args:
+        model: in which the new modules are in their places already.
+        replaced: the new module by the old one.
+    """
+    waiting: list[Any] = [model] if replaced else []
+    seen: dict[int, Any] = {}
+    while waiting:
+        thing = waiting.pop()
+        if isinstance(thing, (*ATOMS, torch.Tensor)) or id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, dict):
+            for key, value in list(dict.items(thing)):
+                new = _renewed(value, replaced)
+                if new is not value:
+                    dict.__setitem__(thing, key, new)
+            waiting += dict.values(thing)
+        elif isinstance(thing, (list, deque)):
+            for i, value in enumerate(thing):
+                new = _renewed(value, replaced)
+                if new is not value:
+                    thing[i] = new
+            waiting += thing
+        elif isinstance(thing, set):
+            if any(isinstance(value, nn.Module) and value in replaced for value in thing):
+                renewed = [_renewed(value, replaced) for value in thing]
+                thing.clear()
+                thing.update(renewed)
+            waiting += thing
+        elif isinstance(thing, (tuple, frozenset)):
+            waiting += thing
+        if holds_attributes(thing):
+            waiting.append(getattr(thing, "__dict__", None))
+
+
+def _renewed(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
+    """Return what takes the place of a value that is a replaced module, a method of one, or a tuple with such; or itself."""
+    if isinstance(value, nn.Module):
+        return replaced.get(value, value)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        return getattr(replaced.get(value.__self__), value.__func__.__name__, value)
+    if isinstance(value, tuple):
+        items = [_renewed(item, replaced) for item in value]
+        if any(a is not b for a, b in zip(items, value, strict=True)):
+            make = getattr(type(value), "_make", type(value))
+            return make(items)
+    return value
 
 
 def _hand_over_(old: nn.Module, new: nn.Module) -> None:
