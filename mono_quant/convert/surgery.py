@@ -1,10 +1,11 @@
 """Copying a model without its weights, putting modules in the place of others, and putting everything back."""
 
 import copy
+import dis
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from types import MethodType
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: something in the model cannot be copied.
     """
+    _refuse_closures(model)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         twin = nn.Parameter(parameter.detach(), requires_grad=False)
@@ -43,6 +45,39 @@ def structural_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({e}); remove what cannot be copied, or convert it where it is "
             f"with inplace=True"
         ) from e
+
+
+def _refuse_closures(model: nn.Module) -> None:
+    """Refuse a function in place of a forward that closes over the model: in a copy it would run the original."""
+    own = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        if any(True for _ in module.children()) and _closes_over(vars(module).get("forward"), own):
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__} has a forward of its own (a function, or what torch.compile made of one) that "
+                f"runs the original, also in a copy; take it off (del model.forward) and use model.compile(), or convert it "
+                f"where it is with inplace=True"
+            )
+
+
+def _closes_over(function: Any, own: Container[int]) -> bool:
+    """Tell whether a function holds one of the modules, or a method of one, where a copy does not reach."""
+    waiting, seen = [function], set[int]()
+    while waiting:
+        thing = waiting.pop()
+        if not isinstance(thing, FunctionType) or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        names = thing.__globals__
+        loaded = {i.argval for i in dis.get_instructions(thing) if i.opname == "LOAD_GLOBAL"}
+        held = [names[name] for name in loaded & names.keys()]
+        for cell in thing.__closure__ or ():
+            # an empty one is of a name that has no value yet
+            with suppress(ValueError):
+                held.append(cell.cell_contents)
+        if any(id(x) in own or (isinstance(x, MethodType) and id(x.__self__) in own) for x in held):
+            return True
+        waiting += held
+    return False
 
 
 def _computed(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -328,3 +328,30 @@ def test_a_failure_puts_references_beside_the_module_tree_back(dtype):
     with pytest.raises(mq.errors.NonFiniteWeightError):
         mq.quantize(model, dtype, inplace=True, fidelity=False)
     assert model.order == [model.a] and model.named["b"][0] is model.b and type(model.b) is nn.Linear
+
+
+GLOBAL = {}
+exec("def doubled(x): return original(x) * 2", GLOBAL)
+
+
+def through_a_global(function):
+    # as in a script
+    GLOBAL["original"] = function
+    return GLOBAL["doubled"]
+
+
+WRAPS = [lambda f: lambda x: f(x) * 2, lambda f: torch.compile(f, backend="eager"), through_a_global]
+
+
+@pytest.mark.parametrize("wrap", WRAPS, ids=["closure", "compiled", "global"])
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+def test_a_forward_that_closes_over_the_original_is_refused_in_a_copy_and_works_in_place(dtype, wrap):
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval(), torch.randn(4, 64)
+    model.forward = wrap(model.forward)
+    with torch.no_grad():
+        before = model(x)
+        with pytest.raises(mq.errors.UnsupportedModelError, match=r"runs the original.*inplace=True"):
+            mq.quantize(model, dtype, probe=x)
+        result = mq.quantize(model, dtype, probe=x, inplace=True)
+        assert 0 < relative_error(before, result.model(x)) < 0.05
+    assert type(model[0]) is not nn.Linear
