@@ -16,7 +16,7 @@ from mono_quant.convert.fidelity import Output, compare, digits, peak_activation
 from mono_quant.convert.half_layers import HALF_LAYERS
 from mono_quant.convert.probes import Probe
 from mono_quant.convert.stored import StoredModule
-from mono_quant.convert.surgery import clash, disable_float_fast_paths_, put_
+from mono_quant.convert.surgery import clash, disable_float_fast_paths_, put_, relink_
 from mono_quant.errors import Fp16RangeError, NonFiniteWeightError, Option
 from mono_quant.kernels import cast_half
 from mono_quant.kernels.weights import HalfCast
@@ -222,10 +222,12 @@ def compute_in_float_(model: nn.Module, within: str = "") -> None:
     free = held - wide
     shared: dict[int, nn.Parameter] = {}
     aliases = module_aliases(model)
+    replaced: dict[nn.Module, nn.Module] = {}
     for name, module in layers.items():
         if all(id(module.get_parameter(w)) in free for w in WEIGHTS[kind_of(module)]):
-            new = HALF_LAYERS[kind_of(module)](module, lambda p: _frozen(p, shared))
-            put_(model, (name, *aliases[id(module)]), module, new)
+            replaced[module] = HALF_LAYERS[kind_of(module)](module, lambda p: _frozen(p, shared))
+            put_(model, (name, *aliases[id(module)]), module, replaced[module])
+    relink_(model, replaced)
     # what lies outside gets float32 from the part that is float16
     for module in model.modules():
         if not isinstance(module, StoredModule):

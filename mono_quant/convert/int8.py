@@ -20,7 +20,7 @@ from mono_quant.convert.int8_layers import (
     Int8TransposedLinear,
 )
 from mono_quant.convert.probes import Probe
-from mono_quant.convert.surgery import clash, disable_float_fast_paths_, put_, recast_
+from mono_quant.convert.surgery import clash, disable_float_fast_paths_, put_, recast_, relink_
 from mono_quant.errors import CorruptCheckpointError, NonFiniteWeightError, Option
 from mono_quant.kernels import encode_rows
 from mono_quant.kernels.weights import RowCodes, stored_scale, weight_limit_db
@@ -75,13 +75,16 @@ def to_int8_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
     if task.request.on_nonfinite == "keep":
         decisions = keep_also(decisions, _non_finite(modules, decisions))
     done: dict[str, Converted] = {}
+    replaced: dict[nn.Module, nn.Module] = {}
     chosen = [d.layer for d in decisions.values() if d.quantize]
     for count, layer in enumerate(chosen):
         progress(layer.name, count, len(chosen))
         encoded = encode(modules[layer.name], layer)
         old = modules[layer.name]
         _record(old, layer, encoded, done)
-        put_(model, (layer.name, *layer.aliases), old, build(old, layer.kind, encoded))
+        replaced[old] = build(old, layer.kind, encoded)
+        put_(model, (layer.name, *layer.aliases), old, replaced[old])
+    relink_(model, replaced)
     return _outcome(task, decisions, done)
 
 
@@ -133,6 +136,7 @@ def install_(model: nn.Module, names: Sequence[str]) -> None:
         CorruptCheckpointError: one of the layers cannot be int8.
     """
     aliases = module_aliases(model)
+    replaced: dict[nn.Module, nn.Module] = {}
     for name in names:
         module = model.get_submodule(name)
         kind = kind_of(module)
@@ -142,7 +146,9 @@ def install_(model: nn.Module, names: Sequence[str]) -> None:
                 f"{name} has int8 codes, but that layer of {type(model).__name__} cannot hold them: {problem}. "
                 f"Load it into the architecture that was saved"
             )
-        put_(model, (name, *aliases[id(module)]), module, build(module, kind, None))
+        replaced[module] = build(module, kind, None)
+        put_(model, (name, *aliases[id(module)]), module, replaced[module])
+    relink_(model, replaced)
     disable_float_fast_paths_(model)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # What cannot change, and what is not the holder's own: code, and whatever it closes over.
-_ATOMS = (
+ATOMS = (
     str,
     bytes,
     int,
@@ -46,7 +46,7 @@ class Snapshot:
         waiting: list[Any] = list(roots)
         while waiting:
             thing = waiting.pop()
-            if not isinstance(thing, _ATOMS) and id(thing) not in self._seen:
+            if not isinstance(thing, ATOMS) and id(thing) not in self._seen:
                 self._seen[id(thing)] = thing
                 waiting += self._take(thing)
 
@@ -77,12 +77,20 @@ class Snapshot:
             inside = list(thing)
         else:
             self._undo += _undo_state(thing)
-        if (
-            isinstance(thing, _DATA)
-            or type(thing).__module__.partition(".")[0] not in sys.stdlib_module_names
-        ):
+        if holds_attributes(thing):
             inside.append(getattr(thing, "__dict__", None))
+            names = _slots(type(thing))
+            slots = {name: getattr(thing, name) for name in names if hasattr(thing, name)}
+            if names:
+                self._undo.append(partial(_restore_slots, thing, slots))
+                inside += slots.values()
         return inside
+
+
+def holds_attributes(thing: Any) -> bool:
+    """Tell whether the attributes of a thing are data."""
+    library = type(thing).__module__.partition(".")[0]
+    return isinstance(thing, _DATA) or library not in sys.stdlib_module_names
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -102,6 +110,28 @@ def _restore_tensor(tensor: Tensor, memory: Tensor, requires_grad: bool, grad: T
         tensor.requires_grad_(requires_grad)
     if tensor.is_leaf and tensor.grad is not grad:
         tensor.grad = grad
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    """Return the names that objects of a class written in Python keep outside their `__dict__`."""
+    found = [] if issubclass(cls, (Tensor, torch.nn.Module)) else [vars(c) for c in cls.__mro__]
+    return tuple(
+        name
+        for own in found
+        if "__slots__" in own
+        for name, value in own.items()
+        if isinstance(value, types.MemberDescriptorType)
+    )
+
+
+def _restore_slots(thing: Any, slots: dict[str, Any]) -> None:
+    for name in _slots(type(thing)):
+        if name in slots:
+            # not `setattr`: a frozen dataclass refuses it
+            if getattr(thing, name, None) is not slots[name]:
+                object.__setattr__(thing, name, slots[name])
+        elif hasattr(thing, name):
+            object.__delattr__(thing, name)
 
 
 def _base_of(held: dict[Any, Any]) -> Any:
@@ -135,6 +165,9 @@ def _undo_state(thing: Any) -> list[Callable[[], object]]:
     if isinstance(thing, random.Random):
         number = thing.getstate()
         return [lambda: thing.setstate(number)]
+    if isinstance(thing, bytearray):
+        content = bytes(thing)
+        return [lambda: thing.__setitem__(slice(None), content)]
     library, name = type(thing).__module__.partition(".")[0], type(thing).__name__
     if library == "numpy":
         return _undo_numpy(thing)

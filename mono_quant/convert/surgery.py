@@ -1,14 +1,17 @@
 """Copying a model without its weights, putting modules in the place of others, and putting everything back."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import dis
+from collections import deque
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from mono_quant.convert.snapshot import Snapshot
+from mono_quant.convert.snapshot import ATOMS, Snapshot, holds_attributes
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import UnsupportedModelError
 from mono_quant.planning.kinds import WEIGHTS
@@ -27,6 +30,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: something in the model cannot be copied.
     """
+    _refuse_closures(model)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         twin = nn.Parameter(parameter.detach(), requires_grad=False)
@@ -41,6 +45,39 @@ def structural_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({e}); remove what cannot be copied, or convert it where it is "
             f"with inplace=True"
         ) from e
+
+
+def _refuse_closures(model: nn.Module) -> None:
+    """Refuse a function in place of a forward that closes over the model: in a copy it would run the original."""
+    own = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        if any(True for _ in module.children()) and _closes_over(vars(module).get("forward"), own):
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__} has a forward of its own (a function, or what torch.compile made of one) that "
+                f"runs the original, also in a copy; take it off (del model.forward) and use model.compile(), or convert it "
+                f"where it is with inplace=True"
+            )
+
+
+def _closes_over(function: Any, own: Container[int]) -> bool:
+    """Tell whether a function holds one of the modules, or a method of one, where a copy does not reach."""
+    waiting, seen = [function], set[int]()
+    while waiting:
+        thing = waiting.pop()
+        if not isinstance(thing, FunctionType) or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        names = thing.__globals__
+        loaded = {i.argval for i in dis.get_instructions(thing) if i.opname == "LOAD_GLOBAL"}
+        held = [names[name] for name in loaded & names.keys()]
+        for cell in thing.__closure__ or ():
+            # an empty one is of a name that has no value yet
+            with suppress(ValueError):
+                held.append(cell.cell_contents)
+        if any(id(x) in own or (isinstance(x, MethodType) and id(x.__self__) in own) for x in held):
+            return True
+        waiting += held
+    return False
 
 
 def _computed(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -105,6 +142,60 @@ def put_(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Module)
     for name in names:
         parent, _, last = name.rpartition(".")
         model.get_submodule(parent)._modules[last] = new
+
+
+def relink_(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
+    """Let lists and attributes beside the module tree that hold a replaced module, or a method of it, hold the new one.
+
+    A forward that goes through them would compute with the old layers.
+
+    Args:
+        model: in which the new modules are in their places already.
+        replaced: the new module by the old one.
+    """
+    waiting: list[Any] = [model] if replaced else []
+    seen: dict[int, Any] = {}
+    while waiting:
+        thing = waiting.pop()
+        if isinstance(thing, (*ATOMS, torch.Tensor)) or id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, dict):
+            for key, value in list(dict.items(thing)):
+                new = _renewed(value, replaced)
+                if new is not value:
+                    dict.__setitem__(thing, key, new)
+            waiting += dict.values(thing)
+        elif isinstance(thing, (list, deque)):
+            for i, value in enumerate(thing):
+                new = _renewed(value, replaced)
+                if new is not value:
+                    thing[i] = new
+            waiting += thing
+        elif isinstance(thing, set):
+            if any(isinstance(value, nn.Module) and value in replaced for value in thing):
+                renewed = [_renewed(value, replaced) for value in thing]
+                thing.clear()
+                thing.update(renewed)
+            waiting += thing
+        elif isinstance(thing, (tuple, frozenset)):
+            waiting += thing
+        if holds_attributes(thing):
+            waiting.append(getattr(thing, "__dict__", None))
+
+
+def _renewed(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
+    """Return what takes the place of a value that is a replaced module, a method of one, or a tuple with such; or itself."""
+    if isinstance(value, nn.Module):
+        return replaced.get(value, value)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        return getattr(replaced.get(value.__self__), value.__func__.__name__, value)
+    if isinstance(value, tuple):
+        items = [_renewed(item, replaced) for item in value]
+        if any(a is not b for a, b in zip(items, value, strict=True)):
+            make = getattr(type(value), "_make", type(value))
+            return make(items)
+    return value
 
 
 def _hand_over_(old: nn.Module, new: nn.Module) -> None:

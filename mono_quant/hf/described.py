@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mono_quant.convert.int8_layers import Int8Module
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import CorruptCheckpointError, UnsupportedModelError
 from mono_quant.hf.models import model_class, skeleton
@@ -55,6 +56,7 @@ def differences(model: Any, state: Mapping[str, Tensor], raw: Mapping[str, Any])
         *_codes_without_layer(built, found, codes),
         *_other_layers(model, built),
         *_lost_buffers(model, built),
+        *_shared_codes(model, built),
     ]
     sentences = [*found.wrong, *found.integers, *others]
     if found.left:
@@ -115,6 +117,17 @@ def _lost_buffers(model: nn.Module, built: nn.Module) -> Iterator[str]:
     for name, buffer in model.named_buffers():
         if buffer.numel() and name not in there:
             yield f"the buffer {name} would be lost"
+
+
+def _shared_codes(model: nn.Module, built: nn.Module) -> Iterator[str]:
+    """Name int8 layers that are one and would be two: float weights may lie in the file twice, codes are counted once."""
+    there = dict(built.named_modules(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Int8Module) and name in there:
+            other = first.setdefault(id(module), name)
+            if there[other] is not there[name]:
+                yield f"{other} and {name} are one int8 layer, and would be two"
 
 
 def _sizes(model: nn.Module, built: nn.Module, found: Fit) -> dict[int, set[int]]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mono_quant.errors import InputError
+from mono_quant.errors import FrozenWeightError, InputError
 
 INDICES = frozenset({torch.int64, torch.int32})
 
@@ -42,4 +42,17 @@ def check_indices(indices: Tensor, layer: str) -> None:
     if indices.dtype not in INDICES:
         raise InputError(
             f"{layer} takes int64 or int32 indices, not {indices.dtype} {tuple(indices.shape)}; cast them first, with .long()"
+        )
+
+
+def check_codes(weight: Tensor, layer: str) -> None:
+    """Refuse a weight that is not int8: a tracer that opens a layer puts there what reading `.weight` gives.
+
+    Raises:
+        FrozenWeightError: it is of another dtype.
+    """
+    if weight.dtype != torch.int8:
+        raise FrozenWeightError(
+            f"{layer} found {weight.dtype} weights in the place of its int8 codes. torch.fx.symbolic_trace puts them there, "
+            f"for it opens the layer; use torch.export.export, or a Tracer to which the layer is a leaf"
         )

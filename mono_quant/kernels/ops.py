@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mono_quant.errors import FrozenWeightError
 from mono_quant.kernels import reference
 from mono_quant.kernels.choice import active
-from mono_quant.kernels.inputs import check_indices, check_input
+from mono_quant.kernels.inputs import check_codes, check_indices, check_input
 
 _INT8, _HALF = "an int8 linear layer", "a float16 linear layer"
 
@@ -257,11 +257,13 @@ def _linear_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("mono_quant::int8_linear", mutates_args=())
 def _linear_op(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_codes(weight, _INT8)
     return _linear(x, weight, weight_scale, bias)
 
 
 @_linear_op.register_fake
 def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_codes(weight, _INT8)
     check_input(x, _INT8, weight.shape[1])
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 

@@ -27,12 +27,14 @@ def is_transformers_model(model: nn.Module) -> bool:
 
 
 def own_floats(module: nn.Module) -> dict[str, Tensor]:
-    """Return the float parameters and saved float buffers that a module itself owns."""
-    own = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
+    """Return the float parameters and saved float buffers that a module itself owns.
+
+    Those of one byte are not among them: such values are codes, which mean something only with their scale.
+    """
     skip = module._non_persistent_buffers_set
-    return own | {
-        n: b for n, b in module.named_buffers(recurse=False) if b.is_floating_point() and n not in skip
-    }
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    own |= {n: b for n, b in module.named_buffers(recurse=False) if n not in skip}
+    return {n: t for n, t in own.items() if t.is_floating_point() and t.itemsize > 1}
 
 
 def common_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:

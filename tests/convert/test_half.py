@@ -277,3 +277,22 @@ def test_a_converted_model_is_not_converted_again(dtype):
 
 def test_every_family_is_covered_here():
     assert {"llama", "gpt2", "mixtral", "attention", "cnn"} <= set(FAMILIES) and is_plain(seeded(Cnn))
+
+
+def test_values_of_one_byte_stay_as_they_are(tmp_path):
+    class Coded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+            self.register_buffer("codes", torch.arange(64.0).to(torch.float8_e4m3fn))
+
+        def forward(self, x):
+            return self.fc(x) * self.codes.float()
+
+    model, x = Coded().eval(), torch.randn(3, 64)
+    planned, result = mq.plan(model, "fp16"), mq.quantize(model, "fp16", probe=x)
+    assert [r.dtype_after for r in result.report.rows] == [r.dtype_after for r in planned.rows]
+    assert torch.equal(result.model.codes.view(torch.uint8), model.codes.view(torch.uint8))
+    result.save(tmp_path / "out")
+    loaded = mq.load(tmp_path / "out", model=Coded)
+    assert torch.equal(loaded(x), result.model(x)) and loaded.codes.dtype == torch.float8_e4m3fn

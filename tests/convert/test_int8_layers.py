@@ -27,6 +27,7 @@ from mono_quant.convert.int8_layers import (
     Int8MultiheadAttention,
     Int8TransposedLinear,
 )
+from mono_quant.errors import FrozenWeightError
 from mono_quant.kernels import ops
 from mono_quant.kernels.weights import quantize_rows
 
@@ -989,3 +990,15 @@ def test_offloaded_layers_give_the_same_output(case, where, dtype, tmp_path):
     for _ in range(2):
         assert torch.equal(run(model[0], args), expected)
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_symbolic_trace_that_opens_the_layer_is_refused_when_it_runs():
+    # it takes what `.weight` reads as, float values, for the codes
+    traced = torch.fx.symbolic_trace(nn.Sequential(Int8Linear(*_linear_source())))
+    with pytest.raises(FrozenWeightError, match="symbolic_trace"):
+        traced(torch.randn(3, 16))
+
+
+def _linear_source():
+    source = nn.Linear(16, 5)
+    return source, quantize_rows(source.weight.detach())

@@ -4,6 +4,7 @@ import collections
 import logging
 import random
 import types
+from dataclasses import dataclass, field
 
 import numpy
 import pytest
@@ -154,3 +155,30 @@ def test_data_of_the_standard_library_counts_and_its_machinery_does_not():
     snapshot.restore()
     assert settings.a == 1 and logger.level == logging.CRITICAL
     logger.setLevel(logging.NOTSET)
+
+
+def test_slots_and_byte_arrays_are_put_back():
+    @dataclass(slots=True)
+    class State:
+        count: int
+        sums: torch.Tensor
+        late: int = field(init=False)
+
+    class Deeper(State):
+        __slots__ = ("inner",)
+
+    held = Deeper(0, torch.zeros(2))
+    held.inner, sums = [State(1, torch.ones(2))], held.sums
+    text = bytearray(b"abc")
+    before = Snapshot([held, text])
+    assert {id(t) for t in before.tensors} == {id(sums), id(held.inner[0].sums)}
+    held.count, held.sums, held.late, held.inner[0].count = 5, torch.ones(1), 3, 7
+    held.inner.append(1)
+    text[0] = 0
+    text.append(1)
+    before.restore()
+    assert (held.count, held.inner[0].count, len(held.inner)) == (0, 1, 1) and held.sums is sums
+    assert not hasattr(held, "late") and text == b"abc"
+    del held.count
+    before.restore()
+    assert held.count == 0

@@ -278,3 +278,80 @@ def test_a_hook_of_that_projection_is_never_called_as_in_torch(dtype):
     result = mq.quantize(model, dtype, **OPTIONS).model
     assert type(result.layer) is not nn.MultiheadAttention and len(result.layer.out_proj._forward_hooks) == 1
     assert torch.equal(result(*inputs), mq.quantize(build("attention"), dtype, **OPTIONS).model(*inputs))
+
+
+class Listed(nn.Module):
+    """Layers that the forward reaches beside the module tree: through a list, a dict of tuples, an object and a bound method."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(64, 64) for _ in range(4))
+        self.order, self.named = [self.a], {"b": (self.b, 1.0)}
+        self.plan, self.call = Plan(), self.d.forward
+        self.plan.layer = self.c
+
+    def forward(self, x):
+        layer, scale = self.named["b"]
+        return self.call(self.plan.layer(scale * layer(self.order[0](x))))
+
+
+class Plan:
+    layer: nn.Module
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+def test_layers_that_a_forward_reaches_beside_the_module_tree_are_the_new_ones(dtype, inplace, tmp_path):
+    model, x = Listed().eval(), torch.randn(4, 64)
+    with torch.no_grad():
+        before = model(x)
+        result = mq.quantize(model, dtype, probe=x, inplace=inplace)
+        after = result.model(x)
+    assert 0 < relative_error(before, after) < (0.05 if dtype == "int8" else 0.002)
+    assert result.report.fidelity["relative_error"] > 0
+    made = result.model
+    assert made.order[0] is made.a and made.named["b"] == (made.b, 1.0) and made.plan.layer is made.c
+    assert made.call.__self__ is made.d and type(made.d) is not nn.Linear
+    if not inplace:
+        assert model.order[0] is model.a and type(model.a) is nn.Linear and model.call.__self__ is model.d
+        assert torch.equal(model(x), before)
+    result.save(tmp_path / "out")
+    assert torch.equal(mq.load(tmp_path / "out", model=Listed)(x), after)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+def test_a_failure_puts_references_beside_the_module_tree_back(dtype):
+    model = Listed().eval()
+    model.named["e"] = (model.b, 2.0)
+    model.bad = nn.Linear(64, 64)
+    model.bad.weight.data[0, 0] = float("nan")
+    with pytest.raises(mq.errors.NonFiniteWeightError):
+        mq.quantize(model, dtype, inplace=True, fidelity=False)
+    assert model.order == [model.a] and model.named["b"][0] is model.b and type(model.b) is nn.Linear
+
+
+GLOBAL = {}
+exec("def doubled(x): return original(x) * 2", GLOBAL)
+
+
+def through_a_global(function):
+    # as in a script
+    GLOBAL["original"] = function
+    return GLOBAL["doubled"]
+
+
+WRAPS = [lambda f: lambda x: f(x) * 2, lambda f: torch.compile(f, backend="eager"), through_a_global]
+
+
+@pytest.mark.parametrize("wrap", WRAPS, ids=["closure", "compiled", "global"])
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+def test_a_forward_that_closes_over_the_original_is_refused_in_a_copy_and_works_in_place(dtype, wrap):
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval(), torch.randn(4, 64)
+    model.forward = wrap(model.forward)
+    with torch.no_grad():
+        before = model(x)
+        with pytest.raises(mq.errors.UnsupportedModelError, match=r"runs the original.*inplace=True"):
+            mq.quantize(model, dtype, probe=x)
+        result = mq.quantize(model, dtype, probe=x, inplace=True)
+        assert 0 < relative_error(before, result.model(x)) < 0.05
+    assert type(model[0]) is not nn.Linear

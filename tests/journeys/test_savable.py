@@ -323,3 +323,18 @@ def test_a_folder_that_does_not_fit_its_config_says_where(dtype, tmp_path):
     match = r"2 tensors have another shape than config.json says: lm_head.weight is \(200, 64\) and should be \(210, 64\)"
     with pytest.raises(CorruptCheckpointError, match=match):
         mq.load(folder, verify=False)
+
+
+def test_an_int8_layer_that_stands_in_two_places_is_refused_and_a_float16_one_is_not(tmp_path):
+    def shared():
+        model = tiny_llama()
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        return model
+
+    result = mq.quantize(shared(), fidelity=False)
+    with pytest.raises(mq.errors.UnsupportedModelError, match="are one int8 layer, and would be two"):
+        result.save(tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
+    half = mq.quantize(shared(), "fp16", fidelity=False)
+    half.save(tmp_path / "fp16")
+    mq.verify(tmp_path / "fp16")

@@ -6,7 +6,7 @@ from native import PATHS
 from torch._subclasses import FakeTensorMode
 
 from mono_quant import kernels
-from mono_quant.errors import InputError
+from mono_quant.errors import FrozenWeightError, InputError
 
 WEIGHT = torch.ones(5, 16, dtype=torch.int8), torch.ones(5, 1), torch.zeros(5)
 BAD = [torch.ones(3, 16, dtype=torch.int32), torch.ones(3, 17), torch.tensor(1.0)]
@@ -52,3 +52,11 @@ def test_channels_are_counted_where_they_lie():
         kernels.check_input(x, "a layer", 4, axis=-3, dims=(3, 4))
     with pytest.raises(InputError, match="6 channels"):
         kernels.check_input(x[0, 0], "a layer", 6, axis=-3, dims=(3, 4))
+
+
+def test_float_weights_in_the_place_of_codes_are_refused_by_the_op_and_by_its_fake():
+    x, floats = torch.randn(3, 16), (WEIGHT[0].float(), *WEIGHT[1:])
+    with pytest.raises(FrozenWeightError, match=r"symbolic_trace.*torch\.export"):
+        torch.ops.mono_quant.int8_linear(x, *floats)
+    with FakeTensorMode() as mode, pytest.raises(FrozenWeightError, match="float32 weights"):
+        kernels.int8_linear(*(mode.from_tensor(t) for t in (x, *floats)))
