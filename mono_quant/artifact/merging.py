@@ -4,7 +4,7 @@ Of the owner's lines and metadata nothing gets lost, and the card that comes out
 the caller writes nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from mono_quant.artifact.cards import (
 from mono_quant.io.hub.metadata import MAX_CARD_BYTES, edit_metadata, parse_metadata
 from mono_quant.sources.origin import Origin
 
-_TAGS = {"mono_quant", "int8", "w8a8", "fp16"}
+# a tuple: an owner may have put a list among the tags, and no set can be asked for one
+_TAGS = ("mono_quant", "int8", "w8a8", "fp16")
 _EDITED = "the lines between the marks of mono_quant were changed; put your own above or below them"
 
 
@@ -182,7 +183,7 @@ def _front(parts: CardText, data: Mapping[str, Any], facts: CardFacts, stale: Ma
         for name, value in stale.items()
         if name not in expected and name in data and _is_same(data[name], value)
     }
-    tags = _tags(as_list(data.get("tags")), expected["tags"], ours=_TAGS if parts.is_marked else set())
+    tags = _tags(as_list(data.get("tags")), expected["tags"], ours=_TAGS if parts.is_marked else ())
     if tags != data.get("tags"):
         changes["tags"] = tags
     if not changes:
@@ -194,7 +195,7 @@ def _front(parts: CardText, data: Mapping[str, Any], facts: CardFacts, stale: Ma
     return (parts.opening or fence) + yaml + (parts.closing or fence)
 
 
-def _tags(there: Iterable[Any], wanted: list[str], ours: set[str]) -> list[Any]:
+def _tags(there: Iterable[Any], wanted: list[str], ours: Collection[str]) -> list[Any]:
     kept = [tag for tag in there if tag in wanted or tag not in ours]
     return kept + [tag for tag in wanted if tag not in kept]
 
