@@ -130,11 +130,10 @@ def renew(text: str, facts: CardFacts, stale: Mapping[str, Any]) -> Merged:
     if not parts.ours and (parts.is_marked or "mono_quant" in as_list(data.get("tags"))):
         # nobody can tell which of our lines are still meant
         return Merged(text, (_EDITED, *problems))
-    lines = render_lines(facts)
-    if parts.ours:
-        body = f"{parts.above}{lines}{parts.below}"
-    else:
-        body = f"{parts.above.rstrip()}\n\n{lines}\n"
+    # a byte order mark is none behind the metadata
+    above, end = parts.above.removeprefix("\ufeff"), _line_end(parts)
+    lines = render_lines(facts).replace("\n", end)
+    body = f"{above}{lines}{parts.below}" if parts.ours else f"{above.rstrip()}{end}{end}{lines}{end}"
     renewed = _front(parts, data, facts, stale) + body
     return Merged(renewed, tuple(lint(renewed, facts)))
 
@@ -188,11 +187,17 @@ def _front(parts: CardText, data: Mapping[str, Any], facts: CardFacts, stale: Ma
         changes["tags"] = tags
     if not changes:
         return parts.opening + parts.yaml + parts.closing
-    fence = "---\r\n" if "\r\n" in parts.opening + parts.above else "---\n"
+    end = _line_end(parts)
+    fence = f"---{end}"
     yaml = edit_metadata(parts.yaml, changes)
-    if "\r" in fence:
+    if end == "\r\n":
         yaml = yaml.replace("\r\n", "\n").replace("\n", "\r\n")
     return (parts.opening or fence) + yaml + (parts.closing or fence)
+
+
+def _line_end(parts: CardText) -> str:
+    """Return the line end of a card's owner."""
+    return "\r\n" if "\r\n" in parts.opening + parts.above + parts.below else "\n"
 
 
 def _tags(there: Iterable[Any], wanted: list[str], ours: Collection[str]) -> list[Any]:
