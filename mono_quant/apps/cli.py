@@ -151,16 +151,17 @@ def quantize(
             "--private, --public and --create-pr are about the repository that is pushed to; name it with --push-to, or "
             "leave them out"
         )
-    target = output if output or push_to else Path(f"{_name(source)}-{dtype}")
     given = _options(skip, min_params, disable_default, embeddings) | {
         "on_nonfinite": on_nonfinite,
         "on_overflow": on_overflow,
         "fidelity": "auto" if fidelity else False,
     }
+    request = merge({"dtype": dtype}, given)
+    target = output if output or push_to else Path(f"{_name(source)}-{request.dtype}")
     push = PushOptions(private=private, overwrite=overwrite, create_pr=create_pr)
     access = Access(revision, Hub(token=token), trust_remote_code, allow_pickle, origin)
     with _told():
-        done = deliver(source, access, Order(merge({"dtype": dtype}, given), target, push_to, push))
+        done = deliver(source, access, Order(request, target, push_to, push))
     told: dict[str, Any] = {}
     if done.folder is not None:
         told |= {"folder": str(done.folder), "folder_bytes": _folder_bytes(done.folder)}

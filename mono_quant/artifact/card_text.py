@@ -12,7 +12,7 @@ from mono_quant.io.hub.metadata import split_metadata
 
 BEGIN = "<!-- mono_quant begins: every save and push writes these lines anew, and keeps what you write above and below -->"
 _BEGIN = re.compile(r"^<!-- mono_quant begins\b[^\n]*-->[ \t]*\r?$", re.MULTILINE)
-_END = re.compile(r"^<!-- mono_quant ends: sha256 ([0-9a-f]{16}) -->[ \t]*\r?$", re.MULTILINE)
+_END = re.compile(r"^<!-- mono_quant ends: sha256 ([0-9a-f]{16}) -->[ \t]*(?=\r?$)", re.MULTILINE)
 
 
 @dataclass(frozen=True)

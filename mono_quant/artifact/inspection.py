@@ -170,13 +170,13 @@ def verify(folder: str | Path) -> list[str]:
 
 def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
     config = read_json_object(path / "config.json") if (path / "config.json").exists() else {}
-    block = config.get("quantization_config") or {}
+    block, classes = config.get("quantization_config"), config.get("architectures")
     facts: dict[str, Any] = {
         "folder": path.name,
-        "class": ", ".join(config.get("architectures") or []),
+        "class": ", ".join(map(str, classes)) if isinstance(classes, list) else "",
         "kind": None,
         "dtype": None,
-        "layout": block.get("quant_method"),
+        "layout": block.get("quant_method") if isinstance(block, dict) else None,
         "source": None,
         "made by": None,
     }

@@ -4,7 +4,7 @@ Of the owner's lines and metadata nothing gets lost, and the card that comes out
 the caller writes nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from mono_quant.artifact.cards import (
 from mono_quant.io.hub.metadata import MAX_CARD_BYTES, edit_metadata, parse_metadata
 from mono_quant.sources.origin import Origin
 
-_TAGS = {"mono_quant", "int8", "w8a8", "fp16"}
+# a tuple: an owner may have put a list among the tags, and no set can be asked for one
+_TAGS = ("mono_quant", "int8", "w8a8", "fp16")
 _EDITED = "the lines between the marks of mono_quant were changed; put your own above or below them"
 
 
@@ -129,11 +130,10 @@ def renew(text: str, facts: CardFacts, stale: Mapping[str, Any]) -> Merged:
     if not parts.ours and (parts.is_marked or "mono_quant" in as_list(data.get("tags"))):
         # nobody can tell which of our lines are still meant
         return Merged(text, (_EDITED, *problems))
-    lines = render_lines(facts)
-    if parts.ours:
-        body = f"{parts.above}{lines}{parts.below}"
-    else:
-        body = f"{parts.above.rstrip()}\n\n{lines}\n"
+    # a byte order mark is none behind the metadata
+    above, end = parts.above.removeprefix("\ufeff"), _line_end(parts)
+    lines = render_lines(facts).replace("\n", end)
+    body = f"{above}{lines}{parts.below}" if parts.ours else f"{above.rstrip()}{end}{end}{lines}{end}"
     renewed = _front(parts, data, facts, stale) + body
     return Merged(renewed, tuple(lint(renewed, facts)))
 
@@ -182,19 +182,25 @@ def _front(parts: CardText, data: Mapping[str, Any], facts: CardFacts, stale: Ma
         for name, value in stale.items()
         if name not in expected and name in data and _is_same(data[name], value)
     }
-    tags = _tags(as_list(data.get("tags")), expected["tags"], ours=_TAGS if parts.is_marked else set())
+    tags = _tags(as_list(data.get("tags")), expected["tags"], ours=_TAGS if parts.is_marked else ())
     if tags != data.get("tags"):
         changes["tags"] = tags
     if not changes:
         return parts.opening + parts.yaml + parts.closing
-    fence = "---\r\n" if "\r\n" in parts.opening + parts.above else "---\n"
+    end = _line_end(parts)
+    fence = f"---{end}"
     yaml = edit_metadata(parts.yaml, changes)
-    if "\r" in fence:
+    if end == "\r\n":
         yaml = yaml.replace("\r\n", "\n").replace("\n", "\r\n")
     return (parts.opening or fence) + yaml + (parts.closing or fence)
 
 
-def _tags(there: Iterable[Any], wanted: list[str], ours: set[str]) -> list[Any]:
+def _line_end(parts: CardText) -> str:
+    """Return the line end of a card's owner."""
+    return "\r\n" if "\r\n" in parts.opening + parts.above + parts.below else "\n"
+
+
+def _tags(there: Iterable[Any], wanted: list[str], ours: Collection[str]) -> list[Any]:
     kept = [tag for tag in there if tag in wanted or tag not in ours]
     return kept + [tag for tag in wanted if tag not in kept]
 

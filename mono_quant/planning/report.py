@@ -217,6 +217,8 @@ class QuantReport:
         """
         try:
             fields = {k: v for k, v in data.items() if k != "totals"}
+            if fields.get("fidelity") is not None:
+                _ = [fields["fidelity"][key] for key in ("output", "probe", "positions")]
             rows = tuple(TensorReport(**{**row, "shape": tuple(row["shape"])}) for row in fields.pop("rows"))
             return cls(rows=rows, **{**fields, "notes": tuple(fields.get("notes", ()))})
         except (TypeError, KeyError, AttributeError) as e:

@@ -109,8 +109,9 @@ def locate(text: str, place: str | None = None) -> str:
         return place
     here = bool(text) and (Path(text).exists() or Path(text).is_symlink())
     if here and text.count("/") == 1 and not text.startswith((".", "/", "~")) and is_repo_id(text):
+        what = "file" if Path(text).is_file() else "folder"
         raise AmbiguousSourceError(
-            f"{text!r} is a folder here and has the form of a Hub id; write './{text}' for the folder, or pass ",
+            f"{text!r} is a {what} here and has the form of a Hub id; write './{text}' for the {what}, or pass ",
             Option("origin", "hub"),
             " for the Hub",
         )

@@ -216,3 +216,9 @@ def test_an_interrupted_push_says_where_to_look(run, saved, monkeypatch):
     code, out, err = run("push", saved, "me/x")
     assert (code, out) == (130, "")
     assert err == "mono-quant: interrupted; look at me/x on the Hub: its files are all new or all old\n"
+
+
+def test_the_default_folder_has_one_name_however_the_dtype_is_written(run, source: Path) -> None:
+    code, out, _ = run("quantize", source, "--dtype", "INT8", "--no-fidelity")
+    assert (code, (Path.cwd() / "llama-int8").is_dir()) == (0, True)
+    assert "saved   llama-int8 " in out

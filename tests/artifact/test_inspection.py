@@ -131,6 +131,15 @@ def test_the_layout_of_a_foreign_folder_is_its_quantization_method(tmp_path):
     assert seen.quantized["model.layers.0.mlp.up_proj.weight"] == (128, 64)
 
 
+@pytest.mark.parametrize("odd", ["x", 5, [1], True, {}, None])
+def test_a_config_with_odd_values_is_described_without_them(tmp_path, odd):
+    save_file({"a": torch.zeros(2, 3)}, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": odd, "quantization_config": odd}))
+    seen = inspect(tmp_path)
+    assert (seen.facts["layout"], seen.kept) == (None, {"a": ("float32", (2, 3))})
+    assert seen.facts["class"] == ("1" if odd == [1] else "")
+
+
 def test_places_that_cannot_be_inspected(tmp_path):
     with pytest.raises(SourceNotFoundError, match=r"nowhere is no folder; give the folder of a model"):
         inspect(tmp_path / "nowhere")

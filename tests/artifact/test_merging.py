@@ -110,6 +110,22 @@ def test_a_page_of_the_owner_comes_first_and_its_metadata_stays() -> None:
     assert head(merged("# No metadata\n", INT8)) == head(A)
 
 
+def test_a_page_keeps_its_line_ends_and_no_byte_order_mark_stands_inside() -> None:
+    for page in (PAGE, "# Page\n\nWords.\n"):
+        windows = merged(page.replace("\n", "\r\n"), INT8)
+        assert windows == merged(page, INT8).replace("\n", "\r\n")
+        assert merged(windows, FP16, INT8) == merged(merged(page, INT8), FP16, INT8).replace("\n", "\r\n")
+    assert merged("\ufeff# Page\n\nWords.\n", INT8) == merged("# Page\n\nWords.\n", INT8)
+    assert merged(f"\ufeff{PAGE}", INT8) == f"\ufeff{merged(PAGE, INT8)}"
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_tags_that_are_no_words_stay(marked: bool) -> None:
+    page = PAGE.replace("- mine\n", "- mine\n- [a, b]\n- c: d\n")
+    text = merged(merged(page, INT8), FP16, INT8) if marked else merged(page, INT8)
+    assert head(text)["tags"][:3] == ["mine", ["a", "b"], {"c": "d"}]  # type: ignore[index]
+
+
 def test_a_merged_card_goes_from_model_to_model_and_back() -> None:
     first = merged(PAGE, INT8)
     second = merged(first, FP16, INT8)

@@ -1,5 +1,6 @@
 """A push, and a save over an older result, keep what the owner of the place wrote: card, terms, metadata, other files."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -419,6 +420,16 @@ def test_a_card_that_is_a_link_is_no_card_to_merge(int8: mono_quant.QuantizedMod
     (tmp_path / "secret").write_text("# Secret\n")
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(errors.OutputExistsError, match=r"did not write.*'README\.md'"):
+        int8.save(folder, overwrite=True)
+
+
+def test_a_card_that_is_a_pipe_is_neither_waited_for_nor_replaced(
+    int8: mono_quant.QuantizedModel, tmp_path: Path
+) -> None:
+    folder = int8.save(tmp_path / "out")
+    (folder / "README.md").unlink()
+    os.mkfifo(folder / "README.md")
     with pytest.raises(errors.OutputExistsError, match=r"did not write.*'README\.md'"):
         int8.save(folder, overwrite=True)
 

@@ -26,7 +26,13 @@ ROWS = (
     row("norm.running_mean", (40,), 160, 160, kind="BatchNorm1d", reason="norm", is_buffer=True),
 )
 REPORT = QuantReport("int8", ROWS, activation_bits=8, kernel="reference", notes=("scales are fp32",))
-FIDELITY = {"output": "logits", "relative_error": 0.0123456, "cosine_mean": 0.99987, "probe": "4 x 16 tokens"}
+FIDELITY = {
+    "output": "logits",
+    "relative_error": 0.0123456,
+    "cosine_mean": 0.99987,
+    "probe": "4 x 16 tokens",
+    "positions": 64,
+}
 
 
 def test_totals_are_the_sums_of_the_rows():
@@ -134,6 +140,7 @@ def test_json_is_canonical_and_carries_totals():
         {"rows": []},
         {"dtype": "int8", "rows": [{**REPORT.to_dict()["rows"][0], "shape": 3}]},
         {"dtype": "int8", "rows": [{**REPORT.to_dict()["rows"][0], "odd": 3}]},
+        *({**REPORT.to_dict(), "fidelity": odd} for odd in ([], "x", -1, {"a": 1})),
         [],
     ],
 )

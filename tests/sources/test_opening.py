@@ -47,6 +47,9 @@ def test_a_folder_that_shadows_an_id_must_be_meant(checkpoint, tmp_path, monkeyp
     for verb in (mq.quantize, mq.plan, mq.load):
         with pytest.raises(AmbiguousSourceError, match=r"'\./org/model' for the folder.*origin='hub'"):
             verb("org/model")
+    (tmp_path / "org" / SINGLE).touch()
+    with pytest.raises(AmbiguousSourceError, match=rf"is a file here.*'\./org/{SINGLE}' for the file"):
+        mq.plan(f"org/{SINGLE}")
     for source in ("./org/model", tmp_path / "org" / "model", str(tmp_path / "org" / "model")):
         assert mq.plan(source).planned
     assert mq.plan("org/model", origin="local").planned

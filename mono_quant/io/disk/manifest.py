@@ -153,7 +153,12 @@ def _is_record(name: str, facts: Any) -> bool:
 def _is_as_listed(path: Path, facts: dict[str, Any]) -> bool:
     if path.name != "README.md":
         return _difference(path, facts, hashes=path.suffix != ".safetensors") is None
-    return not path.is_symlink() and hashlib.sha256(path.read_bytes()).hexdigest() == facts["sha256"]
+    # `is_file`: to read a pipe would wait for ever
+    return (
+        not path.is_symlink()
+        and path.is_file()
+        and hashlib.sha256(path.read_bytes()).hexdigest() == facts["sha256"]
+    )
 
 
 def _difference(path: Path, facts: dict[str, Any], hashes: bool) -> str | None:

@@ -15,8 +15,10 @@ _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 def is_cache_link(path: Path) -> bool:
     """Tell whether a link is one of the Hugging Face cache: snapshots/<commit>/… to blobs/<hash> of the same repo."""
-    where = path.parent.resolve()
-    target = path.resolve()
+    try:
+        where, target = path.parent.resolve(), path.resolve()
+    except RuntimeError:  # pathlib's word for a link loop
+        return False
     for folder in (where, *where.parents):
         if folder.parent.name == "snapshots":
             blobs = folder.parent.parent / "blobs"
@@ -48,7 +50,7 @@ def open_regular(path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise MissingFileError(f"{shown} is missing; fetch the checkpoint again") from error
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: pathlib's word for a link loop
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a link loop behind the cache's
         raise CorruptCheckpointError(f"{shown} cannot be opened ({error}); fetch it again") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -122,7 +122,11 @@ def holds_old_result(place: Path, overwrite: bool, merges: Collection[str] = ())
             "choose another folder or empty it yourself"
         )
     with writing(place):
-        foreign = [name for name in find_foreign(place) if name not in merges or (place / name).is_symlink()]
+        foreign = [
+            name
+            for name in find_foreign(place)
+            if name not in merges or (place / name).is_symlink() or not (place / name).is_file()
+        ]
     if foreign:
         raise OutputExistsError(
             f"{shown} holds files that mono_quant did not write, or that were changed since, and would delete: "

@@ -3,8 +3,10 @@
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,7 +123,8 @@ def edit_metadata(text: str, changes: Mapping[str, Any]) -> str:
         changes: new values by name; None takes an entry out.
 
     Returns:
-        The YAML. Where the text has a form that cannot be edited in place (one line in braces, anchors), it is written anew.
+        The YAML. Where the text has a form that cannot be edited in place (one line in braces, anchors), it is written anew. A
+        comment that has no place in it any more stands above it.
 
     Raises:
         ValueError: the text cannot be read.
@@ -133,14 +136,26 @@ def edit_metadata(text: str, changes: Mapping[str, Any]) -> str:
         fits = parse_metadata(edited) == wanted
     except ValueError:
         fits = False
-    return edited if fits else _dump(wanted)
+    edited = edited if fits else _dump(wanted)
+    lost = Counter(_comments(text)) - Counter(_comments(edited))
+    return "".join(f"{comment}\n" for comment in lost.elements()) + edited
+
+
+def _comments(text: str) -> list[str]:
+    """Return the comments of a YAML: what starts with # between two tokens."""
+    tokens = list(yaml.scan(text, Loader=_Loader))
+    gaps = [text[a.end_mark.index : b.start_mark.index] for a, b in pairwise(tokens)]
+    return [comment.rstrip() for gap in gaps for comment in re.findall(r"#[^\r\n]*", gap)]
 
 
 def _edited_in_place(text: str, changes: Mapping[str, Any]) -> str:
     root = yaml.compose(text, Loader=_Loader)
+    nodes = {} if root is None else {k.value: v for k, v in root.value}
     spans = {} if root is None else {k.value: (k.start_mark.index, _end(v, text)) for k, v in root.value}
     for name, (start, stop) in sorted(spans.items(), key=lambda item: -item[1][0]):
-        if name in changes and changes[name] is not None:
+        if name in changes and (items := _with_items(text, nodes[name], changes[name])) is not None:
+            text = items
+        elif name in changes and changes[name] is not None:
             text = text[:start] + _dump({name: changes[name]}).rstrip("\n") + text[stop:]
         elif name in changes:
             text = text[:start] + text[stop:].lstrip(" \t\r").removeprefix("\n")
@@ -148,6 +163,29 @@ def _edited_in_place(text: str, changes: Mapping[str, Any]) -> str:
     if not added:
         return text
     return (text if not text or text.endswith("\n") else f"{text}\n") + _dump(added)
+
+
+def _with_items(text: str, node: Any, wanted: Any) -> str | None:
+    """Take words out of a list with one a line, and add others below: each that stays keeps its comment. None for another list."""
+    if not isinstance(node, yaml.SequenceNode) or node.flow_style or not isinstance(wanted, list):
+        return None
+    there = [item.value for item in node.value]
+    kept = [word for word in there if word in wanted]
+    if not kept or wanted[: len(kept)] != kept:
+        return None
+    stop = _line_stop(text, _end(node, text))
+    added = [f"\n{' ' * node.start_mark.column}{_dump([word]).rstrip()}" for word in wanted[len(kept) :]]
+    text = text[:stop] + "".join(added) + text[stop:]
+    for item in reversed(node.value):
+        if item.value not in wanted:
+            start = text.rfind("\n", 0, item.start_mark.index)
+            text = text[: max(start, 0)] + text[_line_stop(text, _end(item, text)) :]
+    return text
+
+
+def _line_stop(text: str, index: int) -> int:
+    stop = text.find("\n", index)
+    return len(text) if stop < 0 else stop
 
 
 def _end(node: Any, text: str) -> int:
@@ -158,8 +196,8 @@ def _end(node: Any, text: str) -> int:
     return len(text[: node.end_mark.index].rstrip())
 
 
-def _dump(data: Mapping[str, Any]) -> str:
-    text: str = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=10**6)
+def _dump(data: dict[str, Any] | list[Any]) -> str:
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10**6)
     return text
 
 

@@ -78,6 +78,8 @@ def test_every_difference_is_named_at_once(tmp_path):
     (tmp_path / "copy").write_text("1")
     (out / "tokenizer.json").unlink()
     (out / "tokenizer.json").symlink_to(tmp_path / "copy")
+    (out / "README.md").unlink(missing_ok=True)
+    (out / "README.md").symlink_to("README.md")
     with pytest.raises(CorruptCheckpointError) as caught:
         verify_manifest(out, hashes=False)
     for words in [

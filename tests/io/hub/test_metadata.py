@@ -1,5 +1,6 @@
 """The metadata of strangers' cards is read as plain data, or not at all."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -105,15 +106,43 @@ def test_an_entry_is_changed_and_every_other_character_stays() -> None:
     assert edit_metadata(OWNER, {"license": "apache-2.0"}) == OWNER.replace(
         "license: mit", "license: apache-2.0"
     )
-    assert edit_metadata(OWNER, {"tags": ["a", "x"]}) == OWNER.replace(
-        'tags: # ours\n- a\n- "b: c"\n', "tags:\n- a\n- x\n"
-    )
+    assert edit_metadata(OWNER, {"tags": ["a", "x"]}) == OWNER.replace('- "b: c"\n', "- x\n")
     assert edit_metadata(OWNER, {"widget": None}) == OWNER[: OWNER.index("widget")]
     assert edit_metadata(OWNER, {"new": "x: y", "n": 1}) == OWNER + "new: 'x: y'\nn: 1\n"
     assert edit_metadata(OWNER, {"nothing": None}) == OWNER
     assert edit_metadata("a: 1", {"b": 2}) == "a: 1\nb: 2\n"
     assert edit_metadata("", {"b": [2]}) == "b:\n- 2\n"
     assert edit_metadata("# only a comment\n", {"b": 2}) == "# only a comment\nb: 2\n"
+
+
+TAGS = "tags: # of ours\n- a # first\n# between\n-  b # second\n# below\nn: 1 # last\n"
+
+
+def test_a_comment_stays_beside_its_word() -> None:
+    longer = TAGS.replace("# second\n", "# second\n- x\n- y\n")
+    assert edit_metadata(TAGS, {"tags": ["a", "b", "x", "y"]}) == longer
+    assert edit_metadata(longer, {"tags": ["a", "b", "z"]}) == TAGS.replace("# second\n", "# second\n- z\n")
+    assert edit_metadata("tags:\n  - a # k", {"tags": ["a", "b"]}) == "tags:\n  - a # k\n  - b"
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        (TAGS, {"tags": ["b", "a"]}),
+        (TAGS, {"tags": ["z"], "n": None}),
+        (TAGS, {"tags": None}),
+        ("  license: mit # one\n  n: 'a # no comment' # two\n", {"tags": ["a"]}),
+        ("{license: mit, # one\n n: 1}\n", {"license": "gpl"}),
+        ("license: mit # one\n... # two\n", {"tags": ["a"]}),
+    ],
+    ids=range(6),
+)
+def test_no_comment_gets_lost_where_an_entry_is_written_anew(text: str, changes: dict[str, object]) -> None:
+    edited = edit_metadata(text, changes)
+    for comment in re.findall("# (?!no)[a-z ]+", text):
+        assert edited.count(comment) == text.count(comment)
+    data = parse_metadata(text) | changes
+    assert parse_metadata(edited) == {name: value for name, value in data.items() if value is not None}
 
 
 @pytest.mark.parametrize(
