@@ -171,7 +171,9 @@ def _run_pytest(
     files = list(dict.fromkeys(test.split("::")[0] for test in seconds))
     for part in (files[:1], files[1:]):
         chosen = {test: time for test, time in seconds.items() if test.split("::")[0] in part}
-        status = pytest.main([*PYTEST, *options, *part], plugins=[Chosen(chosen, deadline, told)]) if part else 0
+        status = (
+            pytest.main([*PYTEST, *options, *part], plugins=[Chosen(chosen, deadline, told)]) if part else 0
+        )
         if status and "-x" in options:
             break
     return int(status)
