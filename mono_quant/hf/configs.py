@@ -70,7 +70,8 @@ def clean_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
             dropped.extend(k for k, v in value.items() if denied(k, v))
-            return {k: clean(v) for k, v in value.items() if not denied(k, v)}
+            # keys are text in JSON, and sorted as such
+            return {str(k): clean(v) for k, v in value.items() if not denied(k, v)}
         return [clean(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     return clean(config), sorted({str(k) for k in dropped})

@@ -16,6 +16,7 @@ from sweeping.subject import Subject
 _BF16 = 16 * 2.0**-8
 # Sums in float32 may take another order; times the number of layers.
 _FLOAT_NOISE = 32 * 2.0**-24
+_DRAWS = 4
 
 
 def expected_error(report: Any) -> float:
@@ -62,20 +63,29 @@ def noisy(reference: Mapping[str, Tensor], output: Mapping[str, Tensor], report:
 
 
 def _noisy_error(subject: Subject, report: Any) -> float:
-    """Return the error of the float model whose weights carry what the report says: float16 rounding, or noise of that strength."""
+    """Return the error of the float model whose weights carry what the report says: float16 rounding, or noise of that strength.
+
+    Of noise the worst of some draws: what matches or routes may change with one and not with another.
+    """
     assert subject.output is not None and subject.inputs is not None
-    model = subject.make()
-    state = dict(model.named_parameters())
-    generator = torch.Generator().manual_seed(3)
-    for row in report.quantized:
-        if row.name in state:
-            weight = state[row.name].data
-            if report.dtype == "fp16":
-                weight.copy_(weight.half())
-            else:
-                strength = float(weight.float().pow(2).mean().sqrt()) * 10 ** (-(row.sqnr_db or 40) / 20)
-                weight += strength * torch.randn(weight.shape, generator=generator).to(weight.dtype)
-    return error_of(subject.output, run(model, subject.inputs))
+    errors = []
+    for seed in range(1 if report.dtype == "fp16" else _DRAWS):
+        model = subject.make()
+        state = dict(model.named_parameters())
+        generator = torch.Generator().manual_seed(seed)
+        for row in report.quantized:
+            if row.name in state:
+                _disturb_(state[row.name].data, row, generator)
+        errors.append(error_of(subject.output, run(model, subject.inputs)))
+    return max(errors)
+
+
+def _disturb_(weight: Tensor, row: Any, generator: torch.Generator) -> None:
+    if row.dtype_after == "float16":
+        weight.copy_(weight.half())
+    else:
+        strength = float(weight.float().pow(2).mean().sqrt()) * 10 ** (-(row.sqnr_db or 40) / 20)
+        weight += strength * torch.randn(weight.shape, generator=generator).to(weight.dtype)
 
 
 def _beyond(error: float, limit: float, what: str) -> Iterator[str]:

@@ -62,7 +62,7 @@ def _follow(found: Findings, subject: Subject, result: Any, home: Path) -> None:
     folder = found.attempt("save", result.save, home / "saved")
     loaded = theirs = None
     if folder is not None:
-        _save_again(found, result, folder, home)
+        _save_again(found, subject, result, folder, home)
         loaded = _reload(found, result, folder)
         theirs = _outside(found, subject, folder, result.report)
     if subject.inputs is None:
@@ -78,7 +78,7 @@ def _follow(found: Findings, subject: Subject, result: Any, home: Path) -> None:
         _compare_outside(found, subject, result.report, output, theirs)
 
 
-def _save_again(found: Findings, result: Any, folder: Path, home: Path) -> None:
+def _save_again(found: Findings, subject: Subject, result: Any, folder: Path, home: Path) -> None:
     first = checks.files(folder)
     second = found.attempt("save again", result.save, home / "again", may_refuse=False)
     if second is not None:
@@ -87,9 +87,11 @@ def _save_again(found: Findings, result: Any, folder: Path, home: Path) -> None:
     opened = found.attempt("reopen", mono_quant.QuantizedModel.from_folder, folder, may_refuse=False)
     third = opened and found.attempt("save what was loaded", opened.save, home / "third", may_refuse=False)
     if third:
-        weights = {n: b for n, b in first.items() if n.endswith(".safetensors") or n == "config.json"}
-        now = {n: b for n, b in checks.files(third).items() if n in weights}
-        found.check("what was loaded is saved with the same bytes", checks.other_files(weights, now))
+        names = [
+            n for n in first if n.endswith(".safetensors") or (n == "config.json" and subject.own_config)
+        ]
+        before, now = ({n: b for n, b in f.items() if n in names} for f in (first, checks.files(third)))
+        found.check("what was loaded is saved with the same bytes", checks.other_files(before, now))
         shutil.rmtree(third)
 
 

@@ -1,5 +1,6 @@
 """One class as the journeys need it: the model, inputs, a float folder, and what transformers itself makes of that folder."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class Subject:
         output: of the float model on them.
         folder: written by transformers' `save_pretrained`; None when it refused.
         own_road: what is lost between `save_pretrained` and `from_pretrained` without us; empty when nothing is.
+        own_config: whether the config comes back as it was on that road (Levit's model changes it when it is built).
     """
 
     make: Callable[[], nn.Module]
@@ -34,6 +36,7 @@ class Subject:
     output: dict[str, Tensor] | None = None
     folder: Path | None = None
     own_road: str = ""
+    own_config: bool = True
 
     @property
     def parameters(self) -> int:
@@ -76,7 +79,17 @@ def prepare(kind: str, name: str, home: Path, dtype: str) -> Subject:
     else:
         subject.output = run(make(), subject.inputs)
     subject.folder, subject.own_road = _own_road(subject, home / "float")
+    subject.own_config = _own_config(subject.model)
     return subject
+
+
+def _own_config(model: Any) -> bool:
+    """Tell whether another model of the class leaves the config as it is."""
+    before = model.config.to_dict()
+    twin = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        type(model)(twin)
+    return bool(twin.to_dict() == before)
 
 
 def _own_road(subject: Subject, folder: Path) -> tuple[Path | None, str]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from models import seeded
+from models import relative_error, seeded
 
 import mono_quant as mq
 
@@ -94,3 +94,27 @@ def test_a_padding_row_that_is_not_zero_is_loaded_as_it_was_saved(dtype, options
     with torch.no_grad():
         model.embeddings.word_embeddings.weight.normal_(generator=torch.Generator().manual_seed(1))
     assert_loads_as_saved(mq.quantize(model, dtype, fidelity=False, **options), tmp_path / "out")
+
+
+@pytest.mark.parametrize("labels", [3, 12])
+def test_a_loaded_model_is_saved_with_the_same_config(labels, tmp_path):
+    """Of more than ten labels, the numbers are sorted as text in the file, whether they come from memory or from a file."""
+    model = seeded(lambda: hf.BertForTokenClassification(hf.BertConfig(**SIZES, num_labels=labels))).eval()
+    first = mq.quantize(model, "fp16", fidelity=False).save(tmp_path / "first")
+    again = mq.QuantizedModel.from_folder(first).save(tmp_path / "again")
+    assert (again / "config.json").read_bytes() == (first / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fp16_runs_where_a_model_makes_its_mask_in_its_own_dtype(masked):
+    model = seeded(lambda: hf.LayoutLMForMaskedLM(hf.LayoutLMConfig(**SIZES))).eval()
+    inputs = {"input_ids": torch.randint(3, 200, (2, 7), generator=torch.Generator().manual_seed(0))}
+    if masked:
+        inputs["attention_mask"] = torch.ones(2, 7, dtype=torch.long).index_fill_(1, torch.tensor([6]), 0)
+    result = mq.quantize(model, "fp16", fidelity=False)
+    with torch.no_grad():
+        expected, output = model(**inputs).logits, result.model(**inputs).logits
+    assert output.dtype == torch.float32
+    # half a unit in the last place of weights and inputs of each matrix
+    count = sum(len(row.shape) > 1 for row in result.report.quantized)
+    assert relative_error(expected, output) < count * 2**-11
