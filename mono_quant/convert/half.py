@@ -21,7 +21,7 @@ from mono_quant.errors import Fp16RangeError, NonFiniteWeightError, Option
 from mono_quant.kernels import cast_half
 from mono_quant.kernels.weights import HalfCast
 from mono_quant.planning.config import QuantizationConfig
-from mono_quant.planning.forward_code import reads_own_dtype
+from mono_quant.planning.forward_code import dtypes_asked_for
 from mono_quant.planning.kinds import WEIGHTS, kind_of, obstacle
 from mono_quant.planning.report import TensorReport
 from mono_quant.planning.rows import Converted
@@ -237,8 +237,8 @@ def compute_in_float_(model: nn.Module, within: str = "") -> None:
 
 def _deciding(modules: Iterable[nn.Module]) -> set[int]:
     """Return the ids of parameters whose dtype a forward takes for that of its arithmetic: masks of LayoutLM and its like."""
-    asking = [module for module in modules if reads_own_dtype(type(module))]
-    firsts = (next((p for p in m.parameters() if p.is_floating_point()), None) for m in asking)
+    asked = [part for module in modules for part in dtypes_asked_for(module)]
+    firsts = (next((p for p in m.parameters() if p.is_floating_point()), None) for m in asked)
     return {id(parameter) for parameter in firsts if parameter is not None}
 
 

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -61,19 +61,26 @@ def written_paths(function: Any, cls: type[nn.Module]) -> Paths:
     return read[function.__code__]
 
 
-def reads_own_dtype(cls: type[nn.Module]) -> bool:
-    """True when the forward of a class asks for `self.dtype` where that is computed: transformers looks at one parameter."""
-    if not isinstance(getattr(cls, "dtype", None), property):
-        return False
-    function = _plain(cls.forward)
+def dtypes_asked_for(module: nn.Module) -> list[nn.Module]:
+    """Return the modules whose `dtype` the forward of `module` asks for, where that is computed: transformers looks at one parameter."""
+    function = _plain(type(module).forward)
     node = None if function is None else _definition(function.__code__)
-    return node is not None and any(
-        isinstance(part, ast.Attribute)
-        and part.attr == "dtype"
-        and isinstance(part.value, ast.Name)
-        and part.value.id == "self"
-        for part in ast.walk(node)
-    )
+    asked = [part.value for part in ast.walk(node) if _is_dtype(part)] if node is not None else []
+    parts = [_below(module, ast.unparse(value)) for value in asked]
+    return [p for p in parts if p is not None and isinstance(getattr(type(p), "dtype", None), property)]
+
+
+def _is_dtype(part: ast.AST) -> TypeGuard[ast.Attribute]:
+    return isinstance(part, ast.Attribute) and part.attr == "dtype"
+
+
+def _below(module: nn.Module, text: str) -> nn.Module | None:
+    """Return what `self.a.b` means in a method of `module`; None where that is no module."""
+    own, *names = text.split(".")
+    found: nn.Module | None = module if own == "self" else None
+    for name in names:
+        found = None if found is None else dict(found.named_children()).get(name)
+    return found
 
 
 @lru_cache(maxsize=256)
