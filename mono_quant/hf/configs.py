@@ -12,6 +12,7 @@ from torch import nn
 
 from mono_quant.errors import (
     CorruptCheckpointError,
+    UnsupportedModelError,
 )
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.text import looks_like_token, one_line
@@ -75,6 +76,19 @@ def clean_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return [clean(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     return clean(config), sorted({str(k) for k in dropped})
+
+
+def refuse_own_files(cls: type[Any], subject: str) -> None:
+    """Refuse a class that reads more than its config and weights when transformers loads it, as decision models do.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
+    if hasattr(cls, "checkpoint_config"):
+        raise UnsupportedModelError(
+            f"{subject}: {cls.__name__} reads a decision config of its own beside config.json and weights, which a saved "
+            f"folder does not keep; convert it in memory: dynamic_quantize({cls.__name__}.from_pretrained(...))"
+        )
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mono_quant.errors import (
     UnsupportedModelError,
 )
 from mono_quant.hf.computed import computed_on
-from mono_quant.hf.configs import BUILD_ERRORS, clean_config
+from mono_quant.hf.configs import BUILD_ERRORS, clean_config, refuse_own_files
 from mono_quant.hf.dtypes import loaded_dtypes
 from mono_quant.hf.names import fit, floats_of, grouped
 from mono_quant.hf.quantizer import loading_method, mark_, register, unmark_
@@ -67,6 +67,7 @@ def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -
             f"{folder}: transformers {transformers.__version__} has no model class {names[0]} "
             f"(model_type {raw.get('model_type')!r}). Update transformers, or load the model yourself and pass the object"
         )
+    refuse_own_files(cls, str(folder))
     clean, _ = clean_config(raw)
     try:
         config = config_class.from_dict(config_class._decode_special_floats(clean))  # noqa: SLF001

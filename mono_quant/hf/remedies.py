@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mono_quant.errors import UnsupportedModelError
+from mono_quant.hf.configs import refuse_own_files
 from mono_quant.hf.described import Differences, differences
 
 # Tried first, because they usually are what was meant.
@@ -39,6 +40,7 @@ def check_described(
     Raises:
         UnsupportedModelError: names what differs, and the values of the config that would describe the model.
     """
+    refuse_own_files(type(model), "it cannot be saved")
     found = differences(model, state, to_json(model.config))
     if not found.count and not found.ties:
         return

@@ -118,3 +118,19 @@ def test_fp16_runs_where_a_model_makes_its_mask_in_its_own_dtype(masked):
     # half a unit in the last place of weights and inputs of each matrix
     count = sum(len(row.shape) > 1 for row in result.report.quantized)
     assert relative_error(expected, output) < count * 2**-11
+
+
+def test_a_class_that_reads_files_of_its_own_is_converted_in_memory_alone(tmp_path):
+    """The decision models of transformers read a decision config too; what a folder does not keep is not promised."""
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "layer_types": ["full_attention"] * 2}
+    config = hf.JevConfig(text_config={"model_type": "qwen3_5_text", **text})
+    model = seeded(lambda: hf.JevForDecision(config)).eval()
+    model.save_pretrained(tmp_path / "float")
+    for verb in (mq.plan, mq.quantize):
+        with pytest.raises(mq.MonoQuantError, match=r"decision config of its own.*dynamic_quantize"):
+            verb(tmp_path / "float")
+    result = mq.quantize(model, fidelity=False)
+    assert result.report.quantized
+    with pytest.raises(mq.MonoQuantError, match="JevForDecision reads a decision config"):
+        result.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
