@@ -1,6 +1,7 @@
 """Configs of transformers as plain data, without what must not travel."""
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -78,16 +79,24 @@ def clean_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return clean(config), sorted({str(k) for k in dropped})
 
 
-def refuse_own_files(cls: type[Any], subject: str) -> None:
-    """Refuse a class that reads more than its config and weights when transformers loads it, as decision models do.
+# Functions that the `from_pretrained` of a class calls to read more than config and weights.
+_READERS = {"cached_file", "checkpoint_config"}
+
+
+def refuse_own_files(cls: type[Any], config: Any, subject: str) -> None:
+    """Refuse a class that reads files of its own when transformers loads it: decision models, and Qwen2.5-Omni that speaks.
 
     Raises:
         UnsupportedModelError: it does.
     """
-    if hasattr(cls, "checkpoint_config"):
+    owner = next(c for c in cls.mro() if "from_pretrained" in vars(c))
+    names = inspect.unwrap(cls.from_pretrained).__code__.co_names
+    is_silent = getattr(config, "enable_audio_output", True) is False
+    if owner.__name__ != "PreTrainedModel" and not is_silent and not _READERS.isdisjoint(names):
         raise UnsupportedModelError(
-            f"{subject}: {cls.__name__} reads a decision config of its own beside config.json and weights, which a saved "
-            f"folder does not keep; convert it in memory: dynamic_quantize({cls.__name__}.from_pretrained(...))"
+            f"{subject}: {cls.__name__} reads files of its own beside config.json and weights, which a saved folder does "
+            f"not keep; convert it in memory, dynamic_quantize({cls.__name__}.from_pretrained(...)), or a part of it that "
+            f"does not"
         )
 
 

@@ -67,7 +67,6 @@ def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -
             f"{folder}: transformers {transformers.__version__} has no model class {names[0]} "
             f"(model_type {raw.get('model_type')!r}). Update transformers, or load the model yourself and pass the object"
         )
-    refuse_own_files(cls, str(folder))
     clean, _ = clean_config(raw)
     try:
         config = config_class.from_dict(config_class._decode_special_floats(clean))  # noqa: SLF001
@@ -75,6 +74,7 @@ def model_class(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -
         raise CorruptCheckpointError(
             f"{folder / 'config.json'}: transformers cannot use it ({one_line(e, 300)})"
         ) from e
+    refuse_own_files(cls, config, str(folder))
     return cls, config
 
 

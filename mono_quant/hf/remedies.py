@@ -40,7 +40,7 @@ def check_described(
     Raises:
         UnsupportedModelError: names what differs, and the values of the config that would describe the model.
     """
-    refuse_own_files(type(model), "it cannot be saved")
+    refuse_own_files(type(model), model.config, "it cannot be saved")
     found = differences(model, state, to_json(model.config))
     if not found.count and not found.ties:
         return
