@@ -2,7 +2,8 @@
 
     scripts/mutate                       200 mutants of planning/, convert/, hf/, artifact/ and io/
     scripts/mutate --seed 2 --count 50   others, and fewer
-    scripts/mutate --again mutants.json  only those that were not noticed, after mending tests
+    scripts/mutate --again mutants.json  only those that were not noticed, after mending tests; --seconds inf
+                                         asks every test that runs the changed line
 
 Everything runs in a copy of the tree. Which test runs which line is measured first and kept in .mutation_cache; that takes as long
 as the whole suite, twice over. The exit status is 0 when 90 % are noticed and every survivor is explained in mutation/explained.toml.
@@ -23,6 +24,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--count", type=int, default=200)
     top.add_argument("--seed", type=int, default=1)
+    top.add_argument(
+        "--seconds",
+        type=float,
+        default=20,
+        help="of tests for each mutant, after which no file of tests is begun",
+    )
     top.add_argument("--json", type=Path, default=Path("mutants.json"), help="write the result here")
     top.add_argument("--again", type=Path, help="a result whose noticed mutants are not tried again")
     top.add_argument(
@@ -57,7 +64,7 @@ def main() -> int:
         for number, mutant in enumerate(drawn, 1):
             verdict = noticed.get(mutant.key)
             if verdict is None:
-                tests = verdicts.choose(mutant, record, workspace)
+                tests = verdicts.choose(mutant, record, workspace, options.seconds)
                 verdict = verdicts.judge(mutant, tests, record, workspace)
                 say(f"{number:4} of {len(drawn)} {verdict.kind:9} {verdict.seconds:6.1f} s  {mutant.place}")
             found.append(results.Result(mutant, verdict, explained.get(mutant.key, "")))

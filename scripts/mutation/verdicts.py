@@ -30,20 +30,30 @@ class Verdict(NamedTuple):
         return self.kind in ("failed", "hung", "died")
 
 
-def choose(mutant: Mutant, record: Record, workspace: Workspace) -> list[str]:
-    """Return the tests to run for a mutant: those of its room first, then file by file, what takes longer last."""
+def choose(mutant: Mutant, record: Record, workspace: Workspace, limit: float) -> list[str]:
+    """Return the tests to run for a mutant: those of its room first, then file by file, what takes longer last.
+
+    Args:
+        limit: seconds after which no further file is begun, by the time that its tests took when they were measured.
+    """
     tests = _that_run(mutant.file, mutant.statement, record, workspace)
     room = _test_file(mutant.file)
     by_file = defaultdict(list)
     for test in tests | {test for test in record.seconds if tests and test.startswith(f"{room}::")}:
         if test in record.seconds and test not in record.failed:
             by_file[test.split("::")[0]].append(test)
-    for found in by_file.values():
-        found.sort(key=lambda test: (record.seconds[test], test))
+    for part in by_file.values():
+        part.sort(key=lambda test: (record.seconds[test], test))
     order = sorted(
         by_file, key=lambda file: (file != room, sum(record.seconds[test] for test in by_file[file]))
     )
-    return [test for file in order for test in by_file[file]]
+    spent, found = 0.0, []
+    for file in order:
+        if found and spent > limit:
+            break
+        found += by_file[file]
+        spent += sum(record.seconds[test] for test in by_file[file])
+    return found
 
 
 def _test_file(file: str) -> str:

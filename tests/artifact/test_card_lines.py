@@ -82,7 +82,7 @@ def test_the_measured_output_is_told_with_its_probe_or_the_reason_why_there_is_n
     narrow = replace(report, activation_bits=12, fidelity=FIDELITY | {"relative_error_8_bit": 0.02})
     assert "gives activations 12 bits" in cards.render(replace(facts, report=narrow))
     hot = replace(report, fidelity=FIDELITY | {"peak_activation": 70_000.0})
-    assert "\nWarning: activations reach 70000, beyond 65504" in cards.render(replace(facts, report=hot))
+    assert "\n\nWarning: activations reach 70000, beyond 65504" in cards.render(replace(facts, report=hot))
 
 
 def test_notes_and_values_that_became_zero_are_told():

@@ -1,13 +1,19 @@
 """A manifest that was read has been checked, and what is written is what is read."""
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from models import FAMILIES
 
-from mono_quant.artifact.facts import Manifest, StoredCodes
+from mono_quant.artifact.facts import Manifest, StoredCodes, card_facts
 from mono_quant.errors import CorruptCheckpointError, FormatVersionError
+from mono_quant.planning.config import QuantizationConfig
+from mono_quant.planning.report import QuantReport
 from mono_quant.sources.origin import Origin
+from mono_quant.sources.source import Subject
+from mono_quant.version import __version__
 
 FOLDER = Path("saved")
 MANIFEST = Manifest(
@@ -98,3 +104,26 @@ def test_only_true_is_true_and_only_known_inputs_are_named():
     found = Manifest.parse(raw, FOLDER)
     assert not found.generates and found.inputs == ("input_ids",) and not found.tensors["a.weight"].transposed
     assert Manifest.parse(raw | {"inputs": "input_ids"}, FOLDER).inputs == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "packages"),
+    [
+        ("module", {"torch"}),
+        ("transformers", {"torch", "transformers"}),
+        ("sentence_transformer", {"torch", "transformers", "sentence-transformers"}),
+    ],
+)
+def test_the_packages_that_made_a_model_are_named_with_their_versions(kind, packages):
+    subject = Subject(FAMILIES["bert"].build(), kind, origin=MANIFEST.source)
+    report = QuantReport("int8", ())
+    facts = card_facts(subject, report, QuantizationConfig(skip=["x"]), "mono_quant", True)
+    versions = {name: metadata.version(name) for name in packages} | {"mono_quant": __version__}
+    assert facts.versions == versions and facts.settings == {"skip": ["x"]}
+    assert ("input_ids" in facts.inputs) == (kind == "transformers") and not facts.generates
+    assert (facts.kind, facts.layout, facts.has_tokenizer, facts.origin) == (
+        kind,
+        "mono_quant",
+        True,
+        MANIFEST.source,
+    )

@@ -153,3 +153,39 @@ def test_a_model_that_fails_does_not_cost_the_conversion(monkeypatch):
 def test_outputs_that_cannot_be_compared_are_a_reason():
     with pytest.raises(ProbeError, match="the outputs could not be compared"):
         compare(Output("x", torch.ones(2, 3), torch.ones(4) > 0), Output("x", torch.ones(2, 3), None), "it")
+
+
+class Answers(nn.Module):
+    """Returns what it was made with."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer
+
+
+A, B = torch.ones(2, 3), torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "name", "values"),
+    [
+        *(({"other": A, key: B}, key, B) for key in ("logits", "last_hidden_state", "start_logits", "sentence_embedding")),
+        ({"last_hidden_state": A, "logits": B}, "logits", B),
+        ({"start_logits": A, "last_hidden_state": B}, "last_hidden_state", B),
+        ({"logits": torch.tensor([1]), "last_hidden_state": B}, "last_hidden_state", B),
+        ({"logits": None, "other": [torch.tensor([1]), {"deep": (B, A)}]}, "output", B),
+        (A, "output", A),
+        (("text", torch.tensor([1]), B), "output", B),
+    ],
+)  # fmt: skip
+def test_the_output_that_is_compared_is_the_best_known_one_else_the_first_of_floats(answer, name, values):
+    found = run(Answers(answer), given_probe(torch.zeros(1)))
+    assert found.name == name and torch.equal(found.values, values)
+
+
+def test_a_model_without_a_float_output_says_what_it_returned():
+    with pytest.raises(ProbeError, match=r"the model returned str, which holds no float tensor to compare"):
+        run(Answers("text"), given_probe(torch.zeros(1)))

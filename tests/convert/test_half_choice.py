@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mono_quant as mq
+from mono_quant.errors import FrozenWeightError
 
 QUIET = {"fidelity": False}
 T5 = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": 200}
@@ -104,3 +105,24 @@ def test_a_plan_tells_what_becomes_of_every_tensor(options):
             str({"skip_types": ["Owner"]}): set(),
         }[str(options)]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_skipped_layer_keeps_its_dtype_whatever_that_is(dtype):
+    model = seeded(Owner).to(dtype)
+    result = mq.quantize(model, "fp16", skip=["layer"], **QUIET)
+    rows = {row.name: row for row in result.report.rows}
+    name, size = str(dtype).removeprefix("torch."), dtype.itemsize
+    assert (rows["layer.weight"].dtype_after, rows["layer.weight"].bytes_after) == (name, 64 * size)
+    assert rows["layer.weight"].action == "kept" and rows["scale"].dtype_after == "float16"
+    assert torch.equal(result.model.layer.weight.to(dtype), model.layer.weight)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+def test_what_hangs_on_a_converted_layer_can_be_taken_away_and_its_weight_cannot(dtype):
+    layer = mq.quantize(nn.Sequential(nn.Linear(64, 64)), dtype, **QUIET).model[0]
+    layer.note = "mine"
+    del layer.note
+    assert not hasattr(layer, "note")
+    with pytest.raises(FrozenWeightError, match=r"is to be removed"):
+        del layer.weight

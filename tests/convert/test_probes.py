@@ -27,7 +27,33 @@ def ast():
     return hf.ASTForAudioClassification(config)
 
 
+def clip():
+    parts = {
+        "text_config": dict(transformer, eos_token_id=2),
+        "vision_config": VISION | {"image_size": 32, "patch_size": 8},
+    }
+    return hf.CLIPModel(hf.CLIPConfig(**parts))
+
+
+def llava():
+    vision = hf.CLIPVisionConfig(**VISION, image_size=32, patch_size=8)
+    config = hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**transformer), vision_config=vision, image_token_id=199
+    )
+    return hf.LlavaForConditionalGeneration(config)
+
+
 SHAPES = {
+    "text and images": (
+        clip,
+        {"input_ids": (2, 32), "attention_mask": (2, 32), "pixel_values": (2, 3, 32, 32)},
+        "2 of 4 x 32 random tokens with 2 noise images of 32 x 32",
+    ),
+    "text with image tokens": (
+        llava,
+        {"input_ids": (4, 32), "attention_mask": (4, 32)},
+        "4 x 32 random tokens",
+    ),
     "square images": (
         lambda: vit(image_size=32),
         {"pixel_values": (2, 3, 32, 32)},
