@@ -108,3 +108,12 @@ def test_buffers_come_back_by_name():
             CorruptCheckpointError, match=r"mono_quant.json names x\.y, which Gemma3TextModel does not have"
         ):
             restore_(model, casts, values)
+
+
+def test_the_file_lies_where_older_and_newer_versions_look_for_it(tmp_path):
+    model = nn.Module()
+    model.register_buffer("table", torch.ones(2, 2), persistent=False)
+    with new_folder(tmp_path / "out") as folder:
+        write_values(folder, {"table": model.table})
+    assert set(folder.files) == {"mono_quant_buffers/model.safetensors"}
+    assert (tmp_path / "out" / "mono_quant_buffers" / "model.safetensors").is_file()

@@ -7,6 +7,8 @@ from models import seeded
 from safetensors.torch import load_file
 
 import mono_quant as mq
+from mono_quant.errors import CorruptCheckpointError
+from mono_quant.hf.models import computed_buffers
 
 TABLE = "text_model.embeddings.word_embeddings.weight"
 
@@ -36,3 +38,18 @@ def test_a_padding_row_that_is_not_zero_outlives_loading(dtype, tmp_path):
         assert torch.equal(stored, expected.to(stored.dtype))
         loaded = mq.load(folder).get_submodule(TABLE.removesuffix(".weight")).weight
         assert torch.equal(loaded.to(stored.dtype), stored)
+
+
+def test_a_class_that_cannot_initialise_itself_is_named_with_its_own_words():
+    class Unlucky(hf.BertModel):
+        def _init_weights(self, module):
+            raise ValueError("no\nluck")
+
+    model = hf.BertModel(
+        hf.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    )
+    model.__class__ = Unlucky
+    with pytest.raises(
+        CorruptCheckpointError, match=r"^Unlucky: transformers cannot initialise it \(no luck\)$"
+    ):
+        computed_buffers(model, torch.float32)

@@ -7,9 +7,10 @@ import torch
 import transformers as hf
 from models import FAMILIES, seeded, transformer
 from safetensors.torch import save_file
+from transformers.core_model_loading import WeightRenaming
 
 import mono_quant as mq
-from mono_quant.hf.names import place
+from mono_quant.hf.names import place, plain_class, scales_follow
 
 VISION = {k: v for k, v in transformer.items() if k != "vocab_size"} | {"image_size": 32, "patch_size": 8}
 
@@ -52,3 +53,10 @@ def test_a_checkpoint_with_the_models_own_names_is_converted(tmp_path):
     with torch.inference_mode():
         a, b = (m.model(**inputs).last_hidden_state for m in (result, same))
     assert torch.equal(a, b)
+
+
+def test_conversions_that_scales_followed_are_those_of_transformers_below():
+    renaming = WeightRenaming("a", "b")
+    (followed,) = scales_follow([renaming], ["a"], ["a"])
+    assert type(followed) is not WeightRenaming
+    assert plain_class(followed) is plain_class(renaming) is WeightRenaming
