@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mono_quant.planning.rows import Converted, account, survey
+from mono_quant.planning.rows import Converted, _is_sound, account, survey
 
 
 def test_a_tensor_that_only_changed_its_float_dtype_is_kept_with_its_reason_and_its_new_size():
@@ -36,3 +36,12 @@ def test_a_shared_tensor_has_the_dtype_of_the_one_it_is_shared_with():
         "b.weight": ("shared", "float16", 0),
         "b.bias": ("kept", "float32", 16),
     }
+
+
+def test_values_of_eight_bits_are_looked_at_too():
+    fine = torch.ones(3).to(torch.float8_e4m3fn)
+    assert _is_sound(fine, is_buffer=False) and _is_sound(torch.ones(3).half(), is_buffer=False)
+    bad = torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2)
+    assert not _is_sound(bad, is_buffer=False) and not _is_sound(bad, is_buffer=True)
+    mask = torch.tensor([0.0, float("-inf")])
+    assert _is_sound(mask, is_buffer=True) and not _is_sound(mask, is_buffer=False)
