@@ -8,7 +8,38 @@ import torch
 from mono_quant.planning.writes import written_by_code
 
 # each shares the memory of a 4 x 4 tensor of some dtype
-CALLS = ["bfloat16()", "chunk(2)[0]", "contiguous()", "detach()", "diagonal()", "double()", "expand(4,4)", "flatten()", "float()", "half()", "movedim(0,1)", "narrow(0,0,2)", "permute(1,0)", "requires_grad_(False)", "reshape(2,8)", "select(0,1)", "split(2)[0]", "squeeze()", "t()", 'to("cpu")', "transpose(0,1)", "type_as(x)", "unbind()[0]", "unsqueeze(0)", "view(2,8)", "view_as(x)", "data", "T", "mT", "real"]
+CALLS = [
+    "bfloat16()",
+    "chunk(2)[0]",
+    "contiguous()",
+    "detach()",
+    "diagonal()",
+    "double()",
+    "expand(4,4)",
+    "flatten()",
+    "float()",
+    "half()",
+    "movedim(0,1)",
+    "narrow(0,0,2)",
+    "permute(1,0)",
+    "requires_grad_(False)",
+    "reshape(2,8)",
+    "select(0,1)",
+    "split(2)[0]",
+    "squeeze()",
+    "t()",
+    'to("cpu")',
+    "transpose(0,1)",
+    "type_as(x)",
+    "unbind()[0]",
+    "unsqueeze(0)",
+    "view(2,8)",
+    "view_as(x)",
+    "data",
+    "T",
+    "mT",
+    "real",
+]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CODE = """
 from torch import nn
