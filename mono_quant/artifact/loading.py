@@ -86,7 +86,7 @@ def _load_own(
         check_proportion(folder, raw, _shapes(checkpoint))
         cls, config = model_class(raw, folder, trust_remote_code=False)
         tensors = read_tensors(checkpoint, manifest)
-    dtype = dtype_of(raw)
+    dtype = dtype_of(raw, folder)
     if manifest.layout == PLAIN:
         _refuse_codes(folder, tensors)
     loaded = load_as_stored(cls, config, tensors, str(folder), dtype, manifest.built)
@@ -140,7 +140,7 @@ def _load_sentence(folder: Path, manifest: Manifest) -> nn.Module:
     with open_checkpoint(folder) as checkpoint:
         headers = _shapes(checkpoint)
         check_proportion(folder, raw, headers)
-    dtype = dtype_of(raw)
+    dtype = dtype_of(raw, folder)
     model: Any = load_modules(folder, headers, dtype, manifest.built or dtype, manifest.layout != PLAIN)
     return _settled(model, model[0].auto_model, folder, manifest, dtype)
 
@@ -231,7 +231,7 @@ def _load_foreign(folder: Path) -> nn.Module:
         check_proportion(folder, raw, shapes)
         cls, config = model_class(raw, folder, trust_remote_code=False)
         tensors = read_tensors(checkpoint, None)
-    loaded = load_int8(cls, config, tensors, str(folder), dtype_of(raw))
+    loaded = load_int8(cls, config, tensors, str(folder), dtype_of(raw, folder))
     set_generation_(loaded, folder)
     for module in loaded.modules():
         if isinstance(module, Int8Module):

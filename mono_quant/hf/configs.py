@@ -219,11 +219,18 @@ def _with_dtype(data: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-def dtype_of(raw: Mapping[str, Any]) -> torch.dtype:
+def dtype_of(raw: Mapping[str, Any], folder: Path) -> torch.dtype:
+    """Give the float dtype that the `config.json` of a saved folder states; float32 where it states none.
+
+    Raises:
+        CorruptCheckpointError: it is not a float type of torch.
+    """
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise CorruptCheckpointError(f"config.json: dtype is {name!r}, not a float type of torch")
+        raise CorruptCheckpointError(
+            f"{folder / 'config.json'}: dtype is {name!r}, not a float type of torch such as 'float32'; save the model again"
+        )
     return dtype
 
 

@@ -5,7 +5,8 @@ import copy
 import pytest
 import transformers as hf
 
-from mono_quant.hf.configs import config_to_write
+from mono_quant.errors import CorruptCheckpointError
+from mono_quant.hf.configs import config_to_write, dtype_of
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 200}
 
@@ -107,3 +108,12 @@ def test_a_change_that_the_own_keys_cannot_express_is_written_in_new_ones():
     config.n_embd = 128
     written = config_to_write(config, raw, "float32")
     assert read(written).n_embd == 128 and "hidden_size" not in written
+
+
+@pytest.mark.parametrize("value", ["int8", "auto", "float99"])
+def test_a_dtype_that_no_model_can_have_is_named_with_its_file(value, tmp_path):
+    with pytest.raises(CorruptCheckpointError) as caught:
+        dtype_of({"dtype": value}, tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+    assert f"dtype is {value!r}" in str(caught.value)
+    assert "save the model again" in str(caught.value)
