@@ -16,8 +16,9 @@ from mono_quant import kernels
 from mono_quant.api import verbs
 from mono_quant.api.delivery import Order, after_saving, deliver
 from mono_quant.artifact import cards, inspection, publishing
-from mono_quant.artifact.facts import README, read_card_facts
+from mono_quant.artifact.facts import read_card_facts
 from mono_quant.errors import ConfigError, MissingFileError, MonoQuantError, Option
+from mono_quant.io.disk.manifest import README
 from mono_quant.io.hub.client import Hub, check_repo_id
 from mono_quant.io.hub.push import PushResult
 from mono_quant.io.hub.target import PushOptions

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mono_quant.convert.int8_layers import Int8Module
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import CorruptCheckpointError
+from mono_quant.hf.computed import put_buffers_
 from mono_quant.hf.dtypes import built_dtype
 from mono_quant.hf.models import computed_buffers
 from mono_quant.io.disk.allowed import BUFFERS
@@ -120,7 +121,7 @@ def restore_(core: nn.Module, casts: Mapping[str, torch.dtype], values: Mapping[
         )
     for name, dtype in casts.items():
         known[name].data = known[name].data.to(dtype)
-    for name, value in values.items():
-        owner, _, last = name.rpartition(".")
-        if is_transformers_model(core) or known[name].shape == value.shape:
-            setattr(core.get_submodule(owner), last, value)
+    whole = is_transformers_model(core)
+    put_buffers_(
+        core, {name: value for name, value in values.items() if whole or known[name].shape == value.shape}
+    )

@@ -17,15 +17,12 @@ from mono_quant.errors import (
     MissingFileError,
 )
 from mono_quant.io.disk.json_text import read_json_object
-from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest, verify_files
+from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST, REPORT, read_manifest, verify_files
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport, dtype_name
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Subject
 from mono_quant.version import __version__
-
-README = "README.md"
-REPORT = "mono_quant_report.json"
 
 
 class StoredCodes(NamedTuple):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from mono_quant.artifact import loading
-from mono_quant.artifact.facts import REPORT, Manifest, read_report
+from mono_quant.artifact.facts import Manifest, read_report
 from mono_quant.artifact.tensors import read_tensors
 from mono_quant.errors import CorruptCheckpointError, MissingFileError, SourceNotFoundError
 from mono_quant.io.disk.json_text import read_json_object
-from mono_quant.io.disk.manifest import MANIFEST
+from mono_quant.io.disk.manifest import MANIFEST, REPORT
 from mono_quant.io.hub.repo import download, resolve
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 from mono_quant.planning.report import dtype_name, human_bytes

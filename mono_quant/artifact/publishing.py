@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mono_quant.artifact import cards, loading
 from mono_quant.artifact.buffers import read_values, unsaved_buffers
 from mono_quant.artifact.cards import CardFacts
-from mono_quant.artifact.facts import README, Manifest, read_card_facts
+from mono_quant.artifact.facts import Manifest, read_card_facts
 from mono_quant.artifact.merging import foresee, merge_card, renew
 from mono_quant.artifact.tensors import read_tensors
 from mono_quant.errors import (
@@ -23,7 +23,7 @@ from mono_quant.errors import (
 )
 from mono_quant.hf.state import at_rest
 from mono_quant.io.disk.json_text import canonical_json
-from mono_quant.io.disk.manifest import MANIFEST
+from mono_quant.io.disk.manifest import MANIFEST, README
 from mono_quant.io.disk.output import record, temporary_folder, write_file
 from mono_quant.io.hub.client import HUB, Hub
 from mono_quant.io.hub.push import PushResult, gather, push

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mono_quant.artifact.buffers import buffers_of, write_values
 from mono_quant.artifact.cards import CardFacts, render
-from mono_quant.artifact.facts import README, REPORT, Manifest, StoredCodes, card_facts
+from mono_quant.artifact.facts import Manifest, StoredCodes, card_facts
 from mono_quant.artifact.layouts import PLAIN, float_dtype, layout_of
 from mono_quant.artifact.merging import foresee, merge_card
 from mono_quant.convert.int8_layers import Int8Module, narrow_scales
@@ -25,7 +25,7 @@ from mono_quant.hf.remedies import check_described
 from mono_quant.hf.sentence import check_modules, write_modules
 from mono_quant.hf.state import at_rest, checkpoint_state
 from mono_quant.io.disk.json_text import read_json_object
-from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION
+from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, README, REPORT
 from mono_quant.io.disk.output import OutputFolder, check_target, new_folder
 from mono_quant.io.disk.reading import open_regular, read_all
 from mono_quant.io.hub.metadata import MAX_CARD_BYTES

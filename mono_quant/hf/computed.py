@@ -1,6 +1,6 @@
 """The buffers that a transformers model computes for itself when it is built: tables and scales that no checkpoint holds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ def computed_on(skeleton: nn.Module) -> dict[str, Tensor]:
             put_buffers_(model, unsaved)
 
 
-def put_buffers_(model: nn.Module, buffers: dict[str, Tensor]) -> None:
+def put_buffers_(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     """Put tensors in the place of the buffers of these names."""
     for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")

@@ -21,7 +21,7 @@ from mono_quant.hf.dtypes import loaded_dtypes, take_dtypes_
 from mono_quant.hf.models import load_as_stored, model_class, skeleton
 from mono_quant.hf.names import Fit, fit, grouped, on_meta
 from mono_quant.io.disk.allowed import BUFFERS, is_allowed
-from mono_quant.io.disk.manifest import MANIFEST
+from mono_quant.io.disk.manifest import MANIFEST, README, REPORT
 from mono_quant.io.disk.reading import open_regular, read_all
 from mono_quant.io.hub.metadata import local_card
 from mono_quant.io.hub.repo import RepoFile, git_id
@@ -41,7 +41,7 @@ MAX_SIDE_FILE_BYTES = 1 << 26
 
 def _local_origin(name: str, folder: Path) -> Origin:
     """Take over what the card beside a local checkpoint says about licence and data; its `base_model` is another one."""
-    return Origin(name, card=local_card(folder / "README.md"))
+    return Origin(name, card=local_card(folder / README))
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,9 @@ def is_side_file(name: str) -> bool:
     own = (
         "config.json",
         "generation_config.json",
-        "README.md",
+        README,
         MANIFEST,
-        "mono_quant_report.json",
+        REPORT,
         f"{BUFFERS}/model.safetensors",
     )
     # the weights of sentence-transformers' dense modules lie in folders of their own

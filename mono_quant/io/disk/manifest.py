@@ -20,6 +20,8 @@ from mono_quant.io.text import printable
 from mono_quant.version import __version__
 
 MANIFEST = "mono_quant.json"
+README = "README.md"
+REPORT = "mono_quant_report.json"
 FORMAT = "mono_quant"
 FORMAT_VERSION = 1
 
@@ -94,7 +96,7 @@ def verify_files(root: Path, files: Mapping[str, Any], *, hashes: bool, extras: 
         CorruptCheckpointError: names every missing, extra or differing file and every link.
     """
     present = [name for name, _ in tree(root)]
-    problems = [f"{name} is missing" for name in files.keys() - present if name != "README.md"]
+    problems = [f"{name} is missing" for name in files.keys() - present if name != README]
     for name in present:
         if name in files:
             problem = _difference(root / name, files[name], hashes)
@@ -151,7 +153,7 @@ def _is_record(name: str, facts: Any) -> bool:
 
 
 def _is_as_listed(path: Path, facts: dict[str, Any]) -> bool:
-    if path.name != "README.md":
+    if path.name != README:
         return _difference(path, facts, hashes=path.suffix != ".safetensors") is None
     # `is_file`: to read a pipe would wait for ever
     return (
@@ -170,7 +172,7 @@ def _difference(path: Path, facts: dict[str, Any], hashes: bool) -> str | None:
         return f"cannot be read ({error})"
     try:
         size = os.fstat(descriptor).st_size
-        if path.name == "README.md":
+        if path.name == README:
             return None
         if size != facts["size"]:
             return f"has {size} bytes instead of {facts['size']}"

@@ -25,6 +25,7 @@ from mono_quant.errors import (
     LimitExceededError,
     UnsafeInputError,
 )
+from mono_quant.io.disk.manifest import README
 from mono_quant.io.hub.client import CHECK_CACHE, HUB, TRIES, Hub, ask, check_repo_id, is_repo_id, quiet_bars
 from mono_quant.io.hub.metadata import NO_CARD, CardMetadata, read_card, text_of
 from mono_quant.io.tensors.headers import MAX_HEADER_BYTES
@@ -258,7 +259,7 @@ def _cached_facts(repo_id: str, revision: str | None, hub: Hub, subject: str) ->
         for path in folder.rglob("*")
         if path.is_file()
     ]
-    data = read_card(folder / "README.md")
+    data = read_card(folder / README)
     card, library = CardMetadata.of(data), text_of(data.get("library_name"))
     return RepoFacts(repo_id, revision, folder.name, None, None, card, library, _by_path(files))
 
