@@ -38,7 +38,7 @@ ROOMS = {
         ["schemes"],
     ],
     "hf": [
-        ["configs", "names", "methods", "processors", "computed"],
+        ["configs", "names", "methods", "processors", "computed", "late"],
         ["dtypes", "compressed_tensors"],
         ["quantizer"],
         ["models"],
