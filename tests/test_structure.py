@@ -35,6 +35,7 @@ ROOMS = {
         ["int8_layers", "half_layers", "fidelity", "surgery"],
         ["contract"],
         ["int8", "half"],
+        ["arrival"],
         ["schemes"],
     ],
     "hf": [

@@ -10,10 +10,11 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 
 from mono_quant.api.result import QuantizedModel
-from mono_quant.convert.contract import Progress, Scheme, Task, device_of
+from mono_quant.convert.contract import Decisions, Outcome, Progress, Scheme, Task, device_of
 from mono_quant.convert.fidelity import Output, run
+from mono_quant.convert.int8 import keep_unfinite
 from mono_quant.convert.probes import Probe, ProbeError, given_probe, make_probe
-from mono_quant.convert.schemes import SCHEMES
+from mono_quant.convert.schemes import ARRIVALS, SCHEMES
 from mono_quant.convert.surgery import own_memory_, recast_, rollback, structural_copy
 from mono_quant.errors import ConfigError, Option
 from mono_quant.hf.models import given_dtypes
@@ -22,7 +23,7 @@ from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.report import QuantReport
 from mono_quant.planning.walk import common_dtype, is_transformers_model, tensor_names
-from mono_quant.sources.source import Source, Subject
+from mono_quant.sources.source import Source, Stored, Subject
 
 # Above this the output is not measured unless asked for: two forward passes of a large model take minutes.
 AUTO_FIDELITY_PARAMETERS = 10**9
@@ -47,19 +48,31 @@ def convert_source(
         inplace: convert the model of the source itself; it is put back when that fails.
         probe: inputs that the user gave to measure with, or None.
     """
-    scheme = SCHEMES[request.dtype]
-    work = source.subject if inplace else _copy(source.subject)
+    scheme, stored = SCHEMES[request.dtype], source.stored
+    if stored is not None and request.dtype not in ARRIVALS:
+        source, stored, inplace = source.read(), None, True
+    work = source.subject if inplace or stored else _copy(source.subject)
     task = Task.of(work.model, work.core_name, request, _floats(source, scheme, request))
     decisions = scheme.decide(task)
     names = [name for name, _, _ in tensor_names(work.model)]
     seen: set[str] = set()
-    reference, note = _reference(work, source.dtypes, request, probe, seen)
+    reference, note = None, _why_unmeasured(work.core, request, probe)
+    if not note:
+        # of weights that are in files, the float copy goes before the int8 one is made
+        original = work if stored is None else replace(work, model=stored.fill(None))
+        reference, note = _reference(original, source.dtypes, request, probe, seen)
+        work = replace(original, model=work.model)
+        del original
     if seen:
         task = replace(task, written=task.written | seen)
         decisions = scheme.decide(task)
     with rollback(work.model), _bar(type(work.core).__name__) as progress:
-        outcome = scheme.apply_(task, decisions, progress)
-        own_memory_(work.model, None if inplace else source.subject.model)
+        if stored is None:
+            outcome = scheme.apply_(task, decisions, progress)
+        else:
+            work.model, outcome = _arrived(stored, task, decisions, progress)
+            task = replace(task, model=work.model)
+        own_memory_(work.model, None if inplace or stored else source.subject.model)
         scheme.finish_(task)
         rows = outcome.rows(task)
         bits = scheme.activation_bits(device_of(work.model))
@@ -70,6 +83,16 @@ def convert_source(
         mark_(work.model, work.core, request.dtype)
     report = _measured(report, scheme, work, reference, note)
     return QuantizedModel(work.model, report, request, work)
+
+
+def _arrived(
+    stored: Stored, task: Task, decisions: Decisions, progress: Progress
+) -> tuple[nn.Module, Outcome]:
+    """Convert weights while they are read from their files."""
+    if task.request.on_nonfinite == "keep":
+        decisions = keep_unfinite(decisions, stored.unfinite())
+    arrival = ARRIVALS[task.request.dtype](task, decisions, progress)
+    return stored.fill(arrival), arrival.outcome()
 
 
 def _floats(source: Source, scheme: Scheme, request: QuantizationConfig) -> dict[str, torch.dtype]:
@@ -102,6 +125,16 @@ def _copy(subject: Subject) -> Subject:
     return replace(subject, model=structural_copy(subject.model))
 
 
+def _why_unmeasured(core: nn.Module, request: QuantizationConfig, given: Any) -> str:
+    """Return why the output is not measured; empty when it is."""
+    if request.fidelity is False:
+        return "not asked for"
+    parameters = sum(p.numel() for p in core.parameters())
+    if request.fidelity == "auto" and given is None and parameters > AUTO_FIDELITY_PARAMETERS:
+        return f"{parameters:,} parameters; ask for it with fidelity=True"
+    return ""
+
+
 def _reference(
     work: Subject,
     dtypes: Mapping[str, torch.dtype],
@@ -113,11 +146,6 @@ def _reference(
 
     `written` gets the names of the tensors that it writes into.
     """
-    if request.fidelity is False:
-        return None, "not asked for"
-    parameters = sum(p.numel() for p in work.core.parameters())
-    if request.fidelity == "auto" and given is None and parameters > AUTO_FIDELITY_PARAMETERS:
-        return None, f"{parameters:,} parameters; ask for it with fidelity=True"
     original = _as_loaded(work, dtypes)
     try:
         if given is not None:

@@ -1,6 +1,6 @@
 """Putting int8 layers in the place of float ones: what that would make, doing it, and empty layers for loading."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,22 +73,22 @@ def to_int8_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
     recast_(model, task.floats)
     modules = dict(model.named_modules())
     if task.request.on_nonfinite == "keep":
-        decisions = keep_also(decisions, _non_finite(modules, decisions))
+        decisions = keep_unfinite(decisions, _non_finite(modules, decisions))
     done: dict[str, Converted] = {}
     replaced: dict[nn.Module, nn.Module] = {}
     chosen = [d.layer for d in decisions.values() if d.quantize]
     for count, layer in enumerate(chosen):
         progress(layer.name, count, len(chosen))
-        encoded = encode(modules[layer.name], layer)
         old = modules[layer.name]
-        _record(old, layer, encoded, done)
-        replaced[old] = build(old, layer.kind, encoded)
-        put_(model, (layer.name, *layer.aliases), old, replaced[old])
+        encoded = encode(old, layer)
+        record(old, layer, encoded, done)
+        replaced[old] = put_int8_(model, (layer.name, *layer.aliases), old, layer.kind, encoded)
     relink_(model, replaced)
-    return _outcome(task, decisions, done)
+    return outcome_of(task, decisions, done)
 
 
-def _outcome(task: Task, decisions: Decisions, done: Mapping[str, Converted]) -> Outcome:
+def outcome_of(task: Task, decisions: Decisions, done: Mapping[str, Converted]) -> Outcome:
+    """Return what becomes of the tensors of a model of which these became int8; the rest keeps the reasons decided on."""
     others = recast(task)
     return Outcome({**others.done, **done}, {**others.reasons, **layer_reasons(task.rows, decisions)})
 
@@ -99,23 +99,30 @@ def encode(module: nn.Module, layer: Layer) -> dict[str, RowCodes]:
     Raises:
         NonFiniteWeightError: naming the tensor.
     """
-    encoded = {}
-    for name in WEIGHTS[layer.kind]:
-        weight = module.get_parameter(name).detach()
-        try:
-            encoded[name] = encode_rows(as_rows(weight, layer.kind))
-        except NonFiniteWeightError as e:
-            raise NonFiniteWeightError(
-                f"{layer.name}.{name}: {e}. Repair the checkpoint, or keep the layer in float with ",
-                Option("on_nonfinite", "keep"),
-            ) from e
-    return encoded
-
-
-def _non_finite(modules: Mapping[str, nn.Module], decisions: Mapping[str, Decision]) -> dict[str, str]:
-    """Return a reason for every chosen layer whose weight holds NaN or infinity."""
     return {
-        name: "its weight holds NaN or infinity"
+        name: encode_weight(module.get_parameter(name).detach(), layer, name) for name in WEIGHTS[layer.kind]
+    }
+
+
+def encode_weight(weight: torch.Tensor, layer: Layer, name: str) -> RowCodes:
+    """Return the int8 codes of the parameter `name` of a layer.
+
+    Raises:
+        NonFiniteWeightError: naming the tensor.
+    """
+    try:
+        return encode_rows(as_rows(weight, layer.kind))
+    except NonFiniteWeightError as e:
+        raise NonFiniteWeightError(
+            f"{layer.name}.{name}: {e}. Repair the checkpoint, or keep the layer in float with ",
+            Option("on_nonfinite", "keep"),
+        ) from e
+
+
+def _non_finite(modules: Mapping[str, nn.Module], decisions: Mapping[str, Decision]) -> set[str]:
+    """Return the names of the weights chosen that hold NaN or infinity."""
+    return {
+        f"{name}.{weight}".lstrip(".")
         for name, decision in decisions.items()
         if decision.quantize
         for weight in WEIGHTS[decision.layer.kind]
@@ -123,10 +130,30 @@ def _non_finite(modules: Mapping[str, nn.Module], decisions: Mapping[str, Decisi
     }
 
 
+def keep_unfinite(decisions: Decisions, names: Collection[str]) -> Decisions:
+    """Keep every layer that holds one of the named weights, which are not finite, and what is decided together with it."""
+    found = {
+        name: "its weight holds NaN or infinity"
+        for name, decision in decisions.items()
+        if decision.quantize
+        if any(f"{name}.{weight}".lstrip(".") in names for weight in WEIGHTS[decision.layer.kind])
+    }
+    return keep_also(decisions, found)
+
+
 def build(module: nn.Module, kind: str, encoded: dict[str, RowCodes] | None) -> Int8Module:
     """Return the int8 layer for a float one; its codes are on meta when there are none yet."""
     plain = encoded if kind in ("experts", "attention") or encoded is None else encoded["weight"]
     return _LAYERS[kind](module, plain)
+
+
+def put_int8_(
+    model: nn.Module, names: Sequence[str], old: nn.Module, kind: str, encoded: dict[str, RowCodes] | None
+) -> Int8Module:
+    """Put the int8 layer for a float one in its place, under all its names, and return it."""
+    new = build(old, kind, encoded)
+    put_(model, names, old, new)
+    return new
 
 
 def install_(model: nn.Module, names: Sequence[str]) -> None:
@@ -146,8 +173,7 @@ def install_(model: nn.Module, names: Sequence[str]) -> None:
                 f"{name} has int8 codes, but that layer of {type(model).__name__} cannot hold them: {problem}. "
                 f"Load it into the architecture that was saved"
             )
-        replaced[module] = build(module, kind, None)
-        put_(model, (name, *aliases[id(module)]), module, replaced[module])
+        replaced[module] = put_int8_(model, (name, *aliases[id(module)]), module, kind, None)
     relink_(model, replaced)
     disable_float_fast_paths_(model)
 
@@ -164,7 +190,7 @@ def planned(task: Task, decisions: Decisions) -> Outcome:
             size = min(4, task.floats.get(full, weight.dtype).itemsize)
             scales = size * rows_of(weight.shape, layer.kind).numel()
             done[full] = Converted(weight.numel() + scales, torch.int8)
-    return _outcome(task, decisions, done)
+    return outcome_of(task, decisions, done)
 
 
 def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:
@@ -177,9 +203,8 @@ def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:
     return facts
 
 
-def _record(
-    old: nn.Module, layer: Layer, encoded: Mapping[str, RowCodes], done: dict[str, Converted]
-) -> None:
+def record(old: nn.Module, layer: Layer, encoded: Mapping[str, RowCodes], done: dict[str, Converted]) -> None:
+    """Note what became of the weights of a float layer, by their names in the model."""
     for name, rows in encoded.items():
         scale = stored_scale(rows.scale, old.get_parameter(name).dtype)
         gap = None if rows.sqnr_db == float("inf") else weight_limit_db(rows.codes.shape[1]) - rows.sqnr_db

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mono_quant.convert.arrival import Arrival
 from mono_quant.errors import (
     CorruptCheckpointError,
     MonoQuantError,
@@ -25,6 +26,7 @@ from mono_quant.hf.configs import BUILD_ERRORS, clean_config, refuse_own_files
 from mono_quant.hf.dtypes import loaded_dtypes
 from mono_quant.hf.names import fit, floats_of, grouped
 from mono_quant.hf.quantizer import loading_method, mark_, register, unmark_
+from mono_quant.io.tensors.checkpoint import StoredTensor
 from mono_quant.io.text import one_line
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.walk import is_transformers_model
@@ -121,30 +123,37 @@ def _remote_class(auto_map: Mapping[str, Any], name: str, folder: Path) -> tuple
 def load_as_stored(
     cls: type[Any],
     config: Any,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | StoredTensor],
     subject: str,
     dtype: torch.dtype,
     built: torch.dtype | None = None,
+    arrival: Arrival | None = None,
 ) -> nn.Module:
     """Build a model and fill it from a checkpoint, every weight accounted for and in the dtype that it has there.
 
     Args:
         cls: the model class.
         config: its config object.
-        tensors: by checkpoint name; int8 codes in the shape of the float weight, scales fp32 [N, 1].
+        tensors: by checkpoint name, held or still in their files; int8 codes in the shape of the float weight, scales fp32
+            [N, 1].
         subject: what to call the checkpoint in errors.
         dtype: of most float tensors, and what int8 weights read as.
         built: dtype that the class is built in, which decides what it computes by itself; `dtype` when None.
+        arrival: the layers that become int8 while the weights are read, one after the other.
 
     Raises:
         CorruptCheckpointError: weights are missing, left over, or have other shapes than the config says.
     """
-    method = loading_method(_headers(tensors), dtype)
+    method = loading_method(_headers(tensors), dtype, arrival)
     return _load_with(cls, config, tensors, subject, method, built or dtype)
 
 
 def load_int8(
-    cls: type[Any], config: Any, tensors: Mapping[str, Tensor], subject: str, dtype: torch.dtype
+    cls: type[Any],
+    config: Any,
+    tensors: Mapping[str, Tensor | StoredTensor],
+    subject: str,
+    dtype: torch.dtype,
 ) -> nn.Module:
     """Build a model with int8 layers where somebody's checkpoint has int8 weights, the rest as transformers loads it.
 
@@ -163,14 +172,14 @@ def load_int8(
     return model
 
 
-def _headers(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+def _headers(tensors: Mapping[str, Tensor | StoredTensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def _load_with(
     cls: type[Any],
     config: Any,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | StoredTensor],
     subject: str,
     method: Mapping[str, Any],
     dtype: torch.dtype,
@@ -255,7 +264,9 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(cls: type[Any], config: Any, tensors: dict[str, Tensor], subject: str, **options: Any) -> nn.Module:
+def _load(
+    cls: type[Any], config: Any, tensors: dict[str, Tensor | StoredTensor], subject: str, **options: Any
+) -> nn.Module:
     try:
         # transformers draws random numbers for weights that it then overwrites
         with quiet(), torch.random.fork_rng(devices=[]):
@@ -281,7 +292,7 @@ def _load(cls: type[Any], config: Any, tensors: dict[str, Tensor], subject: str,
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _problem(cls: type[Any], config: Any, tensors: Mapping[str, Tensor], subject: str) -> str:
+def _problem(cls: type[Any], config: Any, tensors: Mapping[str, Tensor | StoredTensor], subject: str) -> str:
     """Say which tensors do not fit the model of a config; empty when it is something else."""
     plain = copy.deepcopy(config)
     plain.__dict__.pop("quantization_config", None)

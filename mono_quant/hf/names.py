@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,18 @@ SCALE = "_scale"
 
 # What transformers' operations raise for tensors that they cannot merge or split.
 _CONVERSION_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+
+
+class Described(Protocol):
+    """A tensor of which dtype and shape are known, here or still in its file."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its values."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ def on_meta(headers: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> dict[st
     }
 
 
-def floats_of(tensors: Mapping[str, Tensor], codes: Iterable[str]) -> dict[str, Tensor]:
+def floats_of(tensors: Mapping[str, Described], codes: Iterable[str]) -> dict[str, Tensor]:
     """Return the floats that a checkpoint stands for, without data: codes as such, and no scales."""
     found = set(codes)
     scales = {f"{name}{SCALE}" for name in found}

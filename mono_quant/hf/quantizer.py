@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mono_quant.convert.arrival import Arrival
 from mono_quant.convert.int8 import install_
+from mono_quant.convert.surgery import recast_
 from mono_quant.errors import CorruptCheckpointError, FrozenWeightError, UnsupportedModelError
 from mono_quant.hf.computed import computed_on, put_buffers_
 from mono_quant.hf.configs import BUILD_ERRORS
@@ -64,7 +66,9 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def loading_method(
-    headers: Mapping[str, tuple[torch.dtype, Sequence[int]]], dtype: torch.dtype | None = None
+    headers: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    dtype: torch.dtype | None = None,
+    arrival: Arrival | None = None,
 ) -> dict[str, Any]:
     """Return a `quantization_config` that makes transformers' loader fill our layers.
 
@@ -72,10 +76,12 @@ def loading_method(
         headers: dtype and shape of every tensor of the checkpoint, by name; of int8 codes the shape of the float weight.
         dtype: of most float tensors, and what int8 weights read as: every tensor gets the dtype that it has in the checkpoint.
             None gives floats the dtypes that transformers gives them.
+        arrival: of a float checkpoint, the layers that become int8 while it is read.
     """
     # as text: transformers writes configs into its log
     held = Headers({name: (str(own), tuple(shape)) for name, (own, shape) in headers.items()})
-    return {"quant_method": METHOD, "headers": held, "dtype": "" if dtype is None else str(dtype)}
+    dtype_name = "" if dtype is None else str(dtype)
+    return {"quant_method": METHOD, "headers": held, "dtype": dtype_name, "arrival": arrival}
 
 
 def mark_(model: nn.Module, core: nn.Module, dtype: str) -> None:
@@ -143,10 +149,17 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
     class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         """What the loader has to know of a checkpoint; without `dtype`, floats get the dtypes that transformers gives them."""
 
-        def __init__(self, headers: Headers | None = None, dtype: str = "", **_: Any) -> None:
+        def __init__(
+            self,
+            headers: Headers | None = None,
+            dtype: str = "",
+            arrival: Arrival | None = None,
+            **_: Any,
+        ) -> None:
             self.quant_method = METHOD
             self.headers = headers or Headers()
             self.dtype = dtype
+            self.arrival = arrival
 
     class Watching(HfQuantizer):  # type: ignore[misc]
         """A quantizer that knows its model, without keeping it alive, and is copied and pickled with it."""
@@ -215,6 +228,8 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
                     self.computed = computed_on(model)
                 stored = {name: tensor.dtype for name, tensor in placed.tensors.items()}
                 take_dtypes_(model, _dtype(asked.dtype), stored)
+                if asked.arrival is not None:
+                    recast_(model, asked.arrival.floats)
                 # what the class declares would be cast: here the file decides
                 self.declared = {name: getattr(model, name, None) for name in DECLARATIONS}
                 model.__dict__.update(dict.fromkeys(DECLARATIONS, frozenset()))
@@ -222,7 +237,11 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
             weights = {name for name, layer in weight_owners(model).items() if layer in modules}
             install_(model, modules)
             _untie_(model, weights)
-            model.__dict__["initialize_weights"] = functools.partial(_initialize_, model)
+            if asked.arrival is not None:
+                # then transformers reads one weight at a time
+                self.pre_quantized = False
+                asked.arrival.await_(model)
+            model.__dict__["initialize_weights"] = functools.partial(_initialize_, model, asked.arrival)
 
         def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
             headers = self.quantization_config.headers
@@ -252,7 +271,7 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
     return Int8Config, Int8Quantizer, HalfQuantizer
 
 
-def _initialize_(model: Any) -> None:
+def _initialize_(model: Any, arrival: Arrival | None = None) -> None:
     """Let transformers compute what is not in the checkpoint; some classes also set padding rows to zero that are in it."""
     del model.__dict__["initialize_weights"]
     tables = [(dict(m.named_parameters(recurse=False)).get("weight"), m) for m in model.modules()]
@@ -265,6 +284,8 @@ def _initialize_(model: Any) -> None:
     model.initialize_weights()
     for row, values in zip(rows, loaded, strict=True):
         row.copy_(values)
+    if arrival is not None:
+        arrival.finish_()
 
 
 def _untie_(model: Any, weights: set[str]) -> None:

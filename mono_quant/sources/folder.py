@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mono_quant.convert.arrival import Arrival, unfinite
 from mono_quant.errors import (
     CorruptCheckpointError,
     UnsafeInputError,
@@ -34,7 +35,7 @@ from mono_quant.sources.guards import (
     read_config,
 )
 from mono_quant.sources.origin import Origin
-from mono_quant.sources.source import Access, Preview, Source, Subject
+from mono_quant.sources.source import Access, Preview, Source, Stored, Subject
 
 MAX_SIDE_FILE_BYTES = 1 << 26
 
@@ -54,6 +55,7 @@ class _Skeleton:
         config: of the model.
         dtype: of most of the checkpoint.
         dtypes: that transformers would give the float tensors.
+        sources: the names in the checkpoint that a tensor is made of, by its name in the model.
         notes: what the user should know.
         has_code: the repository's own code was run.
     """
@@ -63,6 +65,7 @@ class _Skeleton:
     config: Any
     dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype]
+    sources: Mapping[str, tuple[str, ...]]
     notes: list[str]
     has_code: bool
 
@@ -73,7 +76,7 @@ def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool =
     Args:
         folder: with `config.json` and weights.
         access: how to read it.
-        weights: False gives a skeleton without data.
+        weights: False gives a skeleton alone, whose weights nobody will read.
         is_cache: the folder holds one commit of a repository, which says already what its files are.
 
     Raises:
@@ -81,14 +84,15 @@ def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool =
     """
     raw = read_config(folder)
     pickled = access.allow_pickle and not any(folder.glob("*.safetensors"))
-    with open_checkpoint(folder, allow_pickle=access.allow_pickle) as checkpoint:
-        shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
-        bare = _skeleton(folder, raw, access, shapes)
-        if not weights:
-            return _of_folder(bare.model, folder, bare)
-        model = load_as_stored(type(bare.model), bare.config, _read_all(checkpoint), str(folder), bare.dtype)
-        files = {} if pickled or is_cache else checkpoint.sha256s()
-    source = _of_folder(model, folder, bare)
+    # stays open as long as the source: what is read later are the files that were checked
+    checkpoint = open_checkpoint(folder, allow_pickle=access.allow_pickle)
+    shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
+    bare = _skeleton(folder, raw, access, shapes)
+    source = _of_folder(bare.model, folder, bare)
+    if not weights:
+        return source
+    source.stored = _stored(folder, bare, checkpoint)
+    files = {} if pickled or is_cache else checkpoint.sha256s()
     used = {"allow_pickle": pickled, "trust_remote_code": bare.has_code}
     origin = source.subject.origin
     source.subject.origin = replace(
@@ -96,8 +100,18 @@ def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool =
     )
     if pickled:
         source.notes.append("read from pickle weights (allow_pickle=True)")
-    set_generation_(model, folder)
     return source
+
+
+def _stored(folder: Path, bare: _Skeleton, checkpoint: Checkpoint) -> Stored:
+    def fill(arrival: Arrival | None) -> nn.Module:
+        model = load_as_stored(
+            type(bare.model), bare.config, checkpoint.stored(), str(folder), bare.dtype, arrival=arrival
+        )
+        set_generation_(model, folder)
+        return model
+
+    return Stored(fill, lambda: frozenset(unfinite(checkpoint, bare.sources)))
 
 
 def from_headers(folder: Path, access: Access, shapes: Shapes) -> Source:
@@ -130,7 +144,7 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shap
     dtypes = loaded_dtypes(model, dtype)
     take_dtypes_(model, dtype, {name: tensor.dtype for name, tensor in found.placed.tensors.items()})
     has_code = access.trust_remote_code and bool(raw.get("auto_map"))
-    return _Skeleton(model, raw, config, dtype, dtypes, notes, has_code)
+    return _Skeleton(model, raw, config, dtype, dtypes, found.placed.sources, notes, has_code)
 
 
 def _refuse_misfit(found: Fit, name: str, folder: Path) -> None:
@@ -165,10 +179,6 @@ def _of_folder(model: nn.Module, folder: Path, bare: _Skeleton) -> Source:
         model, "transformers", folder=folder, config=bare.raw, side_files=side_files, origin=origin
     )
     return Source(subject, owned=True, dtypes=bare.dtypes, notes=notes)
-
-
-def _read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    return {name: checkpoint[name] for name in checkpoint}
 
 
 def preview_folder(folder: Path) -> Preview:

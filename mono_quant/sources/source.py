@@ -1,13 +1,14 @@
 """One model to convert with what belongs to it, and how to reach it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mono_quant.convert.arrival import Arrival
 from mono_quant.hf.processors import load_processor
 from mono_quant.io.hub.client import HUB, Hub
 from mono_quant.io.hub.repo import RepoFile
@@ -19,7 +20,7 @@ class Subject:
     """A model with what belongs to it: to be converted, or converted and to be saved.
 
     Attributes:
-        model: the module; on meta for a plan.
+        model: the module; on meta for a plan, and while its weights are in their files.
         kind: `module`, `transformers` or `sentence_transformer`.
         core_name: name of the part of `model` that is converted: the transformer inside a SentenceTransformer; empty for the
             whole.
@@ -51,6 +52,19 @@ class Subject:
         return self.processor
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Weights that are still in their files.
+
+    Attributes:
+        fill: reads them into a new model, all of them float, or some int8 as they arrive.
+        unfinite: reads them and names those, in the model, that hold NaN or infinity.
+    """
+
+    fill: Callable[[Arrival | None], nn.Module]
+    unfinite: Callable[[], frozenset[str]]
+
+
 @dataclass
 class Source:
     """What the user gave, opened.
@@ -61,12 +75,21 @@ class Source:
         dtypes: that transformers would give the float tensors, by name: one that files hold in another dtype is in the model
             as they hold it. Empty for a model in memory, which is what it is.
         notes: what the user should know.
+        stored: the weights, where the model is a skeleton that has none yet.
     """
 
     subject: Subject
     owned: bool = False
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    stored: Stored | None = None
+
+    def read(self) -> "Source":
+        """Return the same with the weights, where they are still in their files."""
+        if self.stored is None:
+            return self
+        subject = replace(self.subject, model=self.stored.fill(None))
+        return replace(self, subject=subject, owned=True, stored=None)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -27,7 +28,7 @@ from mono_quant.errors import (
 )
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.reading import open_regular, read_chunks
-from mono_quant.io.tensors.headers import Span, collisions, parse_header
+from mono_quant.io.tensors.headers import DTYPE_NAMES, Span, collisions, parse_header
 from mono_quant.io.tensors.pickles import converted
 from mono_quant.io.tensors.shards import index_name
 from mono_quant.io.text import SHOWN, listed, printable
@@ -46,6 +47,32 @@ class TensorHeader(NamedTuple):
     shape: tuple[int, ...]
     nbytes: int
     file: str
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is still in its file, with the ways of a slice of safetensors; `tensor[...]` reads it, each time anew.
+
+    Attributes:
+        dtype, shape: of the tensor.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    _checkpoint: "Checkpoint"
+    _name: str
+
+    def __getitem__(self, place: Any) -> torch.Tensor:
+        whole: torch.Tensor = self._checkpoint[self._name]
+        return whole[place]
+
+    def get_dtype(self) -> str:
+        """Return the dtype as a safetensors header has it."""
+        return DTYPE_NAMES[self.dtype]
+
+    def get_shape(self) -> list[int]:
+        """Return the shape."""
+        return list(self.shape)
 
 
 class _Shard(NamedTuple):
@@ -102,6 +129,13 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                 "fetch the file again"
             )
         return data.view(header.dtype).reshape(header.shape)
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """Return all tensors, to be read when they are needed."""
+        return {
+            name: StoredTensor(header.dtype, torch.Size(header.shape), self, name)
+            for name, header in self.headers.items()
+        }
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers)
