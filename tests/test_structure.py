@@ -43,8 +43,8 @@ ROOMS = {
         ["dtypes", "compressed_tensors"],
         ["quantizer"],
         ["models"],
-        ["state", "sentence", "described"],
-        ["remedies"],
+        ["state", "sentence", "described", "floats"],
+        ["remedies", "marks"],
     ],
     "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"]],
     "artifact": [
@@ -54,6 +54,7 @@ ROOMS = {
         ["tensors"],
         ["saving", "loading"],
         ["inspection", "publishing"],
+        ["keeping"],
     ],
     "api": [["result"], ["recipe"], ["delivery"], ["verbs"]],
     "apps": [["cli"]],

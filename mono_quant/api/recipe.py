@@ -10,6 +10,7 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 
 from mono_quant.api.result import QuantizedModel
+from mono_quant.artifact.keeping import keep_
 from mono_quant.convert.contract import Decisions, Outcome, Progress, Scheme, Task, device_of
 from mono_quant.convert.fidelity import Output, run
 from mono_quant.convert.int8 import keep_unfinite
@@ -18,11 +19,10 @@ from mono_quant.convert.schemes import ARRIVALS, SCHEMES
 from mono_quant.convert.surgery import own_memory_, recast_, rollback, structural_copy
 from mono_quant.errors import ConfigError, Option
 from mono_quant.hf.models import given_dtypes
-from mono_quant.hf.quantizer import mark_
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.report import QuantReport
-from mono_quant.planning.walk import common_dtype, is_transformers_model, tensor_names
+from mono_quant.planning.walk import common_dtype, tensor_names
 from mono_quant.sources.source import Source, Stored, Subject
 
 # Above this the output is not measured unless asked for: two forward passes of a large model take minutes.
@@ -79,9 +79,8 @@ def convert_source(
         notes = (*source.notes, *scheme.notes(rows, work.model))
         report = QuantReport(request.dtype, rows, bits, notes=notes)
         report.check(names)
-    if is_transformers_model(work.core):
-        mark_(work.model, work.core, request.dtype)
     report = _measured(report, scheme, work, reference, note)
+    keep_(work, request.dtype, report, request)
     return QuantizedModel(work.model, report, request, work)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from mono_quant.artifact import loading
 from mono_quant.artifact.facts import read_report
+from mono_quant.artifact.keeping import keep_
 from mono_quant.artifact.publishing import publish
 from mono_quant.artifact.saving import MAX_SHARD_SIZE, render_card, save
 from mono_quant.errors import ConfigError, MissingFileError, MonoQuantError, UnsupportedModelError
@@ -155,4 +156,6 @@ class QuantizedModel:
             raise MissingFileError(f"{path} has no {MANIFEST}; load the model alone with mono_quant.load")
         report = read_report(path)
         subject = loading.loaded_subject(path, loaded, manifest)
-        return cls(loaded, report, QuantizationConfig.from_dict(manifest.settings), subject)
+        config = QuantizationConfig.from_dict(manifest.settings)
+        keep_(subject, manifest.dtype, report, config)
+        return cls(loaded, report, config, subject)

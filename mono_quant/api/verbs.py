@@ -12,6 +12,7 @@ from mono_quant.api.recipe import convert_source, plan_source
 from mono_quant.api.result import QuantizedModel
 from mono_quant.artifact import loading
 from mono_quant.artifact.inspection import Inspection, inspect_any
+from mono_quant.artifact.keeping import keep_loaded_
 from mono_quant.artifact.publishing import publish
 from mono_quant.io.disk.allowed import is_allowed
 from mono_quant.io.hub.client import Hub
@@ -265,7 +266,8 @@ def load(
         client = Hub(token=token)
         facts = resolve(str(folder), revision=revision, hub=client)
         path = download(facts, wanted=is_allowed, hub=client)
-    loaded, _ = loading.load(path, model, verify=verify)
+    loaded, manifest = loading.load(path, model, verify=verify)
+    keep_loaded_(path, loaded, manifest)
     return loaded
 
 

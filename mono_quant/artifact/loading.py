@@ -26,12 +26,11 @@ from mono_quant.hf.compressed_tensors import STANDARD, check_ct
 from mono_quant.hf.configs import dtype_of, set_generation_
 from mono_quant.hf.methods import method_of, way_out
 from mono_quant.hf.models import load_as_stored, load_int8, model_class
-from mono_quant.hf.quantizer import mark_
 from mono_quant.hf.sentence import load_modules
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
-from mono_quant.planning.walk import is_transformers_model, weight_owners
+from mono_quant.planning.walk import weight_owners
 from mono_quant.sources.folder import find_side_files
 from mono_quant.sources.guards import Shapes, check_proportion, packed_weights
 from mono_quant.sources.source import Subject
@@ -122,8 +121,6 @@ def _settled(
     restore_(core, manifest.buffers, read_values(folder))
     if manifest.layout == PLAIN:
         compute_in_float_(model, next(path for path, module in model.named_modules() if module is core))
-    if is_transformers_model(core):
-        mark_(model, core, "fp16" if manifest.layout == PLAIN else "int8")
     return model.eval()
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mono_quant.hf.sentence import check_modules, write_modules
 from mono_quant.hf.state import at_rest, checkpoint_state
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, README, REPORT
-from mono_quant.io.disk.output import OutputFolder, check_target, new_folder
+from mono_quant.io.disk.output import OutputFolder, check_target, new_folder, shared_folder
 from mono_quant.io.disk.reading import open_regular, read_all
 from mono_quant.io.hub.metadata import MAX_CARD_BYTES
 from mono_quant.io.tensors.shards import write_checkpoint
@@ -69,17 +69,41 @@ def save(
         OutputError: it could not be written; nothing was changed.
     """
     subject = _as_saved(subject)
+    sources = [subject.folder] if subject.folder else []
+    opened = new_folder(target, overwrite=overwrite, sources=sources, merges=[README])
     with at_rest(subject.model):
-        _save(target, subject, report, config, overwrite, max_shard_size)
+        _save(opened, Path(target), subject, report, config, max_shard_size)
     return Path(target)
 
 
-def _save(
+def save_beside(
     target: str | Path,
     subject: Subject,
     report: QuantReport,
     config: QuantizationConfig,
-    overwrite: bool,
+    *,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """Write a converted model into a folder that others use as well, as transformers does: their files stay.
+
+    Args:
+        target: the folder; made when missing.
+        subject, report, config, max_shard_size: as for `save`.
+
+    Raises:
+        MonoQuantError: as `save`; nothing was changed.
+    """
+    subject = _as_saved(subject)
+    with at_rest(subject.model):
+        _save(shared_folder(target), Path(target), subject, report, config, max_shard_size)
+
+
+def _save(
+    opened: AbstractContextManager[OutputFolder],
+    target: Path,
+    subject: Subject,
+    report: QuantReport,
+    config: QuantizationConfig,
     max_shard_size: int | str,
 ) -> None:
     state = state_of(subject, report)
@@ -88,15 +112,14 @@ def _save(
         _check_described(subject, state, layout)
     dtype = read_dtype(subject, layout)
     buffers = buffers_of(subject.core, dtype)
-    sources = [subject.folder] if subject.folder else []
-    with new_folder(target, overwrite=overwrite, sources=sources, merges=[README]) as folder:
+    with opened as folder:
         table = _write_tensors(folder, subject, state, layout, max_shard_size)
         if is_transformers_model(subject.core):
             _write_configs(folder, subject, state, layout)
         _write_side_files(folder, subject)
         write_values(folder, buffers.values)
         about = card_facts(subject, report, config, layout, "tokenizer_config.json" in folder.files)
-        folder.write_text(README, _card(Path(target), about))
+        folder.write_text(README, _card(target, about))
         folder.write_text(REPORT, report.to_json())
         folder.manifest |= Manifest(
             type(subject.core).__name__,

@@ -290,6 +290,18 @@ def _cast_inputs_(module: nn.Module) -> None:
         module.register_forward_hook(_output_to_float)
 
 
+def remove_casts_(model: nn.Module) -> None:
+    """Take off what makes the modules of a float16 model take floats of any dtype."""
+    for module in model.modules():
+        for hooks, ours in (
+            (module._forward_pre_hooks, _inputs_to_own_dtype),
+            (module._forward_hooks, _output_to_float),
+        ):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def _own_dtype(module: nn.Module) -> torch.dtype | None:
     return next((t.dtype for t in module.parameters(recurse=False) if t.is_floating_point()), None)
 

@@ -25,7 +25,7 @@ from mono_quant.hf.computed import computed_on
 from mono_quant.hf.configs import BUILD_ERRORS, clean_config, refuse_own_files
 from mono_quant.hf.dtypes import loaded_dtypes
 from mono_quant.hf.names import fit, floats_of, grouped
-from mono_quant.hf.quantizer import loading_method, mark_, register, unmark_
+from mono_quant.hf.quantizer import loading_method, register, unmark_
 from mono_quant.io.tensors.checkpoint import StoredTensor
 from mono_quant.io.text import one_line
 from mono_quant.planning.layers import declared_float32
@@ -167,9 +167,7 @@ def load_int8(
     Raises:
         CorruptCheckpointError: weights are missing, left over, or have other shapes than the config says.
     """
-    model = _load_with(cls, config, tensors, subject, loading_method(_headers(tensors)), dtype)
-    mark_(model, model, "int8")
-    return model
+    return _load_with(cls, config, tensors, subject, loading_method(_headers(tensors)), dtype)
 
 
 def _headers(tensors: Mapping[str, Tensor | StoredTensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:

@@ -1,13 +1,11 @@
-"""What transformers wants of a quantization method, so that its own loader fills our layers and its Trainer knows what it has.
+"""What transformers wants of a quantization method, so that its own loader fills our layers.
 
 The classes need transformers as their base, so they are made when they are first asked for.
 """
 
 import contextlib
-import copy
 import functools
 import logging
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from mono_quant.convert.arrival import Arrival
 from mono_quant.convert.int8 import install_
 from mono_quant.convert.surgery import recast_
-from mono_quant.errors import CorruptCheckpointError, FrozenWeightError, UnsupportedModelError
+from mono_quant.errors import CorruptCheckpointError
 from mono_quant.hf.computed import computed_on, put_buffers_
 from mono_quant.hf.configs import BUILD_ERRORS
 from mono_quant.hf.dtypes import take_dtypes_
@@ -25,20 +23,13 @@ from mono_quant.hf.names import SCALE, Placement, on_meta, place, plain_class, s
 from mono_quant.planning.layers import DECLARATIONS
 from mono_quant.planning.walk import weight_owners
 
-METHOD = "mono_quant"
+# Between our own loading and transformers' loader alone: no file names it.
+METHOD = "mono_quant_tensors"
 logger = logging.getLogger(__name__)
-_NAMES = ("Int8Config", "Int8Quantizer", "HalfQuantizer")
-
-
-def __getattr__(name: str) -> Any:
-    # The classes need transformers as their base, and pickle needs to find them here.
-    if name in _NAMES:
-        return classes()[_NAMES.index(name)]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register() -> None:
-    """Make transformers know our int8 layers, so that a config with `quant_method: mono_quant` loads into them."""
+    """Make transformers' loader fill our layers where a config carries a `loading_method`."""
     classes()
 
 
@@ -84,69 +75,33 @@ def loading_method(
     return {"quant_method": METHOD, "headers": held, "dtype": dtype_name, "arrival": arrival}
 
 
-def mark_(model: nn.Module, core: nn.Module, dtype: str) -> None:
-    """Tell transformers that the model is converted: Trainer asks before it trains, saving before it writes codes as floats.
-
-    Args:
-        model: of transformers, or a SentenceTransformer around one.
-        core: the model of transformers.
-        dtype: `int8` or `fp16`.
-    """
-    config_class, int8_class, half_class = classes()
-    for part in dict.fromkeys((core, model)):
-        unmark_(part)
-        quantizer = (int8_class if dtype == "int8" else half_class)(config_class(), pre_quantized=True)
-        quantizer.watch(part)
-        part.hf_quantizer = quantizer
-
-
 def unmark_(model: nn.Module) -> None:
     """Remove from a loaded model what says that its loader was a quantization method."""
-    model.__dict__.pop("hf_quantizer", None)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(name, None)
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_is_quantized"):
             delattr(config, "_is_quantized")
         if config is not None and getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
-    for name in ("is_quantized", "quantization_method"):
-        model.__dict__.pop(name, None)
     # those that scales followed cannot be pickled
     for conversion in getattr(model, "_weight_conversions", None) or ():
         conversion.__class__ = plain_class(conversion)
 
 
-def _has_adapters(model: nn.Module) -> bool:
-    return getattr(model, "_hf_peft_config_loaded", False) or any(
-        type(module).__module__.startswith("peft.") for module in model.modules()
-    )
-
-
-def _refuse_training(model: nn.Module, what: str) -> None:
-    """Refuse to train a converted model, whose weights would stay as they are while the rest of it changes."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    free = sum(size for size, trains in sizes if trains)
-    if free and not _has_adapters(model):
-        raise FrozenWeightError(
-            f"{type(model).__name__} holds {what} weights, which cannot be trained: only {free:,} of its "
-            f"{sum(size for size, _ in sizes):,} parameters would be. Train LoRA adapters on it instead: convert it with skip=NAMES, "
-            f"the layers that get adapters, then model.add_adapter(peft.LoraConfig(target_modules=NAMES)), with the same names. "
-            f"To evaluate alone, call model.requires_grad_(False) first"
-        )
-
-
 @functools.cache
-def classes() -> tuple[type[Any], type[Any], type[Any]]:
+def classes() -> tuple[type[Any], type[Any]]:
     """Make the classes that transformers wants for a quantization method, and register them once.
 
     Returns:
-        The config, and the quantizers of int8 and float16 models.
+        The config, and the quantizer that it asks for.
     """
     from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
+    class TensorsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """What the loader has to know of a checkpoint; without `dtype`, floats get the dtypes that transformers gives them."""
 
         def __init__(
@@ -161,66 +116,25 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
             self.dtype = dtype
             self.arrival = arrival
 
-    class Watching(HfQuantizer):  # type: ignore[misc]
-        """A quantizer that knows its model, without keeping it alive, and is copied and pickled with it."""
+    class Filling(HfQuantizer):  # type: ignore[misc]
+        """Puts int8 layers where a checkpoint has int8 codes, and where its floats shall become some."""
 
-        what = ""
-
-        def watch(self, model: nn.Module) -> None:
-            self._model = weakref.ref(model)
-
-        @property
-        def model(self) -> nn.Module | None:
-            """The model; None while transformers loads it."""
-            found = self.__dict__.get("_model")
-            return None if found is None else found()
-
-        @property
-        def is_trainable(self) -> bool:
-            """Whether there is something to train beside the converted weights; Trainer asks this first.
-
-            Raises:
-                FrozenWeightError: there is not, and why.
-            """
-            if self.model is not None:
-                _refuse_training(self.model, self.what)
-            return True
-
-        def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-            raise UnsupportedModelError("dequantize() is not supported; load the original model instead")
-
-        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-            twin = copy.copy(self)
-            twin.quantization_config = copy.deepcopy(self.quantization_config, memo)
-            if self.model is not None:
-                twin.watch(memo.get(id(self.model), self.model))
-            return twin
-
-        def __getstate__(self) -> dict[str, Any]:
-            return self.__dict__ | {"_model": self.model}
-
-        def __setstate__(self, state: dict[str, Any]) -> None:
-            self.__dict__.update(state)
-            model = self.__dict__.pop("_model")
-            if model is not None:
-                self.watch(model)
-
-    class Int8Quantizer(Watching):
-        """Puts int8 layers where the checkpoint has int8 codes."""
-
-        what = "int8"
+        is_trainable = False
 
         def is_serializable(self) -> bool:
-            if getattr(self.model, "_hf_peft_config_loaded", False):
-                # then transformers saves the adapters alone
-                return False
-            raise UnsupportedModelError(
-                "save_pretrained and push_to_hub of transformers would write the int8 codes without what is needed to read "
-                "them. Use quantize(...).save(folder) or .push_to_hub(repo)"
-            )
+            return False
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-            asked = self.quantization_config
+            self.fill_(model, self.quantization_config)
+
+        def fill_(self, model: Any, asked: Any) -> None:
+            """Prepare a skeleton for what will be put into it.
+
+            Args:
+                model: on meta.
+                asked: a `TensorsConfig`.
+            """
+            self.headers = asked.headers
             placed = place(model, asked.headers.weights())
             if asked.dtype:
                 # in the dtype that it is built in, not in those of the file
@@ -244,31 +158,16 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
             model.__dict__["initialize_weights"] = functools.partial(_initialize_, model, asked.arrival)
 
         def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-            headers = self.quantization_config.headers
-            codes = headers.codes
-            return scales_follow(weight_conversions, codes, headers) if codes else weight_conversions
+            codes = self.headers.codes
+            return scales_follow(weight_conversions, codes, self.headers) if codes else weight_conversions
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
             model.__dict__.update(getattr(self, "declared", {}))
             put_buffers_(model, getattr(self, "computed", {}))
 
-    class HalfQuantizer(Watching):
-        """Says that a float16 model cannot be trained; it is saved and compiled like any other."""
-
-        what = "float16"
-
-        def is_serializable(self) -> bool:
-            return True
-
-        @property
-        def is_compileable(self) -> bool:
-            return True
-
-    for cls in (Int8Config, Int8Quantizer, HalfQuantizer):
-        cls.__module__, cls.__qualname__ = __name__, cls.__name__
-    register_quantization_config(METHOD)(Int8Config)
-    register_quantizer(METHOD)(Int8Quantizer)
-    return Int8Config, Int8Quantizer, HalfQuantizer
+    register_quantization_config(METHOD)(TensorsConfig)
+    register_quantizer(METHOD)(Filling)
+    return TensorsConfig, Filling
 
 
 def _initialize_(model: Any, arrival: Arrival | None = None) -> None:

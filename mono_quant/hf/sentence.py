@@ -1,5 +1,6 @@
 """SentenceTransformer folders: what lies around the transformer that does the work."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ def write_modules(folder: OutputFolder, model: Any, core: nn.Module) -> None:
     """
     # sentence-transformers saves its transformer by this method; that part is ours
     core.__dict__["save_pretrained"] = lambda *args, **kwargs: None
+    # what the library does itself: a converted model would come back here
+    write = inspect.unwrap(type(model).save_pretrained)
     try:
-        folder.adopt(lambda path: model.save_pretrained(str(path), create_model_card=False))
+        folder.adopt(lambda path: write(model, str(path), create_model_card=False))
     finally:
         del core.__dict__["save_pretrained"]
 
@@ -63,7 +66,7 @@ def load_modules(
     Raises:
         MissingDependencyError: sentence-transformers is not installed.
     """
-    config_class, *_ = classes()
+    config_class, _ = classes()
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as e:

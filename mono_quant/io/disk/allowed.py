@@ -8,11 +8,14 @@ import re
 # The folder of the buffers that belong to no checkpoint.
 BUFFERS = "mono_quant_buffers"
 
+_WEIGHTS = r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
+_BUFFERS = rf"{BUFFERS}/model\.safetensors"
+
 ALLOWED = (
     # the model's description
     r"config\.json|generation_config\.json",
     # our weights and their index; a pickle can run code when it is read
-    r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json",
+    _WEIGHTS,
     # our manifest and report, the card
     r"mono_quant\.json|mono_quant_report\.json|README\.md",
     # tokenizer: the fast one, the settings, and the vocabularies of the slow ones
@@ -25,7 +28,7 @@ ALLOWED = (
     r"modules\.json|config_sentence_transformers\.json|sentence_[a-z0-9]+_config\.json",
     r"\d+_[A-Za-z][A-Za-z0-9_]*/(config\.json|model\.safetensors)",
     # out of the way of loaders that take every file beside the weights
-    rf"{BUFFERS}/model\.safetensors",
+    _BUFFERS,
     # terms that must travel along
     r"(?i:LICEN[SC]E|NOTICE|USE_POLICY)[A-Za-z0-9_-]*(\.(txt|md|rst|pdf))?",
 )
@@ -38,3 +41,8 @@ HUB_EXTRAS = (".gitattributes", ".cache/", ".git/")
 def is_allowed(name: str) -> bool:
     """Tell whether an output folder may hold a file of this name (relative, with `/`)."""
     return len(name) <= 255 and _ALLOWED.fullmatch(name) is not None
+
+
+def is_weight_file(name: str) -> bool:
+    """Tell whether a loader would read the model's weights, or its buffers, from a file of this name."""
+    return re.fullmatch(f"{_WEIGHTS}|{_BUFFERS}", name) is not None

@@ -199,7 +199,7 @@ def make_private_folder() -> Path:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename a folder."""
+    """Rename a file or a folder."""
     with writing(new):
         _ops.rename(old, new)
 

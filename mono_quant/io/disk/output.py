@@ -18,7 +18,7 @@ from typing import Any
 
 from mono_quant.errors import OutputError
 from mono_quant.io.disk import disk, staging
-from mono_quant.io.disk.allowed import is_allowed
+from mono_quant.io.disk.allowed import is_allowed, is_weight_file
 from mono_quant.io.disk.json_text import canonical_json
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST
 from mono_quant.io.disk.reading import open_regular, read_chunks, tree
@@ -189,6 +189,70 @@ def new_folder(
     finally:
         if lock >= 0:
             os.close(lock)
+
+
+@contextmanager
+def shared_folder(target: str | os.PathLike[str]) -> Iterator[OutputFolder]:
+    """Build files that go into a folder in which others have files as well: those stay, unless ours have their names.
+
+    A folder that is not there, or empty, appears whole as with `new_folder`. Into another one the files are moved one by one when
+    all of them are on the disk, the manifest last: what is interrupted there has none.
+
+    Args:
+        target: the folder; missing parents are made.
+
+    Yields:
+        The files under construction. After an exception the target is what it was before.
+
+    Raises:
+        OutputExistsError: there is something else than a folder.
+        OutputWriteError: the file system refused.
+    """
+    place = resolve_place(target)
+    with disk.writing(place):
+        is_fresh = not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir()))
+    if is_fresh or place.is_symlink() or not place.is_dir():
+        with new_folder(place) as folder:
+            yield folder
+        return
+    refuse_cache(place)
+    partial = staging.partial_beside(place)
+    staging.recover(place)
+    lock = staging.make_partial(partial)
+    try:
+        folder = OutputFolder(partial)
+        yield folder
+        _seal(folder)
+        _move_in(folder, place)
+        folder.path = place
+    finally:
+        disk.discard(partial)
+        os.close(lock)
+
+
+def _move_in(folder: OutputFolder, place: Path) -> None:
+    """Move the files of a finished folder into another one, and take out weights that would be read in their stead."""
+    aside = folder.path / ".replaced"
+    disk.make_folder(aside)
+    with disk.writing(place):
+        there = {name for name, _ in tree(place)}
+    ours = [*sorted(folder.files), MANIFEST]
+    old = [n for n in (MANIFEST, *sorted(there - {MANIFEST})) if n in ours or is_weight_file(n)]
+    moves = [(place / name, aside / name.replace("/", "-")) for name in old if name in there]
+    moves += [(folder.path / name, place / name) for name in ours]
+    for name in ours:
+        for parent in reversed(Path(name).parents[:-1]):
+            disk.make_folder(place / parent, exist_ok=True)
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            disk.rename(source, target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            disk.rename(target, source)
+        raise
+    disk.fsync_folder(place)
 
 
 def check_target(

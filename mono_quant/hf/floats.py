@@ -1,0 +1,52 @@
+"""A converted model of transformers becomes float again: its own classes, with the weights that its codes stand for."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mono_quant.convert.half import remove_casts_
+from mono_quant.convert.stored import StoredModule
+from mono_quant.convert.surgery import put_, relink_
+from mono_quant.hf.models import skeleton
+from mono_quant.planning.walk import module_aliases
+
+
+def dequantize_(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Put float layers of its own classes in the place of converted ones, in place.
+
+    Args:
+        model: a converted transformers model.
+        dtype: of the weights; None for the one that they read as.
+
+    Returns:
+        The model. Its weights are those that were computed with; what quantization rounded away does not come back.
+    """
+    bare = skeleton(type(model), model.config, torch.float32, type(model).__name__)
+    aliases = module_aliases(model)
+    replaced: dict[nn.Module, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, StoredModule) and not name.startswith(inside):
+            # of an attention, its projection goes with it
+            inside = (*inside, f"{name}.")
+            new = bare.get_submodule(name)
+            _fill_(new, module, dtype)
+            replaced[module] = new
+            put_(model, (name, *aliases[id(module)]), module, new)
+    relink_(model, replaced)
+    remove_casts_(model)
+    return model
+
+
+def _fill_(new: nn.Module, old: nn.Module, dtype: torch.dtype | None) -> None:
+    """Give a float layer on meta the tensors that a converted one stands for."""
+    for path, module in new.named_modules():
+        source = old.get_submodule(path)
+        for name in list(module._parameters):  # noqa: SLF001
+            value = getattr(source, name)
+            if value is None:
+                continue
+            own = dtype if isinstance(source, StoredModule) and name in source.held else None
+            tensor = value.detach().as_subclass(torch.Tensor).to(own or value.dtype).clone()
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())  # noqa: SLF001
