@@ -56,7 +56,7 @@ ROOMS = {
         ["inspection", "publishing"],
         ["keeping"],
     ],
-    "api": [["result"], ["recipe"], ["delivery"], ["verbs"]],
+    "api": [["result"], ["recipe"], ["delivery", "on_load"], ["verbs"]],
     "apps": [["cli"]],
 }
 # From outside, arithmetic is one room: only its definitions may be named beside it.

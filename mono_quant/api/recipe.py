@@ -1,6 +1,6 @@
 """One conversion, from a source to a measured result with its report."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,19 +22,34 @@ from mono_quant.hf.models import given_dtypes
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.report import QuantReport
+from mono_quant.planning.rows import as_shared
 from mono_quant.planning.walk import common_dtype, tensor_names
 from mono_quant.sources.source import Source, Stored, Subject
 
 # Above this the output is not measured unless asked for: two forward passes of a large model take minutes.
 AUTO_FIDELITY_PARAMETERS = 10**9
+NOT_ASKED = "not asked for"
 
 
 def plan_source(source: Source, request: QuantizationConfig) -> QuantReport:
     """Return the report of what a conversion would do, as far as it can be told without the values."""
-    scheme, subject = SCHEMES[request.dtype], source.subject
-    task = Task.of(subject.model, subject.core_name, request, _floats(source, scheme, request))
-    rows = scheme.planned(task, scheme.decide(task)).rows(task)
+    scheme = SCHEMES[request.dtype]
+    task, decisions = decided(source, source.subject, request)
+    rows = scheme.planned(task, decisions).rows(task)
     return QuantReport(request.dtype, rows, notes=(*source.notes, *scheme.notes(rows, None)), planned=True)
+
+
+def decided(source: Source, work: Subject, request: QuantizationConfig) -> tuple[Task, Decisions]:
+    """Return the task of a conversion, and what is decided about every layer.
+
+    Args:
+        source: what the user gave.
+        work: the model that will be changed, which is built like it.
+        request: what the user asks for.
+    """
+    scheme = SCHEMES[request.dtype]
+    task = Task.of(work.model, work.core_name, request, _floats(source, scheme, request))
+    return task, scheme.decide(task)
 
 
 def convert_source(
@@ -52,8 +67,7 @@ def convert_source(
     if stored is not None and request.dtype not in ARRIVALS:
         source, stored, inplace = source.read(), None, True
     work = source.subject if inplace or stored else _copy(source.subject)
-    task = Task.of(work.model, work.core_name, request, _floats(source, scheme, request))
-    decisions = scheme.decide(task)
+    task, decisions = decided(source, work, request)
     names = [name for name, _, _ in tensor_names(work.model)]
     seen: set[str] = set()
     reference, note = None, _why_unmeasured(work.core, request, probe)
@@ -73,15 +87,28 @@ def convert_source(
             work.model, outcome = _arrived(stored, task, decisions, progress)
             task = replace(task, model=work.model)
         own_memory_(work.model, None if inplace or stored else source.subject.model)
-        scheme.finish_(task)
-        rows = outcome.rows(task)
-        bits = scheme.activation_bits(device_of(work.model))
-        notes = (*source.notes, *scheme.notes(rows, work.model))
-        report = QuantReport(request.dtype, rows, bits, notes=notes)
-        report.check(names)
+        report = finished(task, outcome, names, source.notes)
     report = _measured(report, scheme, work, reference, note)
     keep_(work, request.dtype, report, request)
     return QuantizedModel(work.model, report, request, work)
+
+
+def finished(task: Task, outcome: Outcome, names: Sequence[str], notes: Sequence[str]) -> QuantReport:
+    """Make a converted model run, and return the report of what became of it.
+
+    Args:
+        task: with the converted model.
+        outcome: of the conversion.
+        names: of the tensors that the model had before.
+        notes: what the user should know of the source.
+    """
+    scheme = SCHEMES[task.request.dtype]
+    scheme.finish_(task)
+    rows = outcome.rows(replace(task, rows=as_shared(task.rows, task.model)))
+    bits = scheme.activation_bits(device_of(task.model))
+    report = QuantReport(task.request.dtype, rows, bits, notes=(*notes, *scheme.notes(rows, task.model)))
+    report.check(names)
+    return report
 
 
 def _arrived(
@@ -127,7 +154,7 @@ def _copy(subject: Subject) -> Subject:
 def _why_unmeasured(core: nn.Module, request: QuantizationConfig, given: Any) -> str:
     """Return why the output is not measured; empty when it is."""
     if request.fidelity is False:
-        return "not asked for"
+        return NOT_ASKED
     parameters = sum(p.numel() for p in core.parameters())
     if request.fidelity == "auto" and given is None and parameters > AUTO_FIDELITY_PARAMETERS:
         return f"{parameters:,} parameters; ask for it with fidelity=True"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mono_quant.artifact.buffers import read_values, restore_
 from mono_quant.artifact.facts import Manifest
 from mono_quant.artifact.layouts import PLAIN
-from mono_quant.artifact.tensors import read_tensors
+from mono_quant.artifact.tensors import ZERO_POINT, check_zero_point, read_tensors
 from mono_quant.convert.half import compute_in_float_
 from mono_quant.convert.int8 import install_
 from mono_quant.convert.int8_layers import Int8Module
@@ -222,9 +222,7 @@ def _load_foreign(folder: Path) -> nn.Module:
         shapes = _shapes(checkpoint)
         if not method:
             _refuse_unnamed(folder, shapes)
-        dtypes = {name: dtype for name, (dtype, _) in shapes.items()}
-        for difference in check_ct(folder, raw["quantization_config"], dtypes):
-            logger.warning("%s: %s; outputs differ a little", folder, difference)
+        check_foreign(checkpoint, raw["quantization_config"])
         check_proportion(folder, raw, shapes)
         cls, config = model_class(raw, folder, trust_remote_code=False)
         tensors = read_tensors(checkpoint, None)
@@ -234,6 +232,24 @@ def _load_foreign(folder: Path) -> nn.Module:
         if isinstance(module, Int8Module):
             module.settle_()
     return loaded
+
+
+def check_foreign(checkpoint: Checkpoint, block: Mapping[str, Any]) -> None:
+    """Refuse compressed-tensors checkpoints that are not int8 with dynamic activations, and tell what is computed otherwise here.
+
+    Args:
+        checkpoint: that others made.
+        block: the `quantization_config` of its config.
+
+    Raises:
+        UnsupportedModelError: it is another kind of checkpoint.
+        CorruptCheckpointError: block and tensors contradict each other.
+    """
+    dtypes = {name: header.dtype for name, header in checkpoint.headers.items()}
+    for difference in check_ct(checkpoint.folder, block, dtypes):
+        logger.warning("%s: %s; outputs differ a little", checkpoint.folder, difference)
+    for name in [name for name in dtypes if name.endswith(ZERO_POINT)]:
+        check_zero_point(checkpoint.folder, name, checkpoint[name])
 
 
 def _refuse_unnamed(folder: Path, shapes: Shapes) -> NoReturn:

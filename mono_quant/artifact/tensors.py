@@ -14,6 +14,8 @@ from mono_quant.errors import (
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.tensors.checkpoint import Checkpoint
 
+ZERO_POINT = ".weight_zero_point"
+
 
 def shaped_codes(folder: Path, name: str, stored: Tensor | None, promised: StoredCodes, flat: bool) -> Tensor:
     """Return int8 codes in the shape of the float weight.
@@ -76,7 +78,8 @@ def read_tensors(checkpoint: Checkpoint, manifest: Manifest | None) -> dict[str,
     folder = checkpoint.folder
     tensors = {name: checkpoint[name] for name in checkpoint}
     if manifest is None:
-        _drop_zero_points(folder, tensors)
+        # checked before: they are zero
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(ZERO_POINT)}
         codes = {name: tensor for name, tensor in tensors.items() if _is_code(name, tensor, tensors)}
         table = {n: StoredCodes(tuple(t.shape), False, (t.shape[0], 1)) for n, t in codes.items()}
     else:
@@ -89,18 +92,17 @@ def read_tensors(checkpoint: Checkpoint, manifest: Manifest | None) -> dict[str,
     return tensors
 
 
-def _drop_zero_points(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Take out zero points, which some write for symmetric weights, too, and which then are zero.
+def check_zero_point(folder: Path, name: str, values: Tensor) -> None:
+    """Accept a zero point, which some write for symmetric weights, too, and which then is zero.
 
     Raises:
-        CorruptCheckpointError: one is not zero.
+        CorruptCheckpointError: it is not.
     """
-    for name in [n for n in tensors if n.endswith(".weight_zero_point")]:
-        if bool(tensors.pop(name).any()):
-            raise CorruptCheckpointError(
-                f"{folder}: {name} is not zero, but config.json describes symmetric weights, which have no zero point. Correct "
-                f"one of the two: with symmetric: false, transformers and compressed-tensors run it"
-            )
+    if bool(values.any()):
+        raise CorruptCheckpointError(
+            f"{folder}: {name} is not zero, but config.json describes symmetric weights, which have no zero point. Correct "
+            f"one of the two: with symmetric: false, transformers and compressed-tensors run it"
+        )
 
 
 def _is_code(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:

@@ -246,6 +246,13 @@ def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> n
     return model
 
 
+def tie_(skeleton: Any) -> None:
+    """Tie the weights of a skeleton that was built while transformers ties none, as it does when it loads."""
+    for target, source in skeleton.all_tied_weights_keys.items():
+        owner, _, name = target.rpartition(".")
+        setattr(skeleton.get_submodule(owner), name, skeleton.get_parameter(source))
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and load reports for the block; what matters is raised instead."""

@@ -69,10 +69,13 @@ def loading_method(
             None gives floats the dtypes that transformers gives them.
         arrival: of a float checkpoint, the layers that become int8 while it is read.
     """
-    # as text: transformers writes configs into its log
-    held = Headers({name: (str(own), tuple(shape)) for name, (own, shape) in headers.items()})
     dtype_name = "" if dtype is None else str(dtype)
-    return {"quant_method": METHOD, "headers": held, "dtype": dtype_name, "arrival": arrival}
+    return {"quant_method": METHOD, "headers": headers_of(headers), "dtype": dtype_name, "arrival": arrival}
+
+
+def headers_of(headers: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> Headers:
+    """Return the headers of a checkpoint in the form that a config carries: as text, because transformers logs configs."""
+    return Headers({name: (str(own), tuple(shape)) for name, (own, shape) in headers.items()})
 
 
 def unmark_(model: nn.Module) -> None:
@@ -120,6 +123,7 @@ def classes() -> tuple[type[Any], type[Any]]:
         """Puts int8 layers where a checkpoint has int8 codes, and where its floats shall become some."""
 
         is_trainable = False
+        headers = Headers()
 
         def is_serializable(self) -> bool:
             return False
@@ -155,9 +159,9 @@ def classes() -> tuple[type[Any], type[Any]]:
                 # then transformers reads one weight at a time
                 self.pre_quantized = False
                 asked.arrival.await_(model)
-            model.__dict__["initialize_weights"] = functools.partial(_initialize_, model, asked.arrival)
+            model.__dict__["initialize_weights"] = functools.partial(initialize_, model, asked.arrival)
 
-        def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        def update_weight_conversions(self, weight_conversions: Any, *_: Any) -> Any:
             codes = self.headers.codes
             return scales_follow(weight_conversions, codes, self.headers) if codes else weight_conversions
 
@@ -170,7 +174,7 @@ def classes() -> tuple[type[Any], type[Any]]:
     return TensorsConfig, Filling
 
 
-def _initialize_(model: Any, arrival: Arrival | None = None) -> None:
+def initialize_(model: Any, arrival: Arrival | None = None) -> None:
     """Let transformers compute what is not in the checkpoint; some classes also set padding rows to zero that are in it."""
     del model.__dict__["initialize_weights"]
     tables = [(dict(m.named_parameters(recurse=False)).get("weight"), m) for m in model.modules()]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mono_quant.io.text import listed
 from mono_quant.planning.kinds import WEIGHTS
 from mono_quant.planning.report import TensorReport, dtype_name
-from mono_quant.planning.rules import Decision, Layer
+from mono_quant.planning.rules import DEFAULTS, Decision, Layer
 from mono_quant.planning.walk import tensor_names
 
 
@@ -79,6 +79,24 @@ def survey(model: nn.Module, layers: Sequence[Layer]) -> dict[str, TensorReport]
             is_layer=layer is not None,
         )
     return rows
+
+
+def as_shared(rows: Mapping[str, TensorReport], model: nn.Module) -> dict[str, TensorReport]:
+    """Return the rows of `survey` with the ties that a model really has: a checkpoint may hold two tensors for what a config ties."""
+    tensors = {name: tensor for name, tensor, _ in tensor_names(model)}
+    found = dict(rows)
+    for name, row in rows.items():
+        if row.action == "shared" and tensors[name] is not tensors[row.reason]:
+            size, other = tensors[name].numel() * tensors[name].element_size(), rows[row.reason]
+            found[name] = replace(
+                row,
+                action="kept",
+                reason=DEFAULTS["tied"],
+                bytes_before=size,
+                bytes_after=size,
+                is_layer=other.is_layer,
+            )
+    return found
 
 
 def _plain_reason(name: str, tensor: Tensor, is_buffer: bool) -> str:

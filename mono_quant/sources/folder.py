@@ -22,8 +22,10 @@ from mono_quant.hf.dtypes import loaded_dtypes, take_dtypes_
 from mono_quant.hf.models import load_as_stored, model_class, skeleton
 from mono_quant.hf.names import Fit, fit, grouped, on_meta
 from mono_quant.io.disk.allowed import BUFFERS, is_allowed
+from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import MANIFEST, README, REPORT
 from mono_quant.io.disk.reading import open_regular, read_all
+from mono_quant.io.hub.client import is_repo_id
 from mono_quant.io.hub.metadata import local_card
 from mono_quant.io.hub.repo import RepoFile, git_id
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
@@ -179,6 +181,35 @@ def _of_folder(model: nn.Module, folder: Path, bare: _Skeleton) -> Source:
         model, "transformers", folder=folder, config=bare.raw, side_files=side_files, origin=origin
     )
     return Source(subject, owned=True, dtypes=bare.dtypes, notes=notes)
+
+
+def loaded_from(model: Any, folder: Path | None) -> Source:
+    """Make a source of a model that transformers reads by itself.
+
+    Args:
+        model: built like it; on meta.
+        folder: that the weights are read from; None where they come from memory.
+    """
+    name = type(model).__name__
+    if folder is None:
+        return Source(Subject(model, "transformers", origin=Origin(name)))
+    known_as, commit = str(model.config.name_or_path), getattr(model.config, "_commit_hash", None)
+    origin = _local_origin(name, folder)
+    if commit is not None and is_repo_id(known_as) and not Path(known_as).is_dir():
+        origin = replace(origin, repo_id=known_as, sha=commit)
+    else:
+        with open_checkpoint(folder) as checkpoint:
+            origin = replace(origin, files=checkpoint.sha256s())
+    raw = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else None
+    subject = Subject(
+        model,
+        "transformers",
+        folder=folder,
+        config=raw,
+        side_files=find_side_files(folder),
+        origin=origin,
+    )
+    return Source(subject)
 
 
 def preview_folder(folder: Path) -> Preview:

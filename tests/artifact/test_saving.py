@@ -19,7 +19,6 @@ from mono_quant.errors import (
     MonoQuantError,
     OutputExistsError,
     OutputWriteError,
-    UnsupportedModelError,
 )
 from mono_quant.io.disk import disk
 

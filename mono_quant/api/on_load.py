@@ -1,0 +1,355 @@
+"""`from_pretrained` of transformers: a model becomes int8 while it is read, and int8 checkpoints stay int8.
+
+The classes need transformers as their base, so they are made when they are first asked for.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from mono_quant.api.recipe import NOT_ASKED, convert_source, decided, finished
+from mono_quant.artifact.buffers import read_values, restore_
+from mono_quant.artifact.facts import Manifest
+from mono_quant.artifact.keeping import keep_, keep_loaded_
+from mono_quant.artifact.loading import check_foreign
+from mono_quant.artifact.tensors import ZERO_POINT
+from mono_quant.convert.arrival import Arrival, unfinite
+from mono_quant.convert.contract import Task
+from mono_quant.convert.int8 import keep_unfinite
+from mono_quant.convert.int8_layers import Int8Module
+from mono_quant.convert.schemes import ARRIVALS
+from mono_quant.convert.surgery import recast_
+from mono_quant.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    FormatVersionError,
+    MissingFileError,
+    Option,
+)
+from mono_quant.hf.compressed_tensors import STANDARD, ct_problems
+from mono_quant.hf.dtypes import built_dtype, loaded_dtypes
+from mono_quant.hf.marks import METHOD
+from mono_quant.hf.models import skeleton, tie_
+from mono_quant.hf.names import on_meta, place
+from mono_quant.hf.quantizer import classes as loader_classes
+from mono_quant.hf.quantizer import headers_of, initialize_
+from mono_quant.io.disk.manifest import FORMAT_VERSION, MANIFEST
+from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
+from mono_quant.planning.config import QuantizationConfig, merge
+from mono_quant.planning.walk import tensor_names
+from mono_quant.sources.folder import loaded_from
+from mono_quant.sources.source import Source
+
+_NAMES = ("MonoQuantConfig", "OnLoad")
+
+
+def __getattr__(name: str) -> Any:
+    # pickle needs to find them here
+    if name in _NAMES:
+        return classes()[_NAMES.index(name)]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def register() -> None:
+    """Make transformers know the method `mono_quant`; any number of times."""
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        config_class, quantizer_class = classes()
+        register_quantization_config(METHOD)(config_class)
+        register_quantizer(METHOD)(quantizer_class)
+
+
+class Enabled:
+    """int8 stays int8 in plain calls of transformers; leaving it as a context, or `disable`, ends that."""
+
+    def __init__(self) -> None:
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+        register()
+        self._mapping = AUTO_QUANTIZATION_CONFIG_MAPPING
+        self._before = self._mapping[STANDARD]
+        self._mapping[STANDARD] = _keeping_int8(self._before)
+
+    def disable(self) -> None:
+        """Let transformers read compressed-tensors checkpoints as it did before."""
+        self._mapping[STANDARD] = self._before
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disable()
+
+
+def enable() -> Enabled:
+    """Run int8 compressed-tensors checkpoints in int8 wherever transformers loads them, from now on or in a `with` block.
+
+    `AutoModel.from_pretrained`, `pipeline` and `SentenceTransformer` would otherwise compute in float with what such a
+    checkpoint (W8A8, scales per channel, activations per token at run time) stands for. Others are loaded as before.
+
+    Returns:
+        A context; its end, or `disable`, puts things back.
+    """
+    return Enabled()
+
+
+def _keeping_int8(otherwise: Any) -> type[Any]:
+    class Standard:
+        """In the place of the config of compressed-tensors."""
+
+        @staticmethod
+        def from_dict(block: Mapping[str, Any], **options: Any) -> Any:
+            if ct_problems(block):
+                return otherwise.from_dict(block, **options)
+            return classes()[0](checkpoint=block)
+
+    return Standard
+
+
+@functools.cache
+def classes() -> tuple[type[Any], type[Any]]:
+    """Make the classes that transformers wants for a quantization method.
+
+    Returns:
+        `MonoQuantConfig`, and the quantizer that it asks for.
+    """
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    _, filling = loader_classes()
+
+    class MonoQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+        """A request to convert a model while transformers loads it: `from_pretrained(..., quantization_config=MonoQuantConfig())`.
+
+        int8 layers are made one weight at a time, so that memory holds the int8 model and one layer in float. A float16 model
+        is converted when it has been loaded. The rules, reasons and the report (`model.mono_quant_report`) are those of
+        `mono_quant.quantize`; the output is not measured, as there is no float model to compare it with.
+
+        Attributes:
+            request: the conversion.
+            checkpoint: the `quantization_config` of an int8 checkpoint that is loaded as it is.
+
+        Args:
+            dtype: `int8` or `fp16`.
+            checkpoint: see above.
+            **options: fields of `QuantizationConfig`, such as `skip` and `embeddings`, but not `fidelity`.
+
+        Raises:
+            ConfigError: an option is unknown or its value is not supported.
+        """
+
+        def __init__(
+            self,
+            dtype: str | torch.dtype = "int8",
+            *,
+            checkpoint: Mapping[str, Any] | None = None,
+            format_version: int = FORMAT_VERSION,
+            quant_method: str = METHOD,
+            **options: Any,
+        ) -> None:
+            self.quant_method = METHOD
+            self.checkpoint, self.format_version = checkpoint, format_version
+            self.request = merge(None, {"dtype": dtype, "fidelity": False, **options})
+            if self.request.fidelity is not False:
+                raise ConfigError(
+                    Option("fidelity", self.request.fidelity),
+                    " needs the float model, which is not there while a model is quantized on load; leave it out, or measure "
+                    "with mono_quant.quantize(...)",
+                )
+
+        def to_dict(self) -> dict[str, Any]:
+            """Return plain data; `from_dict` gives back an equal config."""
+            asked = {k: v for k, v in self.request.to_dict().items() if k != "fidelity"}
+            return {"quant_method": METHOD, "format_version": self.format_version, **asked}
+
+    class OnLoad(filling):  # type: ignore[misc,valid-type]
+        """Converts a model while it is loaded, or loads one that was converted."""
+
+        arrival: Arrival | None = None
+        folder: Path | None = None
+        task: Task
+        source: Source
+
+        def __init__(self, quantization_config: Any, **options: Any) -> None:
+            if isinstance(quantization_config, QuantizationConfig):
+                asked: dict[str, Any] = quantization_config.to_dict()
+                asked["fidelity"] = quantization_config.fidelity is True
+                quantization_config = MonoQuantConfig(**asked)
+            super().__init__(quantization_config, **options)
+
+        def validate_environment(self, device_map: Any = None, **_: Any) -> None:
+            devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+            if not self.pre_quantized and "disk" in devices:
+                raise ConfigError(
+                    "device_map puts layers on the disk, where they would stay in float; convert the model first, "
+                    "mono_quant.quantize(...).save(folder), and load that folder"
+                )
+            if (
+                not self.pre_quantized
+                and self.quantization_config.request.dtype == "fp16"
+                and len(devices) > 1
+            ):
+                raise ConfigError(
+                    "fp16 is converted on one device, and device_map names several; for a GPU pass dtype=torch.float16 in place of "
+                    "quantization_config"
+                )
+
+        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+            # of a checkpoint of ours: codes lie flat in it, and the layer gives them their shape
+            owner, own = param_name.rpartition(".")[::2]
+            module = model.get_submodule(owner)
+            return self.arrival is None and isinstance(module, Int8Module) and own in module.held
+
+        def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+            if self.arrival is not None and param_name in self.arrival.names:
+                return 1
+            return float(param.element_size())
+
+        def _process_model_before_weight_loading(
+            self,
+            model: Any,
+            dtype: torch.dtype | None = None,
+            checkpoint_files: Sequence[str] | None = None,
+            **_: Any,
+        ) -> None:
+            files = [Path(file) for file in checkpoint_files or ()]
+            if files:
+                self.folder = files[0].parent
+            if self.pre_quantized:
+                self._expect_codes_(model)
+                return
+            request = self.quantization_config.request
+            asked = dtype or built_dtype(model)
+            bare = skeleton(type(model), model.config, asked, type(model).__name__)
+            tie_(bare)
+            recast_(bare, loaded_dtypes(bare, asked))
+            self.source = loaded_from(bare, self.folder)
+            if request.dtype not in ARRIVALS:
+                return
+            self.task, decisions = decided(self.source, self.source.subject, request)
+            if request.on_nonfinite == "keep":
+                decisions = keep_unfinite(decisions, self._unfinite(bare))
+            self.arrival = ARRIVALS[request.dtype](self.task, decisions, lambda *_: None)
+            self.arrival.await_(model)
+            model.__dict__["initialize_weights"] = functools.partial(initialize_, model, self.arrival)
+
+        def _unfinite(self, bare: nn.Module) -> frozenset[str]:
+            if self.folder is None:
+                raise ConfigError(
+                    Option("on_nonfinite", "keep"), " needs the files of the weights; leave it out"
+                )
+            with open_checkpoint(self.folder) as checkpoint:
+                shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
+                return frozenset(unfinite(checkpoint, place(bare, on_meta(shapes)).sources))
+
+        def _expect_codes_(self, model: Any) -> None:
+            asked, folder = self.quantization_config, self.folder
+            if folder is None:
+                raise MissingFileError(
+                    "an int8 model is loaded from its files; give the folder or the id of the model"
+                )
+            if asked.format_version > FORMAT_VERSION:
+                raise FormatVersionError(
+                    f"{folder} has format {asked.format_version}, and this version of mono_quant knows {FORMAT_VERSION}; "
+                    "update mono_quant"
+                )
+            self.manifest = None if asked.checkpoint is not None else _manifest(model.config, folder)
+            with open_checkpoint(folder) as checkpoint:
+                if asked.checkpoint is not None:
+                    check_foreign(checkpoint, asked.checkpoint)
+                shapes = _shapes(checkpoint, self.manifest)
+            tensors_config, _ = loader_classes()
+            ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+            model.__dict__["_keys_to_ignore_on_load_unexpected"] = {*ignored, rf"{re.escape(ZERO_POINT)}$"}
+            self.fill_(model, tensors_config(headers_of(shapes)))
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+            super()._process_model_after_weight_loading(model)
+            if self.pre_quantized and self.folder is not None:
+                _settle_(model)
+                if self.manifest is not None:
+                    restore_(model, self.manifest.buffers, read_values(self.folder))
+                keep_loaded_(self.folder, model, _manifest_here(self.folder))
+            else:
+                self._complete_(model)
+            model.config.quantization_config = self.quantization_config
+            model.is_quantized = True
+            model.quantization_method = METHOD
+
+        def _complete_(self, model: Any) -> None:
+            request = self.quantization_config.request
+            names = [name for name, _, _ in tensor_names(self.source.subject.model)]
+            subject = replace(self.source.subject, model=model)
+            if self.arrival is None:
+                source = replace(self.source, subject=subject)
+                report = convert_source(source, request, inplace=True, probe=None).report
+            else:
+                task = replace(self.task, model=model)
+                report = finished(task, self.arrival.outcome(), names, self.source.notes)
+                report = report.with_fidelity(None, NOT_ASKED)
+                keep_(subject, request.dtype, report, request)
+            model.mono_quant_report = report
+
+    for cls in (MonoQuantConfig, OnLoad):
+        cls.__module__, cls.__qualname__ = __name__, cls.__name__
+    return MonoQuantConfig, OnLoad
+
+
+def _settle_(model: nn.Module) -> None:
+    """Put int8 codes in the order of the kernels, and refuse scales that mean nothing."""
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Module):
+            module.settle_()
+            for weight in module.held:
+                scale = module.scale(weight)
+                if not scale.is_meta and not bool((scale.isfinite() & (scale > 0)).all()):
+                    raise CorruptCheckpointError(
+                        f"{name}.{weight}_scale holds a scale that is not finite and positive; the file is damaged"
+                    )
+
+
+def _manifest(config: Any, folder: Path) -> Manifest:
+    """Return the manifest of the folder that a checkpoint lies in, fetched where transformers left it on the Hub."""
+    from transformers.utils import cached_file
+
+    here = _manifest_here(folder)
+    if here is None:
+        found = cached_file(
+            config.name_or_path,
+            MANIFEST,
+            revision=config._commit_hash,  # noqa: SLF001
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if found is None:
+            raise MissingFileError(
+                f"{config.name_or_path} holds int8 codes of mono_quant, but not the {MANIFEST} that belongs to them; fetch the "
+                f"whole folder again"
+            )
+        here = Manifest.read(Path(found).parent)
+    return here
+
+
+def _manifest_here(folder: Path) -> Manifest | None:
+    return Manifest.read(folder) if (folder / MANIFEST).exists() else None
+
+
+def _shapes(
+    checkpoint: Checkpoint, manifest: Manifest | None
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor, of codes that lie flat the shape of the float weight."""
+    known = {} if manifest is None else manifest.tensors
+    return {
+        name: (header.dtype, known[name].shape if name in known else header.shape)
+        for name, header in checkpoint.headers.items()
+        if not name.endswith(ZERO_POINT)
+    }
