@@ -117,13 +117,20 @@ def _keeping_int8(otherwise: Any) -> type[Any]:
     return Standard
 
 
-@functools.cache
 def classes() -> tuple[type[Any], type[Any]]:
     """Make the classes that transformers wants for a quantization method.
 
     Returns:
         `MonoQuantConfig`, and the quantizer that it asks for.
     """
+    # before the cache: importing it may bring us here a second time
+    import transformers.quantizers.auto  # noqa: F401
+
+    return _classes()
+
+
+@functools.cache
+def _classes() -> tuple[type[Any], type[Any]]:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     _, filling = loader_classes()
@@ -248,7 +255,8 @@ def classes() -> tuple[type[Any], type[Any]]:
                 raise ConfigError(
                     Option("on_nonfinite", "keep"), " needs the files of the weights; leave it out"
                 )
-            with open_checkpoint(self.folder) as checkpoint:
+            # transformers builds on meta at this moment
+            with torch.device("cpu"), open_checkpoint(self.folder) as checkpoint:
                 shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
                 return frozenset(unfinite(checkpoint, place(bare, on_meta(shapes)).sources))
 
@@ -283,8 +291,6 @@ def classes() -> tuple[type[Any], type[Any]]:
             else:
                 self._complete_(model)
             model.config.quantization_config = self.quantization_config
-            model.is_quantized = True
-            model.quantization_method = METHOD
 
         def _complete_(self, model: Any) -> None:
             request = self.quantization_config.request

@@ -75,6 +75,9 @@ class Arrival:
             self._put_(layer, module, encode(module, layer))
         relink_(self._model, self._replaced)
         disable_float_fast_paths_(self._model)
+        # the classes that watched know this object, and live until the next collection
+        del self._model
+        self._replaced.clear()
 
     def outcome(self) -> Outcome:
         """Return what became of the tensors of the model."""

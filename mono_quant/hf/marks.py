@@ -120,7 +120,7 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
     Returns:
         The config, and the quantizers of int8 and float16 models.
     """
-    from transformers.quantizers import HfQuantizer
+    from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class ConvertedConfig(QuantizationConfigMixin):  # type: ignore[misc]

@@ -93,15 +93,22 @@ def unmark_(model: nn.Module) -> None:
         conversion.__class__ = plain_class(conversion)
 
 
-@functools.cache
 def classes() -> tuple[type[Any], type[Any]]:
     """Make the classes that transformers wants for a quantization method, and register them once.
 
     Returns:
         The config, and the quantizer that it asks for.
     """
-    from transformers.quantizers import HfQuantizer
+    # before the cache: importing it may bring us here a second time
+    import transformers.quantizers.auto  # noqa: F401
+
+    return _classes()
+
+
+@functools.cache
+def _classes() -> tuple[type[Any], type[Any]]:
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class TensorsConfig(QuantizationConfigMixin):  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -73,6 +73,9 @@ class QuantizationConfig:
         fidelity: measure the output against the original: True, False, or `auto` (models up to one billion
             parameters that can be run).
     """
+
+    # what transformers asks a `quantization_config`
+    quant_method: ClassVar[str] = "mono_quant"
 
     dtype: str = "int8"
     skip: tuple[str, ...] = ()
