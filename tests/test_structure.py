@@ -39,7 +39,7 @@ ROOMS = {
         ["schemes"],
     ],
     "hf": [
-        ["configs", "names", "methods", "processors", "computed", "late"],
+        ["configs", "names", "methods", "processors", "computed", "late", "placing"],
         ["dtypes", "compressed_tensors"],
         ["quantizer"],
         ["models"],

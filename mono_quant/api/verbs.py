@@ -14,6 +14,7 @@ from mono_quant.artifact import loading
 from mono_quant.artifact.inspection import Inspection, inspect_any
 from mono_quant.artifact.keeping import keep_loaded_
 from mono_quant.artifact.publishing import publish
+from mono_quant.hf.placing import check_place, parse_float, place_
 from mono_quant.io.disk.allowed import is_allowed
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.push import PushResult
@@ -240,6 +241,10 @@ def load(
     folder: str | Path,
     model: nn.Module | Callable[[], nn.Module] | None = None,
     *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | int | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
     verify: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -252,15 +257,22 @@ def load(
     Args:
         folder: that `save` wrote, or a Hub id.
         model: for a plain module, an instance of its class (left untouched) or a function that makes one.
+        dtype: of what is not int8; None leaves it as it is stored.
+        device: that the model goes to.
+        device_map: for a model of transformers, `auto` or a device by name of module, as `from_pretrained` takes it.
+        offload_folder: for what `device_map` puts on the disk.
         verify: compare every file with the manifest's sha256 first.
         revision, token, origin: for a Hub id, as for `quantize`.
 
     Returns:
-        The model in evaluation mode; its outputs equal those of the model that was saved, bit for bit.
+        The model in evaluation mode; on the same kind of device and in its own dtype, its outputs equal those of the model
+        that was saved, bit for bit.
 
     Raises:
         MonoQuantError: a typed error for a missing, tampered, foreign or newer folder.
     """
+    cast = parse_float(dtype)
+    check_place(device, device_map)
     path = Path(folder)
     if place_of(folder, Access(revision, place=origin)) == "hub":
         client = Hub(token=token)
@@ -268,7 +280,7 @@ def load(
         path = download(facts, wanted=is_allowed, hub=client)
     loaded, manifest = loading.load(path, model, verify=verify)
     keep_loaded_(path, loaded, manifest)
-    return loaded
+    return place_(loaded, cast, device, device_map, offload_folder)
 
 
 def inspect(
