@@ -333,7 +333,7 @@ def _manifest(config: Any, folder: Path) -> Manifest:
         found = cached_file(
             config.name_or_path,
             MANIFEST,
-            revision=config._commit_hash,  # noqa: SLF001
+            revision=getattr(config, "_commit_hash", None),
             _raise_exceptions_for_missing_entries=False,
         )
         if found is None:

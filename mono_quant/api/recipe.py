@@ -1,7 +1,7 @@
 """One conversion, from a source to a measured result with its report."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +80,9 @@ def convert_source(
     if seen:
         task = replace(task, written=task.written | seen)
         decisions = scheme.decide(task)
-    with rollback(work.model), _bar(type(work.core).__name__) as progress:
+    # what nobody else holds need not come back, and goes as it is converted
+    guard = nullcontext() if source.owned else rollback(work.model)
+    with guard, _bar(type(work.core).__name__) as progress:
         if stored is None:
             outcome = scheme.apply_(task, decisions, progress)
         else:

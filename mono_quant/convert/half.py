@@ -59,12 +59,18 @@ def to_half_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
     modules = _modules(task)
     keep = {name: decision.reason for name, decision in decisions.items() if decision.reason}
     wide, halves = _wide(task, modules), dict[int, HalfCast]()
+    partners = {name for group in _groups(modules) for name in group}
     for count, (name, module) in enumerate(modules.items()):
         progress(name, count, len(modules))
         if name not in keep:
             reason = _cast_all(name, module, wide, halves, task.request)
             if reason:
                 keep[name] = reason
+            elif name not in partners:
+                # decided: the float goes before the next module is cast
+                for tensor in own_floats(module).values():
+                    if id(tensor) in halves:
+                        tensor.data = halves[id(tensor)].value
     _keep_partners(modules, keep)
     outcome = _outcome(task, modules, keep, {key: half.flushed for key, half in halves.items()})
     for name, tensor in _tensors(modules).items():
@@ -156,16 +162,21 @@ def _cast_all(
 
 def _keep_partners(modules: Mapping[str, nn.Module], keep: dict[str, str]) -> None:
     """Keep every module that shares a tensor with a kept one."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in modules.items():
-        for tensor in own_floats(module).values():
-            owners[id(tensor)].append(name)
-    groups = [names for names in owners.values() if len(names) > 1]
+    groups = _groups(modules)
     for _ in groups:
         for names in groups:
             kept = next((n for n in names if n in keep), None)
             for name in names if kept else ():
                 keep.setdefault(name, f"tied to {kept}, which is kept")
+
+
+def _groups(modules: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Return the names of the modules that share a tensor, by tensor."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        for tensor in own_floats(module).values():
+            owners[id(tensor)].append(name)
+    return [names for names in owners.values() if len(names) > 1]
 
 
 def _cast(name: str, tensor: Tensor, request: QuantizationConfig) -> tuple[HalfCast | None, str]:

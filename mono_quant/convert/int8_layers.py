@@ -76,6 +76,15 @@ class Int8Module(StoredModule):
         codes = int8_values(self.stored(name)[rows])
         return kernels.int8_linear(x, codes, self.scale(name)[rows], bias)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Set a parameter; codes may come flat, as files of ours hold them."""
+        if param is not None and name in self.held and param.dim() == 1 and name in self._parameters:
+            shape = self.stored(name).shape
+            if param.numel() == shape.numel():
+                rows = param.data.view(rows_of(shape, self.kind).numel(), -1)
+                param = nn.Parameter(from_rows(rows, shape, self.kind), requires_grad=False)
+        super().register_parameter(name, param)
+
     def _stored_names(self) -> tuple[str, ...]:
         return (*self.held, *(f"{name}_scale" for name in self.held))
 

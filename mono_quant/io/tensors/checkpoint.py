@@ -8,6 +8,7 @@
 """
 
 import hashlib
+import mmap
 import os
 import re
 import weakref
@@ -35,6 +36,9 @@ from mono_quant.io.text import SHOWN, listed, printable
 
 # The index of the largest known model has 9 MB, so it gets more room than other JSON.
 MAX_INDEX_BYTES = 64 << 20
+
+# Bytes from which a tensor gets pages of its own.
+_OWN_MAPPING = 1 << 20
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}\.safetensors")
@@ -311,8 +315,12 @@ def _check_tensors(shards: Sequence[_Shard]) -> None:
 
 def _empty(size: int, name: str) -> torch.Tensor:
     try:
-        return torch.empty(size, dtype=torch.uint8)
-    except (RuntimeError, MemoryError) as error:
+        if size < _OWN_MAPPING:
+            return torch.empty(size, dtype=torch.uint8)
+        # goes back to the system when it is freed: among smaller things that stay, the heap would keep it
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=torch.uint8)
+    except (RuntimeError, MemoryError, OSError) as error:
         raise LimitExceededError(
             f"tensor {printable(name)} needs {size} bytes and there is not so much memory; use a larger machine"
         ) from error

@@ -1,0 +1,171 @@
+"""int8 stays int8 in plain calls of transformers: folders in our own layout always, compressed-tensors where it is asked for."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as hf
+from models import FAMILIES, OWN, run, snapshot
+from safetensors.torch import load_file, save_file
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+import mono_quant as mq
+from mono_quant.errors import CorruptCheckpointError, MissingFileError, UnsupportedModelError
+
+AUTO = {
+    "bert": hf.AutoModelForSequenceClassification,
+    "gpt2": hf.AutoModelForCausalLM,
+    "llama": hf.AutoModelForCausalLM,
+    "llama_bf16": hf.AutoModelForCausalLM,
+    "mixtral": hf.AutoModelForCausalLM,
+    "qwen3_moe": hf.AutoModelForCausalLM,
+    "t5": hf.AutoModelForSeq2SeqLM,
+    "whisper": hf.AutoModelForSpeechSeq2Seq,
+}
+STANDARD = [name for name in AUTO if FAMILIES[name].layout != OWN]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    made = {}
+
+    def folder(name, **options):
+        key = (name, *options)
+        if key not in made:
+            place = tmp_path_factory.mktemp("saved") / name
+            made[key] = mq.quantize(FAMILIES[name].build(), fidelity=False, **options).save(place)
+        return made[key]
+
+    return folder
+
+
+def held(model):
+    """Bytes of the parameters, and how many of them are int8."""
+    sizes = [(p.numel(), p.element_size(), p.dtype) for p in model.parameters()]
+    return sum(n * size for n, size, _ in sizes), sum(n for n, _, dtype in sizes if dtype == torch.int8)
+
+
+def check_same(model, folder, name):
+    expected = mq.load(folder)
+    assert held(model) == held(expected)
+    assert held(model)[1] > 0
+    inputs = FAMILIES[name].inputs()
+    torch.testing.assert_close(run(model, inputs), run(expected, inputs), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STANDARD)
+def test_a_standard_folder_runs_in_int8_where_that_is_asked_for(name, saved, tmp_path):
+    with mq.enable():
+        model = AUTO[name].from_pretrained(saved(name))
+    check_same(model, saved(name), name)
+    model.save_pretrained(tmp_path / "again")
+    assert snapshot(tmp_path / "again") == snapshot(saved(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt2", {}),
+        ("bert", {"embeddings": True, "disable_defaults": ["portable"]}),
+        ("qwen3_moe", {"skip": ["*experts*"]}),
+    ],
+    ids=["gpt2", "bert with embeddings", "qwen3_moe with float experts"],
+)
+def test_a_folder_in_our_own_layout_loads_wherever_mono_quant_is_imported(name, options, saved, tmp_path):
+    folder = saved(name, **options)
+    model = AUTO[name].from_pretrained(folder)
+    check_same(model, folder, name)
+    model.save_pretrained(tmp_path / "again")
+    assert snapshot(tmp_path / "again") == snapshot(folder)
+
+
+def test_generate_is_the_same(saved):
+    inputs = FAMILIES["t5"].inputs()
+    with mq.enable():
+        model = AUTO["t5"].from_pretrained(saved("t5"))
+    ours = mq.load(saved("t5"))
+    asked = {"max_new_tokens": 5, "do_sample": False, "decoder_start_token_id": 0}
+    tokens = [m.generate(inputs["input_ids"], **asked) for m in (model, ours)]
+    assert torch.equal(*tokens)
+
+
+def test_a_pipeline_and_a_context_that_ends(saved):
+    before = AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
+    with mq.enable() as outer:
+        with mq.enable():
+            pass
+        model = hf.AutoModel.from_pretrained(saved("llama"))
+        assert held(model)[1] > 0
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] is before
+    outer.disable()
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] is before
+
+
+def test_what_is_no_w8a8_checkpoint_goes_the_way_it_went(saved):
+    block = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+            }
+        },
+    }
+    with mq.enable():
+        found = hf.quantizers.auto.AutoQuantizationConfig.from_dict(block)
+    assert type(found) is hf.CompressedTensorsConfig
+
+
+def broken(folder, tmp_path, change):
+    copy = tmp_path / "broken"
+    copy.mkdir()
+    for file in folder.iterdir():
+        if file.name != "model.safetensors":
+            (copy / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda t: t.update({SCALE: t[SCALE] * float("nan")}), CorruptCheckpointError),
+        (lambda t: t.update({SCALE: -t[SCALE]}), CorruptCheckpointError),
+        (lambda t: t.update({WEIGHT: t[WEIGHT].float()}), UnsupportedModelError),
+    ],
+    ids=["NaN scale", "negative scale", "float beside a scale"],
+)
+def test_a_damaged_folder_is_one_clear_error_on_this_road_too(change, error, saved, tmp_path):
+    folder = broken(saved("llama"), tmp_path, change)
+    with mq.enable(), pytest.raises(error):
+        hf.AutoModelForCausalLM.from_pretrained(folder)
+
+
+SCALE = "model.layers.0.mlp.up_proj.weight_scale"
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_a_folder_of_ours_without_its_manifest_says_so(saved, tmp_path):
+    folder = broken(saved("gpt2"), tmp_path, lambda tensors: None)
+    (folder / "mono_quant.json").unlink()
+    with pytest.raises(MissingFileError, match=r"mono_quant\.json"):
+        hf.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_without_mono_quant_our_own_layout_is_refused_by_name(saved):
+    code = f"import transformers as hf; hf.AutoModelForCausalLM.from_pretrained({str(saved('gpt2'))!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "mono_quant" in done.stderr
+    assert "mismatch" in done.stderr
+
+
+def test_importing_mono_quant_first_or_last_makes_no_difference(saved):
+    for order in ("import mono_quant, transformers as hf", "import transformers as hf, mono_quant"):
+        code = f"{order}; m = hf.AutoModelForCausalLM.from_pretrained({str(saved('gpt2'))!r}); print(type(m.transformer.h[0].mlp.c_fc).__name__)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "Int8TransposedLinear"
