@@ -126,7 +126,8 @@ def int8_notes(rows: Sequence[TensorReport], model: nn.Module | None = None) -> 
         model: the converted model; None for a plan, which knows no values.
     """
     if not any(row.action == "quantized" for row in rows):
-        reasons = Counter(row.reason for row in rows if row.is_layer and row.action == "kept")
+        layers = {row.module or row.name: row.reason for row in rows if row.is_layer and row.action == "kept"}
+        reasons = Counter(layers.values())
         total = reasons.total()
         reason, count = next(iter(reasons.most_common(1)), ("it holds no layer with a weight matrix", 0))
         yield f"NO LAYER BECAME INT8: {f'{count} of {total} layers kept: ' if count else ''}{reason}"
