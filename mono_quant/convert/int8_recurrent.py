@@ -37,7 +37,7 @@ class _Int8Recurrent(Int8Module):
             return partial(
                 kernels.int8_linear, weight=self.codes(name), weight_scale=self.scale(name), bias=bias
             )
-        weight = self.get_parameter(name).float()
+        weight = self.stored(name).float()
         return partial(F.linear, weight=weight, bias=None if bias is None else bias.float())
 
 
