@@ -504,6 +504,15 @@ def test_copies_and_state_dicts_compute_the_same(kind):
 
 
 @EVERY
+def test_other_tensors_can_be_put_in_their_place_for_a_call(kind):
+    quiet, other = int8(MODULES[kind]()), int8(MODULES[kind]())
+    x = torch.randn(3, quiet.input_size)
+    with torch.no_grad():
+        assert same(torch.func.functional_call(quiet, other.state_dict(), (x,)), other(x))
+        assert not same(quiet(x), other(x))
+
+
+@EVERY
 def test_plan_conversion_and_folder_agree(kind, tmp_path):
     model = Around(MODULES[kind]).eval()
     result, planned = mq.quantize(model, **WEIGHTS), mq.plan(model, **WEIGHTS)
