@@ -102,3 +102,23 @@ def test_in_a_transformer_of_linear_layers_it_stays_float_so_that_others_can_loa
         json.loads((folder / "config.json").read_bytes())["quantization_config"]["quant_method"]
         == "compressed-tensors"
     )
+
+
+def test_transformers_converts_it_on_load_and_makes_it_float_again(tmp_path):
+    model = seeded(encodec)
+    model.save_pretrained(tmp_path / "float")
+    read = hf.AutoModel.from_pretrained(tmp_path / "float", quantization_config=mq.MonoQuantConfig())
+    assert equal(read, mq.quantize(model, **QUIET).model)
+    weights = {
+        name: layer._flat_weights for name, layer in read.named_modules() if isinstance(layer, Int8LSTM)
+    }
+    with torch.no_grad():
+        before, back = audio(read), read.dequantize()
+        for name, expected in weights.items():
+            assert type(back.get_submodule(name)) is nn.LSTM
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(back.get_submodule(name)._flat_weights, expected, strict=True)
+            )
+        # what is left is the rounding of activations
+        assert 0 < relative_error(before, audio(back)) < 0.02
