@@ -92,7 +92,8 @@ def dynamic_quantize(
         **options: fields of `QuantizationConfig`.
 
     Returns:
-        The converted model, and the names of the layers that were left as they were.
+        The converted model, and the names of the layers that were left as they were, each once. A weight that stays in float
+        in a converted layer (few input features of an LSTM) is named itself.
 
     Raises:
         MonoQuantError: as `quantize`.
@@ -100,7 +101,7 @@ def dynamic_quantize(
     # nothing is measured: this verb returns no report
     request = _request(config, dtype, {"fidelity": False, **options})
     result = convert_source(open_source(model), request, inplace=False, probe=None)
-    return result.model, [row.module or row.name for row in result.report.skipped]
+    return result.model, [layer.name for layer in result.report.kept_layers]
 
 
 def quantize_from_hub(

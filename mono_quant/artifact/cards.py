@@ -16,7 +16,7 @@ from huggingface_hub import ModelCardData
 from mono_quant.artifact.card_text import mark, split
 from mono_quant.io.hub.metadata import parse_metadata
 from mono_quant.io.text import one_line
-from mono_quant.planning.report import QuantReport, TensorReport, gap_text, human_bytes
+from mono_quant.planning.report import KeptLayer, QuantReport, gap_text, human_bytes
 from mono_quant.sources.origin import Origin
 
 _FACTS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
@@ -238,14 +238,14 @@ def _account_lines(report: QuantReport) -> list[str]:
             f"| {what} | {_cell(label)} | {len(rows)} | {sum(r.numel for r in rows):,} | "
             f"{human_bytes(sum(r.bytes_before for r in rows))} | {human_bytes(sum(r.bytes_after for r in rows))} |"
         )
-    return lines + list(_kept_lines(report.skipped))
+    return lines + list(_kept_lines(report.kept_layers))
 
 
-def _kept_lines(skipped: Iterable[TensorReport]) -> Iterator[str]:
-    groups: dict[tuple[str, str, str], list[TensorReport]] = defaultdict(list)
-    for row in skipped:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.module or row.name)
-        groups[pattern, row.dtype_after, row.reason].append(row)
+def _kept_lines(kept: Iterable[KeptLayer]) -> Iterator[str]:
+    groups: dict[tuple[str, str, str], list[KeptLayer]] = defaultdict(list)
+    for layer in kept:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.name)
+        groups[pattern, layer.dtype, layer.reason].append(layer)
     if not groups:
         return
     yield ""
@@ -253,13 +253,14 @@ def _kept_lines(skipped: Iterable[TensorReport]) -> Iterator[str]:
     yield ""
     yield "| layer | count | dtype | weights | reason |"
     yield "|---|---:|---|---:|---|"
-    for i, ((pattern, dtype, reason), rows) in enumerate(groups.items()):
+    for i, ((pattern, dtype, reason), layers) in enumerate(groups.items()):
         if i == _MAX_KEPT_LINES:
             rest = list(groups.values())[i:]
             yield f"| and {len(rest)} more kinds, listed in `mono_quant_report.json` | {sum(map(len, rest))} | | | |"
             return
-        name = pattern if len(rows) > 1 else rows[0].module or rows[0].name
-        yield f"| {_cell(_code(name))} | {len(rows)} | {_cell(dtype)} | {sum(r.numel for r in rows):,} | {_cell(reason)} |"
+        name = pattern if len(layers) > 1 else layers[0].name
+        weights = sum(layer.weights for layer in layers)
+        yield f"| {_cell(_code(name))} | {len(layers)} | {_cell(dtype)} | {weights:,} | {_cell(reason)} |"
 
 
 def _fidelity_lines(report: QuantReport) -> list[str]:

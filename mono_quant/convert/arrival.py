@@ -15,7 +15,6 @@ from mono_quant.convert.int8 import encode, encode_weight, outcome_of, put_int8_
 from mono_quant.convert.surgery import disable_float_fast_paths_, relink_
 from mono_quant.errors import CorruptCheckpointError
 from mono_quant.kernels.weights import RowCodes
-from mono_quant.planning.kinds import WEIGHTS
 from mono_quant.planning.rows import Converted
 from mono_quant.planning.rules import Layer
 from mono_quant.planning.walk import module_aliases
@@ -43,7 +42,7 @@ class Arrival:
             f"{d.layer.name}.{weight}".lstrip(".")
             for d in decisions.values()
             if d.quantize
-            for weight in WEIGHTS[d.layer.kind]
+            for weight in d.layer.matrices
         )
         self.floats = task.floats
         self._task, self._decisions, self._progress = task, decisions, progress
@@ -99,7 +98,7 @@ class Arrival:
             )
         codes = self._codes.setdefault(layer.name, {})
         codes[name] = encode_weight(param.detach(), layer, name)
-        if codes.keys() == set(WEIGHTS[layer.kind]):
+        if codes.keys() == set(layer.matrices):
             _unwatch_(module, layer)
             self._put_(layer, module, self._codes.pop(layer.name))
 
@@ -114,7 +113,7 @@ class Arrival:
 def _owners(module: nn.Module, layer: Layer) -> Iterator[tuple[nn.Module, dict[str, str]]]:
     """Yield the modules that hold the weights of a layer, each with its own names of them and theirs in the layer."""
     owners: dict[str, dict[str, str]] = {}
-    for weight in WEIGHTS[layer.kind]:
+    for weight in layer.matrices:
         path, _, own = weight.rpartition(".")
         owners.setdefault(path, {})[own] = weight
     for path, weights in owners.items():

@@ -22,7 +22,7 @@ from mono_quant.kernels import cast_half
 from mono_quant.kernels.weights import HalfCast
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.forward_code import dtypes_asked_for
-from mono_quant.planning.kinds import WEIGHTS, kind_of, obstacle
+from mono_quant.planning.kinds import kind_of, obstacle, weights_of
 from mono_quant.planning.report import TensorReport
 from mono_quant.planning.rows import Converted
 from mono_quant.planning.rules import DEFAULTS, Decision, Layer, container_reason, user_reason
@@ -216,16 +216,14 @@ def compute_in_float_(model: nn.Module, within: str = "") -> None:
     layers = {
         n: m
         for n, m in modules.items()
-        if _can_hold_half(m) and not any(id(m.get_parameter(w)) in deciding for w in WEIGHTS[kind_of(m)])
+        if _can_hold_half(m) and not any(id(m.get_parameter(w)) in deciding for w in weights_of(m))
     }
     inside = {f"{n}.out_proj".lstrip(".") for n, m in layers.items() if kind_of(m) == "attention"}
-    held = {id(m.get_parameter(w)) for m in layers.values() for w in WEIGHTS[kind_of(m)]}
+    held = {id(m.get_parameter(w)) for m in layers.values() for w in weights_of(m)}
     wide: set[int] = set()
     for name, module in modules.items():
         for own, tensor in own_floats(module).items():
-            is_weight = (
-                own in WEIGHTS[kind_of(module)] if name in layers else name in inside and own == "weight"
-            )
+            is_weight = own in weights_of(module) if name in layers else name in inside and own == "weight"
             if tensor.dtype == torch.float16 and not is_weight:
                 tensor.data = tensor.data.float()
                 wide.add(id(tensor))
@@ -235,7 +233,7 @@ def compute_in_float_(model: nn.Module, within: str = "") -> None:
     aliases = module_aliases(model)
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in layers.items():
-        if all(id(module.get_parameter(w)) in free for w in WEIGHTS[kind_of(module)]):
+        if all(id(module.get_parameter(w)) in free for w in weights_of(module)):
             replaced[module] = HALF_LAYERS[kind_of(module)](module, lambda p: _frozen(p, shared))
             put_(model, (name, *aliases[id(module)]), module, replaced[module])
     relink_(model, replaced)
@@ -282,9 +280,9 @@ def memory_notes(rows: Sequence[TensorReport], model: nn.Module | None) -> Itera
 
 def _can_hold_half(module: nn.Module) -> bool:
     kind = kind_of(module)
-    if kind not in HALF_LAYERS or obstacle(module, kind) or clash(module, kind, HALF_LAYERS[kind]):
+    if kind not in HALF_LAYERS or obstacle(module, kind) or clash(module, HALF_LAYERS[kind]):
         return False
-    return all(module.get_parameter(w).dtype == torch.float16 for w in WEIGHTS[kind])
+    return all(module.get_parameter(w).dtype == torch.float16 for w in weights_of(module))
 
 
 def _frozen(parameter: nn.Parameter, shared: dict[int, nn.Parameter]) -> nn.Parameter:

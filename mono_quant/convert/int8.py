@@ -19,18 +19,27 @@ from mono_quant.convert.int8_layers import (
     Int8MultiheadAttention,
     Int8TransposedLinear,
 )
+from mono_quant.convert.int8_recurrent import (
+    Int8GRU,
+    Int8GRUCell,
+    Int8LSTM,
+    Int8LSTMCell,
+    Int8RNN,
+    Int8RNNCell,
+)
 from mono_quant.convert.probes import Probe
 from mono_quant.convert.surgery import clash, disable_float_fast_paths_, put_, recast_, relink_
 from mono_quant.errors import CorruptCheckpointError, NonFiniteWeightError, Option
 from mono_quant.kernels import encode_rows
 from mono_quant.kernels.weights import RowCodes, stored_scale, weight_limit_db
-from mono_quant.planning.kinds import WEIGHTS, as_rows, kind_of, obstacle, rows_of
+from mono_quant.planning.kinds import as_rows, kind_of, obstacle, rows_of
 from mono_quant.planning.rows import Converted, int8_notes, layer_reasons
 from mono_quant.planning.rules import Decision, Layer, keep_also, select
 from mono_quant.planning.walk import module_aliases
 from mono_quant.planning.writes import WRITTEN
 
-_LAYERS: Mapping[str, Callable[..., Int8Module]] = {
+# By kind of layer.
+INT8_LAYERS: Mapping[str, Callable[..., Int8Module]] = {
     layer.kind: layer
     for layer in (
         Int8Linear,
@@ -40,6 +49,12 @@ _LAYERS: Mapping[str, Callable[..., Int8Module]] = {
         Int8Embedding,
         Int8Experts,
         Int8MultiheadAttention,
+        Int8LSTM,
+        Int8GRU,
+        Int8RNN,
+        Int8LSTMCell,
+        Int8GRUCell,
+        Int8RNNCell,
     )
 }
 
@@ -53,9 +68,9 @@ def decide(task: Task) -> dict[str, Decision]:
 
 
 def _why_not(task: Task, layer: Layer) -> str:
-    if task.writes_into((layer.name, *layer.aliases), WEIGHTS[layer.kind]):
+    if task.writes_into((layer.name, *layer.aliases), layer.matrices):
         return WRITTEN
-    return clash(task.model.get_submodule(layer.name), layer.kind, _LAYERS[layer.kind])
+    return clash(task.model.get_submodule(layer.name), INT8_LAYERS[layer.kind])
 
 
 def to_int8_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
@@ -99,9 +114,7 @@ def encode(module: nn.Module, layer: Layer) -> dict[str, RowCodes]:
     Raises:
         NonFiniteWeightError: naming the tensor.
     """
-    return {
-        name: encode_weight(module.get_parameter(name).detach(), layer, name) for name in WEIGHTS[layer.kind]
-    }
+    return {name: encode_weight(module.get_parameter(name).detach(), layer, name) for name in layer.matrices}
 
 
 def encode_weight(weight: torch.Tensor, layer: Layer, name: str) -> RowCodes:
@@ -125,7 +138,7 @@ def _non_finite(modules: Mapping[str, nn.Module], decisions: Mapping[str, Decisi
         f"{name}.{weight}".lstrip(".")
         for name, decision in decisions.items()
         if decision.quantize
-        for weight in WEIGHTS[decision.layer.kind]
+        for weight in decision.layer.matrices
         if not bool(torch.isfinite(modules[name].get_parameter(weight).detach().float()).all())
     }
 
@@ -136,15 +149,16 @@ def keep_unfinite(decisions: Decisions, names: Collection[str]) -> Decisions:
         name: "its weight holds NaN or infinity"
         for name, decision in decisions.items()
         if decision.quantize
-        if any(f"{name}.{weight}".lstrip(".") in names for weight in WEIGHTS[decision.layer.kind])
+        if any(f"{name}.{weight}".lstrip(".") in names for weight in decision.layer.matrices)
     }
     return keep_also(decisions, found)
 
 
 def build(module: nn.Module, kind: str, encoded: dict[str, RowCodes] | None) -> Int8Module:
     """Return the int8 layer for a float one; its codes are on meta when there are none yet."""
-    plain = encoded if kind in ("experts", "attention") or encoded is None else encoded["weight"]
-    return _LAYERS[kind](module, plain)
+    # the layers with one weight take its codes alone
+    only = None if encoded is None else encoded.get("weight")
+    return INT8_LAYERS[kind](module, encoded if only is None else only)
 
 
 def put_int8_(
@@ -167,7 +181,7 @@ def install_(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         module = model.get_submodule(name)
         kind = kind_of(module)
-        problem = obstacle(module, kind) or clash(module, kind, _LAYERS[kind])
+        problem = obstacle(module, kind) or clash(module, INT8_LAYERS[kind])
         if problem:
             raise CorruptCheckpointError(
                 f"{name} has int8 codes, but that layer of {type(model).__name__} cannot hold them: {problem}. "
@@ -183,8 +197,9 @@ def planned(task: Task, decisions: Decisions) -> Outcome:
     done = {}
     for decision in decisions.values():
         layer = decision.layer
-        for name in WEIGHTS[layer.kind] if decision.quantize else ():
-            weight = task.model.get_submodule(layer.name).get_parameter(name)
+        module = task.model.get_submodule(layer.name)
+        for name in layer.matrices if decision.quantize else ():
+            weight = module.get_parameter(name)
             full = f"{layer.name}.{name}".lstrip(".")
             # see `stored_scale`; that float16 cannot hold them is seen in their values alone
             size = min(4, task.floats.get(full, weight.dtype).itemsize)

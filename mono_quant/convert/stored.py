@@ -20,9 +20,11 @@ class StoredModule(nn.Module):
 
     Attributes:
         held: names of the parameters in that form.
+        replaces: plain attributes of the float layer that would keep its weights alive; this one answers them itself.
     """
 
-    held: ClassVar[tuple[str, ...]] = ("weight",)
+    held: tuple[str, ...] = ("weight",)
+    replaces: ClassVar[frozenset[str]] = frozenset()
 
     # transformers re-initialises modules that do not carry this mark.
     _is_hf_initialized = True

@@ -14,7 +14,7 @@ from torch import nn
 from mono_quant.convert.snapshot import ATOMS, Snapshot, holds_attributes
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import UnsupportedModelError
-from mono_quant.planning.kinds import WEIGHTS
+from mono_quant.planning.kinds import weights_of
 from mono_quant.planning.walk import tensor_names
 
 _HOOKS = tuple(
@@ -119,12 +119,12 @@ def rollback(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def clash(old: nn.Module, kind: str, cls: Any) -> str:
-    """Return why a layer of the class `cls` cannot take over the attributes of one of this kind; empty when it can."""
-    tensors = {"_float", *(f"{weight}_scale" for weight in WEIGHTS[kind])}
+def clash(old: nn.Module, cls: Any) -> str:
+    """Return why a layer of the class `cls` cannot take over the attributes of `old`; empty when it can."""
+    tensors = {"_float", *(f"{weight}_scale" for weight in weights_of(old))}
     # the projection of an attention is replaced with it
     held = {n for m in (old, *old.children()) if m is old or isinstance(m, nn.Linear) for n in vars(m)}
-    names = sorted(n for n in held if n in tensors or _is_code(getattr(cls, n, None)))
+    names = sorted(n for n in held - cls.replaces if n in tensors or _is_code(getattr(cls, n, None)))
     return (
         f"it has attributes of its own ({', '.join(names)}) with names that its new form uses"
         if names
@@ -208,8 +208,9 @@ def _hand_over_(old: nn.Module, new: nn.Module) -> None:
         if hook.with_module:
             # it knows by itself, weakly, which module it belongs to
             hooks[key] = type(hook)(hook.hook, new)
+    replaces = new.replaces if isinstance(new, StoredModule) else frozenset()
     for name, value in vars(old).items():
-        if name not in vars(new) and not hasattr(type(new), name):
+        if name not in vars(new) and not hasattr(type(new), name) and name not in replaces:
             vars(new)[name] = value
     for name, parameter in old._parameters.items():
         held = new._parameters.get(name)

@@ -49,4 +49,5 @@ def _fill_(new: nn.Module, old: nn.Module, dtype: torch.dtype | None) -> None:
                 continue
             own = dtype if isinstance(source, StoredModule) and name in source.held else None
             tensor = value.detach().as_subclass(torch.Tensor).to(own or value.dtype).clone()
-            module._parameters[name] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())  # noqa: SLF001
+            # not into `_parameters`: a recurrent layer notes what is set
+            setattr(module, name, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))

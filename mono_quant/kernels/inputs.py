@@ -27,7 +27,7 @@ def check_input(x: Tensor, layer: str, width: int, axis: int = -1, dims: tuple[i
         )
     wrong = x.dim() not in dims if dims else not x.dim()
     if wrong or x.shape[axis] != width:
-        what = "channels" if dims else "features"
+        what = "features" if axis == -1 else "channels"
         raise InputError(
             f"{layer} takes inputs with {width} {what}, not {tuple(x.shape)}; give it what the float layer took"
         )

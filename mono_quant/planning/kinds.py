@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-# The float parameters that become int8, by kind of layer.
-WEIGHTS: Mapping[str, tuple[str, ...]] = {
+from mono_quant.planning.rules import MIN_ROW
+
+_CELL = ("weight_ih", "weight_hh")
+# The float parameters that become int8, by kind of layer; those of stacked recurrent layers depend on the module.
+_WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "linear": ("weight",),
     "transposed_linear": ("weight",),
     "conv1d": ("weight",),
@@ -17,10 +20,14 @@ WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "embedding": ("weight",),
     "experts": ("gate_up_proj", "down_proj"),
     "attention": ("in_proj_weight", "out_proj.weight"),
+    "lstm_cell": _CELL,
+    "gru_cell": _CELL,
+    "rnn_cell": _CELL,
 }
 
 # What compressed-tensors and vLLM can hold.
 PORTABLE_KINDS = frozenset({"linear", "experts"})
+RECURRENT_KINDS = frozenset({"lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell"})
 
 _KINDS: Mapping[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -28,6 +35,12 @@ _KINDS: Mapping[type[nn.Module], str] = {
     nn.Conv2d: "conv2d",
     nn.Embedding: "embedding",
     nn.MultiheadAttention: "attention",
+    nn.LSTM: "lstm",
+    nn.GRU: "gru",
+    nn.RNN: "rnn",
+    nn.LSTMCell: "lstm_cell",
+    nn.GRUCell: "gru_cell",
+    nn.RNNCell: "rnn_cell",
 }
 # What a float layer of each kind holds beside its weights; anything else would be lost with it.
 _BESIDE: Mapping[str, frozenset[str]] = {
@@ -51,6 +64,32 @@ def kind_of(module: nn.Module) -> str:
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return "transposed_linear"
     return "experts" if _is_fused_experts(module) else ""
+
+
+def weights_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the float parameters of a layer that become int8; none for a module of no known kind.
+
+    A recurrent layer keeps matrices with short rows in float (few input features), where it has longer ones.
+    """
+    return _weights_as(module, kind_of(module))
+
+
+def _weights_as(module: nn.Module, kind: str) -> tuple[str, ...]:
+    if kind not in RECURRENT_KINDS:
+        return _WEIGHTS.get(kind, ())
+    names = tuple(name for name in recurrent_parameters(module) if name.startswith("weight"))
+    # a matrix that is computed may not be there yet
+    short = {name for name in names if hasattr(module, name) and getattr(module, name).shape[-1] < MIN_ROW}
+    return tuple(name for name in names if name not in short) or names
+
+
+def recurrent_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of all parameters of a recurrent layer, in its order."""
+    return (
+        tuple(module._flat_weights_names)
+        if isinstance(module, nn.RNNBase)
+        else (*_CELL, "bias_ih", "bias_hh")
+    )
 
 
 def matrices(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -86,9 +125,9 @@ def from_rows(matrix: Tensor, shape: torch.Size | tuple[int, ...], kind: str) ->
 def matrix_shape(module: nn.Module, kind: str) -> tuple[int, int]:
     """Return how many rows the weights of a layer have together, and the length of the longest."""
     # not `get_parameter`: the weight of a normed or pruned layer is an attribute
-    shapes = [getattr(module, name).shape for name in WEIGHTS[kind]]
+    shapes = [getattr(module, name).shape for name in _weights_as(module, kind) if hasattr(module, name)]
     # of experts, rows of gate_up have H values, rows of down have I: count them as rows of the longer kind
-    depth = max(shape.numel() // rows_of(shape, kind).numel() for shape in shapes)
+    depth = max((shape.numel() // rows_of(shape, kind).numel() for shape in shapes), default=1)
     return sum(shape.numel() for shape in shapes) // depth, depth
 
 
@@ -96,9 +135,13 @@ def obstacle(module: nn.Module, kind: str) -> str:
     """Return why a layer of a known kind cannot be replaced; empty when it can."""
     if isinstance(module, nn.MultiheadAttention):
         return _attention_problem(module) or _hanging(module, kind)
-    if any(name not in module._parameters for name in WEIGHTS[kind]):
+    names = recurrent_parameters(module) if kind in RECURRENT_KINDS else _weights_as(module, kind)
+    if any(name not in module._parameters for name in names):
         return "its weight is computed at every forward (weight norm or similar)"
-    weights = [module._parameters[name] for name in WEIGHTS[kind]]
+    weights = [module._parameters[name] for name in names]
+    held = [id(w) for w in weights if w is not None]
+    if len(held) > len(set(held)):
+        return "two of its weights are one tensor"
     dtypes = {w.dtype for w in weights if w is not None}
     if not dtypes <= _FLOATS:
         return f"its weight is {', '.join(sorted(str(d) for d in dtypes - _FLOATS))}, not a float matrix"
@@ -110,11 +153,14 @@ def obstacle(module: nn.Module, kind: str) -> str:
 def _hanging(module: nn.Module, kind: str) -> str:
     """Return what of a layer would vanish with it; plain attributes and hooks go over to the new one."""
     registered = module._parameters.keys() | module._buffers.keys() | module._modules.keys()
-    extra = sorted(registered - _BESIDE.get(kind, {"bias"}) - set(WEIGHTS[kind]))
+    is_recurrent = kind in RECURRENT_KINDS
+    beside = frozenset(recurrent_parameters(module)) if is_recurrent else _BESIDE.get(kind, {"bias"})
+    extra = sorted(registered - beside - set(_weights_as(module, kind)))
     if extra:
         return f"it has parameters, buffers or modules of its own ({', '.join(extra)})"
     attributes = vars(module).keys()
-    if not attributes.isdisjoint({"bias", "in_proj_bias"}):
+    # a recurrent layer has a flag of that name
+    if not is_recurrent and not attributes.isdisjoint({"bias", "in_proj_bias"}):
         return "its bias is no parameter: it is fixed, or computed at every forward"
     shadows = sorted(n for n in attributes if callable(getattr(type(module), n, None)))
     if shadows:

@@ -14,18 +14,19 @@ from torch import nn
 from mono_quant.kernels import MAX_IN_FEATURES
 from mono_quant.planning.kinds import (
     PORTABLE_KINDS,
-    WEIGHTS,
+    RECURRENT_KINDS,
     foreign_reason,
     kind_of,
     matrices,
     matrix_shape,
     obstacle,
+    weights_of,
 )
 from mono_quant.planning.rules import Layer
 from mono_quant.planning.walk import below, is_transformers_model, module_aliases, owners_of, tensor_names
 
 # What a model made of portable layers holds beside them, and can keep in float at a small price.
-_COSTLY_KINDS = ("conv1d", "conv2d", "attention")
+_COSTLY_KINDS = frozenset({"conv1d", "conv2d", "attention"}) | RECURRENT_KINDS
 # Where a transformers model lists what needs float32: against float16 alone, and against any other dtype.
 DECLARATIONS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 _HEADS = frozenset({"lm_head", "classifier", "score", "qa_outputs", "proj_out", "classification_head"})
@@ -64,13 +65,15 @@ def _layers_of(model: nn.Module) -> list[Layer]:
             covered.add(f"{name}.out_proj" if name else "out_proj")
         layer = _layer(name, module, kind)
         if layer is not None:
-            own = dict(module.named_parameters())
-            weights = [own[w] for w in WEIGHTS.get(kind, ()) if w in own] or list(matrices(module))
+            own, names = dict(module.named_parameters()), weights_of(module)
+            weights = [own[w] for w in names if w in own] or list(matrices(module))
             tied = any(len(owners[id(p)]) > 1 for p in weights)
             rules = _router_rule(name, module) | ({"tied"} if tied else set())
-            rules |= {"keep_in_fp32"} if _holds_any(name, module, kind, declared) else set()
+            rules |= {"keep_in_fp32"} if _holds_any(name, module, declared) else set()
             rules |= {"embedding"} if kind == "embedding" else set()
-            layers.append(replace(layer, defaults=frozenset(rules), aliases=aliases[id(module)]))
+            layers.append(
+                replace(layer, defaults=frozenset(rules), aliases=aliases[id(module)], matrices=names)
+            )
     return _with_portable_rule(model, _with_heads(model, layers))
 
 
@@ -99,8 +102,8 @@ def _router_rule(name: str, module: nn.Module) -> set[str]:
     return {"router"} if is_router else set()
 
 
-def _holds_any(name: str, module: nn.Module, kind: str, declared: Collection[str]) -> bool:
-    weights = WEIGHTS.get(kind) or [own for own, _ in module.named_parameters(recurse=False)]
+def _holds_any(name: str, module: nn.Module, declared: Collection[str]) -> bool:
+    weights = weights_of(module) or [own for own, _ in module.named_parameters(recurse=False)]
     return any(f"{name}.{weight}".lstrip(".") in declared for weight in weights)
 
 
@@ -157,7 +160,7 @@ def _is_output(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _with_portable_rule(model: nn.Module, layers: list[Layer]) -> list[Layer]:
-    """In a transformers model made of linear layers, convolutions and `nn.MultiheadAttention` would cost the standard format."""
+    """In a transformers model made of linear layers, convolutions, `nn.MultiheadAttention` and recurrent layers would cost the standard format."""
     if not is_transformers_model(model):
         return layers
     kinds: dict[str, int] = defaultdict(int)

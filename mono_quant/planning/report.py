@@ -62,6 +62,23 @@ class TensorReport:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class KeptLayer:
+    """A layer that could have been quantized and stays in float, or one such weight of a quantized layer.
+
+    Attributes:
+        name: of the layer; of a single weight its own.
+        dtype: that it has now.
+        weights: how many.
+        reason: why.
+    """
+
+    name: str
+    dtype: str
+    weights: int
+    reason: str
+
+
 @dataclass(frozen=True, repr=False)
 class QuantReport:
     """The account of one conversion; see the module docstring.
@@ -131,6 +148,18 @@ class QuantReport:
     def skipped(self) -> tuple[TensorReport, ...]:
         """Weights of layers that could have been quantized and were kept, each with its reason."""
         return tuple(r for r in self.rows if r.is_layer and r.action == "kept")
+
+    @property
+    def kept_layers(self) -> tuple[KeptLayer, ...]:
+        """The layers that `skipped` has the weights of, each once."""
+        converted = {r.module for r in self.quantized}
+        layers: dict[str, list[TensorReport]] = defaultdict(list)
+        for r in self.skipped:
+            layers[r.name if r.module in converted else r.module or r.name].append(r)
+        return tuple(
+            KeptLayer(name, rows[0].dtype_after, _params(rows), rows[0].reason)
+            for name, rows in layers.items()
+        )
 
     @property
     def worst(self) -> TensorReport | None:
@@ -319,13 +348,14 @@ def _params(rows: list[TensorReport]) -> int:
 
 
 def _layer_lines(report: QuantReport) -> Iterable[str]:
-    if report.skipped:
+    kept = report.kept_layers
+    if kept:
         yield ""
         yield "layers kept in float"
-        rows = [[f"  {r.module or r.name}", f"{r.numel:,}", r.reason] for r in report.skipped[:20]]
+        rows = [[f"  {layer.name}", f"{layer.weights:,}", layer.reason] for layer in kept[:20]]
         yield from _columns(None, rows, right={1})
-        if len(report.skipped) > 20:
-            yield f"  ... and {len(report.skipped) - 20} more (all of them in the JSON report)"
+        if len(kept) > 20:
+            yield f"  ... and {len(kept) - 20} more (all of them in the JSON report)"
     if report.worst and report.worst.sqnr_db is not None:
         worst = report.worst
         yield ""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.io.text import listed
-from mono_quant.planning.kinds import WEIGHTS
+from mono_quant.planning.kinds import RECURRENT_KINDS
 from mono_quant.planning.report import TensorReport, dtype_name
-from mono_quant.planning.rules import DEFAULTS, Decision, Layer
+from mono_quant.planning.rules import DEFAULTS, Decision, Layer, short_rows
 from mono_quant.planning.walk import tensor_names
 
 
@@ -53,7 +53,7 @@ def account(
 
 def survey(model: nn.Module, layers: Sequence[Layer]) -> dict[str, TensorReport]:
     """Return one row per tensor of a float model, all of them kept or shared so far."""
-    by_tensor = {f"{x.name}.{w}".lstrip("."): x for x in layers for w in WEIGHTS.get(x.kind, ())}
+    by_tensor = {f"{x.name}.{w}".lstrip("."): x for x in layers for w in x.matrices}
     by_module = {x.name: x for x in layers}
     modules = dict(model.named_modules(remove_duplicate=False))
     first: dict[int, str] = {}
@@ -74,7 +74,7 @@ def survey(model: nn.Module, layers: Sequence[Layer]) -> dict[str, TensorReport]
             bytes_before=size,
             bytes_after=size,
             action="kept" if shared_with == name else "shared",
-            reason=_plain_reason(name, tensor, is_buffer) if shared_with == name else shared_with,
+            reason=shared_with if shared_with != name else _plain_reason(name, tensor, is_buffer, layer),
             is_buffer=is_buffer,
             is_layer=layer is not None,
         )
@@ -99,13 +99,17 @@ def as_shared(rows: Mapping[str, TensorReport], model: nn.Module) -> dict[str, T
     return found
 
 
-def _plain_reason(name: str, tensor: Tensor, is_buffer: bool) -> str:
+def _plain_reason(name: str, tensor: Tensor, is_buffer: bool, layer: Layer | None) -> str:
     if not tensor.is_floating_point():
         return f"{str(tensor.dtype).removeprefix('torch.')} values, not floating point"
     if is_buffer:
         return "buffer"
+    if layer is not None and layer.kind in RECURRENT_KINDS and tensor.dim() > 1:
+        # what is not converted with the other weights of its layer
+        return short_rows(tensor.shape[-1])
     last = name.rpartition(".")[2]
-    return "bias" if last == "bias" or last.endswith("_bias") else "vector (norm, gain or offset)"
+    is_bias = last == "bias" or last.endswith("_bias") or last.startswith("bias_")
+    return "bias" if is_bias else "vector (norm, gain or offset)"
 
 
 def layer_reasons(rows: Mapping[str, TensorReport], decisions: Mapping[str, Decision]) -> dict[str, str]:
@@ -122,7 +126,8 @@ def int8_notes(rows: Sequence[TensorReport], model: nn.Module | None = None) -> 
         model: the converted model; None for a plan, which knows no values.
     """
     if not any(row.action == "quantized" for row in rows):
-        reasons = Counter(row.reason for row in rows if row.is_layer and row.action == "kept")
+        layers = {row.module or row.name: row.reason for row in rows if row.is_layer and row.action == "kept"}
+        reasons = Counter(layers.values())
         total = reasons.total()
         reason, count = next(iter(reasons.most_common(1)), ("it holds no layer with a weight matrix", 0))
         yield f"NO LAYER BECAME INT8: {f'{count} of {total} layers kept: ' if count else ''}{reason}"

@@ -25,8 +25,8 @@ DEFAULTS: Mapping[str, str] = {
     "router": "router: a small error sends a token to other experts",
     "keep_in_fp32": "the model declares that it must stay in float32",
     "small": "tiny: too few weights to gain from int8",
-    "portable": "convolution or fused attention in a transformer: int8 here would keep transformers and vLLM from loading "
-    "the checkpoint",
+    "portable": "convolution, fused attention or recurrent layer in a transformer: int8 here would keep transformers and "
+    "vLLM from loading the checkpoint",
     "embedding": "embedding: int8 only on request (embeddings=True)",
 }
 
@@ -55,13 +55,14 @@ class Layer:
 
     Attributes:
         name: full module name; the weight is `weight_name` below it.
-        kind: `linear`, `transposed_linear`, `conv1d`, `conv2d`, `embedding`, `experts`, `attention`, or the class
-            name of a layer that int8 cannot hold.
+        kind: `linear`, `transposed_linear`, `conv1d`, `conv2d`, `embedding`, `experts`, `attention`, `lstm`, `gru`, `rnn`,
+            `lstm_cell`, `gru_cell`, `rnn_cell`, or the class name of a layer that int8 cannot hold.
         class_name: of the module.
-        rows, depth: output channels and length of one row; experts count as one matrix.
+        rows, depth: output channels and length of one row; several matrices count as one with the longest rows.
         defaults: names of the default rules that apply to it.
         unsupported: why int8 cannot hold it; empty when it can.
         aliases: other names the same module has.
+        matrices: names below it of the parameters that become int8.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Layer:
     defaults: frozenset[str] = frozenset()
     unsupported: str = ""
     aliases: tuple[str, ...] = ()
+    matrices: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -166,8 +168,13 @@ def _own_reason(layer: Layer, rules: Rules, around: str) -> str:
         if rule in layer.defaults and not lifted:
             return reason
     if layer.depth < MIN_ROW and "small" not in rules.disable_defaults:
-        return f"short rows: {layer.depth} weights share one scale, fewer than {MIN_ROW}"
+        return short_rows(layer.depth)
     return _size_reason(layer.weights, rules)
+
+
+def short_rows(depth: int) -> str:
+    """Return why a matrix with rows of `depth` values stays in float."""
+    return f"short rows: {depth} weights share one scale, fewer than {MIN_ROW}"
 
 
 def user_reason(names: Iterable[str], class_name: str, weights: int | None, rules: Rules) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mono_quant.planning.kinds import WEIGHTS, kind_of
+from mono_quant.planning.kinds import weights_of
 
 
 def weight_owners(model: nn.Module) -> dict[str, str]:
@@ -14,7 +14,7 @@ def weight_owners(model: nn.Module) -> dict[str, str]:
     return {
         f"{name}.{weight}".lstrip("."): name
         for name, module in model.named_modules()
-        for weight in WEIGHTS.get(kind_of(module), ())
+        for weight in weights_of(module)
     }
 
 

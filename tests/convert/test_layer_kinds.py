@@ -13,6 +13,7 @@ KINDS = {
     "mixtral": {"linear", "embedding", "experts"},
     "attention": {"attention", "linear"},
     "cnn": {"conv2d", "linear"},
+    "lstm": {"lstm", "embedding", "linear"},
 }
 
 

@@ -15,24 +15,24 @@ from mono_quant.convert.surgery import clash, own_memory_, recast_, rollback, st
 def test_an_attribute_that_would_hide_a_part_of_the_new_layer_is_a_clash(name):
     layer = nn.Linear(4, 4)
     layer.tag = 1
-    assert clash(layer, "linear", Int8Linear) == ""
+    assert clash(layer, Int8Linear) == ""
     setattr(layer, name, 1)
-    assert f"({name})" in clash(layer, "linear", Int8Linear)
+    assert f"({name})" in clash(layer, Int8Linear)
 
 
 def test_what_half_layers_call_their_own_is_not_what_int8_layers_do():
     layer = nn.Linear(4, 4)
     layer.codes = 1
-    assert clash(layer, "linear", HALF_LAYERS["linear"]) == ""
+    assert clash(layer, HALF_LAYERS["linear"]) == ""
     layer.stored = 1
-    assert "(stored)" in clash(layer, "linear", HALF_LAYERS["linear"])
+    assert "(stored)" in clash(layer, HALF_LAYERS["linear"])
 
 
 def test_the_projection_of_an_attention_can_clash_too():
     layer = nn.MultiheadAttention(4, 2)
-    assert clash(layer, "attention", Int8MultiheadAttention) == ""
+    assert clash(layer, Int8MultiheadAttention) == ""
     layer.out_proj.scale = 1.0
-    assert "(scale)" in clash(layer, "attention", Int8MultiheadAttention)
+    assert "(scale)" in clash(layer, Int8MultiheadAttention)
 
 
 def test_no_parameter_of_a_copy_shares_memory_in_the_end():

@@ -191,7 +191,7 @@ def test_original_defect_14_an_option_has_an_effect_or_raises():
     assert "tied" in kept(mq.quantize(net(), embeddings=True, **QUIET))["embed"]
     with pytest.raises(ConfigError, match=r"'tied', which cannot be lifted.*Untie them first"):
         mq.quantize(net(), embeddings=True, disable_defaults=["tied"], **QUIET)
-    assert chosen(mq.quantize(seeded(Lstm), embeddings=True, **QUIET)) == ["emb", "out"]
+    assert chosen(mq.quantize(seeded(Lstm), embeddings=True, **QUIET)) == ["emb", "lstm", "lstm", "out"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -8,7 +8,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from mono_quant.planning.kinds import PORTABLE_KINDS, WEIGHTS, kind_of
+from mono_quant.convert.int8 import INT8_LAYERS
+from mono_quant.planning.kinds import PORTABLE_KINDS, kind_of, weights_of
 from mono_quant.planning.layers import declared_float32, find_layers
 from mono_quant.planning.walk import is_transformers_model, tensor_names
 
@@ -40,7 +41,9 @@ def rules(model, *names):
         (lambda: nn.Conv2d(4, 6, (3, 2)), ("conv2d", 6, 24, set(), "")),
         (lambda: nn.Embedding(9, 5), ("embedding", 9, 5, {"embedding"}, "")),
         (lambda: nn.MultiheadAttention(8, 2), ("attention", 32, 8, set(), "")),
-        (lambda: nn.LSTM(8, 4), ("LSTM", 1, 192, set(), "no int8 form of LSTM")),
+        (lambda: nn.LSTM(8, 4), ("lstm", 24, 8, set(), "")),
+        (lambda: nn.GRU(24, 40), ("gru", 192, 40, set(), "")),
+        (lambda: nn.RNNCell(40, 24), ("rnn_cell", 38, 40, set(), "")),
         (lambda: nn.Conv3d(2, 3, 2), ("Conv3d", 1, 48, set(), "no int8 form of Conv3d")),
         (lambda: nn.ConvTranspose1d(2, 3, 2), ("ConvTranspose1d", 1, 12, set(), "no int8 form of ConvTranspose1d")),
         (lambda: nn.Bilinear(3, 4, 5), ("Bilinear", 1, 60, set(), "no int8 form of Bilinear")),
@@ -99,6 +102,52 @@ def test_attention_with_a_parametrized_projection_is_kept():
     model = nn.MultiheadAttention(8, 2)
     parametrizations.spectral_norm(model.out_proj)
     assert all(x.unsupported for x in find_layers(model))
+
+
+@pytest.mark.parametrize("make", [lambda size: nn.LSTM(size, 40, 2), lambda size: nn.GRUCell(size, 40)])
+def test_a_recurrent_layer_keeps_matrices_with_short_rows_in_float_where_it_has_longer_ones(make):
+    few, enough = make(15), make(16)
+    assert set(weights_of(enough)) - set(weights_of(few)) == {next(n for n, _ in enough.named_parameters())}
+    assert found(few)[""][2:] == found(enough)[""][2:] == (40, set(), "")
+    # what the rules say of it as a whole is said of its longest rows
+    assert set(weights_of(nn.LSTM(15, 8))) == {"weight_ih_l0", "weight_hh_l0"}
+
+
+def shared_inside():
+    lstm = nn.LSTM(16, 16, 2)
+    lstm.weight_hh_l1 = lstm.weight_hh_l0
+    return lstm
+
+
+def dropped_weight():
+    gru = nn.GRU(16, 16)
+    gru.raw = nn.Parameter(gru.weight_hh_l0.detach())
+    del gru.weight_hh_l0
+    return gru
+
+
+def buffer_for_a_bias():
+    cell = nn.LSTMCell(16, 16)
+    bias = cell.bias_hh.detach()
+    del cell.bias_hh
+    cell.register_buffer("bias_hh", bias)
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (shared_inside, "two of its weights are one tensor"),
+        (dropped_weight, "computed at every forward"),
+        (buffer_for_a_bias, "computed at every forward"),
+        (lambda: prune.l1_unstructured(nn.LSTM(16, 16), "weight_hh_l0", 0.5), "computed at every forward"),
+        (lambda: parametrizations.weight_norm(nn.GRU(16, 16), "weight_hh_l0"), "computed at every forward"),
+        (lambda: type("Mine", (nn.LSTM,), {})(16, 16), "Mine is a subclass of LSTM"),
+    ],
+)
+def test_a_recurrent_layer_of_another_form_is_kept_with_its_reason(make, reason):
+    (layer, *_) = find_layers(make())
+    assert reason in layer.unsupported
 
 
 class Odd(nn.Linear):
@@ -440,6 +489,23 @@ def test_convolutions_in_a_transformer_are_marked_and_in_a_convolutional_model_t
         hf.ResNetForImageClassification,
         hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
     )
+    parakeet = meta(
+        hf.ParakeetForRNNT,
+        hf.ParakeetRNNTConfig(
+            vocab_size=12,
+            decoder_hidden_size=16,
+            encoder_config={
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 999,
+            },
+        ),
+    )
+    assert rules(parakeet, "lstm") == {"decoder.lstm": {"portable"}}
+    encodec = meta(hf.EncodecModel, hf.EncodecConfig(num_filters=4, hidden_size=16))
+    assert kinds(encodec)["encoder.layers.13.lstm"] == "lstm"
+    assert rules(encodec, "lstm") == {"encoder.layers.13.lstm": set(), "decoder.layers.1.lstm": set()}
     convs = [x for x in find_layers(resnet) if x.kind == "conv2d"]
     assert len(convs) > 4 and not any(x.defaults for x in convs)
     assert rules(resnet) == {"classifier.1": {"head"}}
@@ -514,8 +580,14 @@ def test_each_kind_says_which_parameters_become_int8():
         "embedding": nn.Embedding(3, 2),
         "attention": nn.MultiheadAttention(4, 2),
         "experts": meta(MixtralExperts, hf.MixtralConfig(**LLAMA)),
+        "lstm": nn.LSTM(16, 32, 2, bidirectional=True, proj_size=16),
+        "gru": nn.GRU(16, 32),
+        "rnn": nn.RNN(16, 32),
+        "lstm_cell": nn.LSTMCell(16, 32),
+        "gru_cell": nn.GRUCell(16, 32),
+        "rnn_cell": nn.RNNCell(16, 32),
     }
-    assert modules.keys() == WEIGHTS.keys() > PORTABLE_KINDS
+    assert modules.keys() == INT8_LAYERS.keys() > PORTABLE_KINDS
     for kind, module in modules.items():
         matrices = {n for n, p in module.named_parameters() if p.dim() > 1}
-        assert kind_of(module) == kind and set(WEIGHTS[kind]) == matrices
+        assert kind_of(module) == kind and set(weights_of(module)) == matrices

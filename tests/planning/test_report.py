@@ -46,6 +46,28 @@ def test_totals_are_the_sums_of_the_rows():
     assert [r.numel for r in ROWS] == [800, 400, 40, 600, 600, 40]
 
 
+def test_a_kept_layer_is_named_once_and_a_weight_kept_in_a_quantized_layer_by_itself():
+    rows = (
+        row("mha.in_proj_weight", (12, 4), 192, 192, is_layer=True, reason="by the user"),
+        row("mha.out_proj.weight", (4, 4), 64, 64, is_layer=True, reason="by the user"),
+        row("lstm.weight_ih_l0", (8, 3), 96, 96, is_layer=True, reason="short rows"),
+        row("lstm.weight_hh_l0", (8, 2), 64, 48, "quantized", is_layer=True),
+        row("table", (5, 2), 40, 40, is_layer=True, reason="no int8 form"),
+        row("lstm.bias_ih_l0", (8,), 32, 32, reason="bias"),
+    )
+    report = QuantReport("int8", (rows[0], replace(rows[1], module="mha"), *rows[2:]))
+    kept = [(layer.name, layer.weights, layer.reason, layer.dtype) for layer in report.kept_layers]
+    assert kept == [
+        ("mha", 64, "by the user", "float32"),
+        ("lstm.weight_ih_l0", 24, "short rows", "float32"),
+        ("table", 10, "no int8 form", "float32"),
+    ]
+    lines = report.table().splitlines()
+    assert [line.split() for line in lines[lines.index("layers kept in float") + 1 :][:3]] == [
+        ["mha", "64", "by", "the", "user"], ["lstm.weight_ih_l0", "24", "short", "rows"], ["table", "10", "no", "int8", "form"]
+    ]  # fmt: skip
+
+
 def test_the_repr_is_one_short_line():
     assert repr(REPORT) == (
         "<QuantReport: int8, 1,840 parameters, 65.2% of them quantized, 7.5 kB -> 4.1 kB>"

@@ -247,9 +247,9 @@ def int8_notes(model, **options):
 
 
 def test_a_conversion_that_changes_nothing_says_so_with_the_usual_reason():
-    tiny = [nn.Linear(8, 8), nn.Linear(8, 8), nn.LSTM(8, 8)]
+    tiny = [nn.Linear(8, 8), nn.Linear(8, 8), nn.LSTM(8, 8), nn.Conv3d(2, 2, 2)]
     assert int8_notes(nn.Sequential(*tiny)) == [
-        "NO LAYER BECAME INT8: 2 of 4 layers kept: short rows: 8 weights share one scale, fewer than 16"
+        "NO LAYER BECAME INT8: 3 of 4 layers kept: short rows: 8 weights share one scale, fewer than 16"
     ]
     assert int8_notes(nn.Sequential(nn.LayerNorm(8))) == [
         "NO LAYER BECAME INT8: it holds no layer with a weight matrix"

@@ -123,7 +123,7 @@ class Cnn(nn.Module):
 
 
 class Lstm(nn.Module):
-    """A recurrent net, which stays float, under a linear layer."""
+    """A recurrent net under a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
