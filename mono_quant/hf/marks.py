@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mono_quant.errors import ConfigError, FrozenWeightError, Option, UnsupportedModelError
 from mono_quant.hf.floats import dequantize_
+from mono_quant.hf.placing import parse_float
 from mono_quant.hf.quantizer import unmark_
 
 METHOD = "mono_quant"
@@ -235,7 +236,8 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
             return self.keeper
 
         def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-            return dequantize_(model, dtype)
+            # that of a config, which may have its name
+            return dequantize_(model, parse_float(dtype))
 
         def remove_quantization_config(self, model: Any) -> None:
             unmark_(model)

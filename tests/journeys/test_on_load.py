@@ -80,6 +80,16 @@ def test_dequantize_gives_the_float_classes_with_the_weights_that_were_computed_
         assert gap <= original.state_dict()[name_].float().abs().max() / 127
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16", torch.float32], ids=str)
+def test_dequantize_takes_a_dtype_and_the_words_of_a_config(dtype):
+    model = mq.quantize(FAMILIES["llama"].build(), fidelity=False).model
+    model.config.dtype = "float32"
+    back = model.dequantize(dtype) if dtype is not None else model.dequantize()
+    weight = back.model.layers[0].mlp.up_proj.weight
+    assert weight.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    run(back.float(), FAMILIES["llama"].inputs())
+
+
 def test_options_rules_and_reasons_are_those_of_quantize(floats):
     loaded = on_load(floats("llama"), skip=["down_proj"], embeddings=True, min_params=3000)
     other = mq.quantize(
