@@ -28,7 +28,9 @@ class StoredModule(nn.Module):
     _is_hf_initialized = True
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # the float layers among our bases would make weights
+        # Tracers of torch.fx tell by this, on the module, what they must not open. Pickle asks the class.
+        self.__dict__["__module__"] = "torch.nn"
         # Follows `.to(dtype)`, so that a weight that is read has the dtype a float weight would have.
         self.register_buffer("_float", torch.empty(0, dtype=dtype), persistent=False)
 
