@@ -22,8 +22,15 @@ ROOMS = {
     ],
     "io/tensors": [["headers"], ["tensor_file"], ["shards"], ["pickles"], ["checkpoint"]],
     "io/hub": [["patience", "metadata"], ["client"], ["repo"], ["target"], ["push"]],
-    "kernels": [["reference", "weights", "build", "inputs"], ["cpu"], ["choice"], ["encoding", "paths"],
-        ["library"], ["transforms"], ["ops"]],
+    "kernels": [
+        ["reference", "weights", "build", "inputs"],
+        ["cpu"],
+        ["choice"],
+        ["encoding", "paths"],
+        ["library"],
+        ["transforms"],
+        ["ops"],
+    ],
     "planning": [
         ["rules", "kinds", "report", "forward_code"],
         ["config", "walk", "writes"],
@@ -41,7 +48,7 @@ ROOMS = {
     ],
     "hf": [
         ["configs", "names", "methods", "processors", "computed", "late", "placing"],
-        ["dtypes", "compressed_tensors"],
+        ["dtypes", "compressed_tensors", "adapters"],
         ["quantizer"],
         ["models"],
         ["state", "sentence", "described", "floats"],

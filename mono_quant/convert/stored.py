@@ -69,6 +69,34 @@ class StoredModule(nn.Module):
             f"{_REMEDY}",
         )
 
+    def encode_(self, name: str, weight: Tensor) -> None:
+        """Put new values in the place of the parameter `name`, in the form in which it lies in memory.
+
+        Only those of `weight` that this form can hold are kept: this costs accuracy once more.
+
+        Args:
+            name: one of `held`.
+            weight: float, in the shape of the float parameter.
+
+        Raises:
+            NonFiniteWeightError: a value is NaN or infinite.
+            Fp16RangeError: a value does not fit float16.
+        """
+        raise NotImplementedError
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Let the parameters take gradients, which a stored weight cannot.
+
+        Raises:
+            FrozenWeightError: they are to.
+        """
+        if requires_grad:
+            raise FrozenWeightError(
+                f"{type(self).__name__} holds {self._form(self.held[0])}, which cannot be trained. Train LoRA adapters on it, or keep "
+                f"the layer in float with skip= and train that"
+            )
+        return super().requires_grad_(requires_grad)
+
     def _restore(self, name: str) -> Tensor:
         """Return the float tensor that the stored parameter `name` stands for."""
         raise NotImplementedError

@@ -4,6 +4,8 @@ No compiler pass can open them and rewrite them into an inexact kernel. Gradient
 layer with the dequantized weight, which is a constant.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
@@ -18,37 +20,38 @@ def dequantized(weight: Tensor, weight_scale: Tensor) -> Tensor:
     return weight.float() * weight_scale.view(-1, *(1,) * (weight.dim() - 1))
 
 
-def keep_linear(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def keep_linear(ctx: Any, inputs: Any, output: Any) -> None:
     """Keep what the gradients of an int8 linear layer need."""
     ctx.save_for_backward(inputs[1], inputs[2])
     ctx.save_for_forward(inputs[1], inputs[2])
 
 
-def linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
+def linear_backward(ctx: Any, grad: Tensor) -> Any:
     """Return the gradients of the inputs of an int8 linear layer."""
     grad_x = (grad.float() @ dequantized(*ctx.saved_tensors)).to(grad.dtype)
     return grad_x, None, None, _sum_of_rows(grad) if ctx.needs_input_grad[3] else None
 
 
-def keep_conv(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def keep_conv(ctx: Any, inputs: Any, output: Any) -> None:
     """Keep what the gradients of an int8 convolution need."""
     keep_linear(ctx, inputs, output)
     ctx.size, ctx.how = inputs[0].shape, inputs[4:]
 
 
-def conv_backward(ctx, grad):  # type: ignore[no-untyped-def]
+def conv_backward(ctx: Any, grad: Tensor) -> Any:
     """Return the gradients of the inputs of an int8 convolution."""
-    grad_x = conv2d_input(ctx.size, dequantized(*ctx.saved_tensors), grad.float(), *ctx.how).to(grad.dtype)
+    weight = dequantized(*ctx.saved_tensors)
+    grad_x = conv2d_input(ctx.size, weight, grad.float(), *ctx.how).to(grad.dtype)  # type: ignore[no-untyped-call]
     return grad_x, None, None, grad.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None, *(None,) * 4
 
 
-def keep_half(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def keep_half(ctx: Any, inputs: Any, output: Any) -> None:
     """Keep what the gradients of a float16 linear layer need."""
     ctx.save_for_backward(inputs[1])
     ctx.save_for_forward(inputs[1])
 
 
-def half_backward(ctx, grad):  # type: ignore[no-untyped-def]
+def half_backward(ctx: Any, grad: Tensor) -> Any:
     """Return the gradients of the inputs of a float16 linear layer.
 
     Raises:

@@ -25,29 +25,33 @@ def is_transformed() -> bool:
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Apply an int8 linear layer where someone looks at the call; see `ops.int8_linear`."""
-    run = _Linear.apply if is_transformed() else torch.ops.mono_quant.int8_linear
+    run: Any = _Linear.apply if is_transformed() else torch.ops.mono_quant.int8_linear
     out: Tensor = run(x, weight, weight_scale, bias)
     return out
 
 
 def conv(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
     """Apply an int8 convolution where someone looks at the call; see `ops.int8_conv`."""
-    run = _Conv.apply if is_transformed() else torch.ops.mono_quant.int8_conv
+    run: Any = _Conv.apply if is_transformed() else torch.ops.mono_quant.int8_conv
     out: Tensor = run(x, weight, weight_scale, bias, *how)
     return out
 
 
 def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a linear layer with float16 weights where someone looks at the call; see `ops.half_linear`."""
-    run = _Half.apply if is_transformed() else torch.ops.mono_quant.half_linear
+    run: Any = _Half.apply if is_transformed() else torch.ops.mono_quant.half_linear
     out: Tensor = run(x, weight, bias)
     return out
 
 
-def _batched(product: Callable[..., Tensor], info: Any, axes: Sequence[int | None], args: Sequence[Any]) -> Any:
+def _batched(
+    product: Callable[..., Tensor], info: Any, axes: Sequence[int | None], args: Sequence[Any]
+) -> Any:
     """Apply a product to each element of a batch, which may be one of weights as well as of inputs."""
     elements = (
-        product(*(a.select(axis, i) if isinstance(axis, int) else a for a, axis in zip(args, axes, strict=True)))
+        product(
+            *(a.select(axis, i) if isinstance(axis, int) else a for a, axis in zip(args, axes, strict=True))
+        )
         for i in range(info.batch_size)
     )
     return torch.stack(list(elements)), 0
@@ -73,16 +77,16 @@ class _Linear(torch.autograd.Function):
     backward = staticmethod(library.linear_backward)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         library.keep_linear(ctx, inputs, output)
         ctx.shape, ctx.dtype = output.shape, output.dtype
 
     @staticmethod
-    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return _rows(linear, info, in_dims, args)
 
     @staticmethod
-    def jvp(ctx, x, _weight, _scale, bias):  # type: ignore[no-untyped-def]
+    def jvp(ctx: Any, x: Any, _weight: Any, _scale: Any, bias: Any) -> Any:
         weight = library.dequantized(*ctx.saved_tensors)
         return _changed(None if x is None else F.linear(x.float(), weight), bias, ctx)
 
@@ -92,16 +96,16 @@ class _Conv(torch.autograd.Function):
     backward = staticmethod(library.conv_backward)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         library.keep_conv(ctx, inputs, output)
         ctx.shape, ctx.dtype = output.shape, output.dtype
 
     @staticmethod
-    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return _batched(conv, info, in_dims, args)
 
     @staticmethod
-    def jvp(ctx, x, _weight, _scale, bias, *_how):  # type: ignore[no-untyped-def]
+    def jvp(ctx: Any, x: Any, _weight: Any, _scale: Any, bias: Any, *_how: Any) -> Any:
         weight = library.dequantized(*ctx.saved_tensors)
         product = None if x is None else F.conv2d(x.float(), weight, None, *ctx.how)
         return _changed(product, None if bias is None else bias.view(-1, 1, 1), ctx)
@@ -112,15 +116,15 @@ class _Half(torch.autograd.Function):
     backward = staticmethod(library.half_backward)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         library.keep_half(ctx, inputs, output)
         ctx.shape, ctx.dtype = output.shape, output.dtype
 
     @staticmethod
-    def vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return _rows(half_linear, info, in_dims, args)
 
     @staticmethod
-    def jvp(ctx, x, _weight, bias):  # type: ignore[no-untyped-def]
+    def jvp(ctx: Any, x: Any, _weight: Any, bias: Any) -> Any:
         product = None if x is None else F.linear(x.float(), ctx.saved_tensors[0].float())
         return _changed(product, bias, ctx)

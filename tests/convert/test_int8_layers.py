@@ -822,7 +822,9 @@ def test_a_state_dict_that_does_not_fit_is_refused(case):
 @EVERY
 def test_codes_and_scales_are_plain_parameters_without_gradient(case):
     layer, module, _ = make(case)
-    assert isinstance(module, Int8Module) and not isinstance(module, type(layer))
+    assert isinstance(module, Int8Module)
+    # libraries find it where they look for the float class; the others are not called as theirs are
+    assert isinstance(module, type(layer)) == (case not in ("attention", "experts"))
     for name, parameter in module.named_parameters():
         assert type(parameter) is nn.Parameter
         if "bias" not in name:
