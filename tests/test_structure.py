@@ -56,7 +56,7 @@ ROOMS = {
     ],
     "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"]],
     "artifact": [
-        ["layouts", "card_text", "buffers"],
+        ["layouts", "card_text", "buffers", "changes"],
         ["cards"],
         ["facts", "merging"],
         ["tensors"],

@@ -20,9 +20,11 @@ class StoredModule(nn.Module):
 
     Attributes:
         held: names of the parameters in that form.
+        changed: those of them that were encoded anew since the conversion.
     """
 
     held: ClassVar[tuple[str, ...]] = ("weight",)
+    changed: frozenset[str] = frozenset()
 
     # transformers re-initialises modules that do not carry this mark.
     _is_hf_initialized = True

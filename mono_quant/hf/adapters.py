@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from mono_quant.convert.forwards import ConvForward, ExpertsForward
 from mono_quant.convert.stored import StoredModule
-from mono_quant.errors import FrozenWeightError
+from mono_quant.errors import AdapterAttachedError, FrozenWeightError
 from mono_quant.hf.late import when_imported
+from mono_quant.planning.walk import is_transformers_model
 
 # PEFT and others tell its layers by these names.
 _NAMES = ("Linear", "Embedding", "Conv1d", "Conv2d", "ParamWrapper")
@@ -36,6 +37,20 @@ def is_adapter(module: nn.Module) -> bool:
     return getattr(module, "_hf_peft_config_loaded", False) or any(
         cls.__module__.startswith("peft.") for cls in type(module).__mro__
     )
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model with adapters, which could not be given back.
+
+    Raises:
+        AdapterAttachedError: naming one.
+    """
+    found = next((f"{name} ({type(m).__name__})" for name, m in model.named_modules() if is_adapter(m)), "")
+    if found:
+        raise AdapterAttachedError(
+            f"{type(model).__name__} has adapters attached: {found.lstrip()}. Save them alone (save_pretrained of the model that "
+            f"PEFT gave, or model.save_pretrained after add_adapter), or call merge_and_unload() first"
+        )
 
 
 def __getattr__(name: str) -> Any:
@@ -66,6 +81,39 @@ def _teach_() -> None:
 
     create_new_module.mono_quant = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create_new_module)  # noqa: SLF001
+    unload = LoraModel.merge_and_unload
+
+    @functools.wraps(unload)
+    def merge_and_unload(self: Any, *args: Any, **options: Any) -> Any:
+        with _keeping_tied(self.model):
+            return unload(self, *args, **options)
+
+    LoraModel.merge_and_unload = merge_and_unload
+
+
+@contextmanager
+def _keeping_tied(model: Any) -> Iterator[None]:
+    """Hide from PEFT that embeddings are tied: it compares the memory of weights, which ours make when they are read."""
+    if not _has_one_embedding(model) or not getattr(model.config, "tie_word_embeddings", False):
+        yield
+        return
+    model.config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        model.config.tie_word_embeddings = _has_one_embedding(model)
+
+
+def _has_one_embedding(model: Any) -> bool:
+    """Say whether two converted layers of a transformers model hold one parameter, as input and as output embeddings."""
+    if not is_transformers_model(model):
+        return False
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    bases = [end.get_base_layer() if hasattr(end, "get_base_layer") else end for end in ends]
+    if not all(isinstance(base, StoredModule) for base in bases):
+        return False
+    first, last = (base.stored("weight") for base in bases)
+    return first is last
 
 
 def _class_for(layer: Any, base: StoredModule) -> type[Any]:
@@ -85,7 +133,7 @@ def _float_twin(base: StoredModule, names: Iterable[str]) -> nn.Module:
     if isinstance(base, ConvForward):
         sizes = {name: getattr(base, name) for name in _GEOMETRY}
         conv = nn.Conv1d if len(base.kernel_size) == 1 else nn.Conv2d
-        twin = torch.nn.utils.skip_init(conv, **sizes, bias=base.bias is not None)
+        twin = torch.nn.utils.skip_init(conv, **sizes, bias=base.bias is not None)  # type: ignore[no-untyped-call]
     for name in names:
         value = base.read(name) if name in base.held else held.get(name)
         plain = None if value is None else value.detach().to(torch.float32, copy=True).as_subclass(Tensor)
@@ -100,7 +148,7 @@ class Merged:
     merged_adapters: list[str]
     merged: bool
     get_base_layer: Any
-    _before: dict[str, nn.Parameter]
+    _before: tuple[dict[str, nn.Parameter], frozenset[str]]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base layer: into its dequantized weight in float32, encoded anew with new scales.
@@ -122,24 +170,24 @@ class Merged:
         if self.merged:
             self.unmerge()
         base = self.get_base_layer()
-        before = self._held(base)
+        before, changed = self._held(base), base.changed
         try:
             with self._on_float(base) as twin:
                 super().merge(safe_merge, names)  # type: ignore[misc]
             self._take_(base, twin)
         except BaseException:
             self.merged_adapters.clear()
-            _put_back_(base, before)
+            _put_back_(base, before, changed)
             raise
-        self._before = before
+        self._before = before, changed
 
     def unmerge(self) -> None:
         """Put the weight and bias of before back, bit for bit."""
         if not self.merged:
             super().unmerge()  # type: ignore[misc]
             return
-        _put_back_(self.get_base_layer(), self._before)
-        self._before = {}
+        _put_back_(self.get_base_layer(), *self._before)
+        del self._before
         self.merged_adapters.clear()
 
     def _held(self, base: StoredModule) -> dict[str, nn.Parameter]:
@@ -166,16 +214,18 @@ class Merged:
         for name, value in twin.named_parameters():
             if name in base.held:
                 base.encode_(name, value)
+                base.changed |= {name}
             else:
                 setattr(base, name, nn.Parameter(value.to(held[name].dtype), held[name].requires_grad))
 
 
-def _put_back_(base: StoredModule, before: Mapping[str, nn.Parameter]) -> None:
+def _put_back_(base: StoredModule, before: Mapping[str, nn.Parameter], changed: frozenset[str]) -> None:
     now = dict(base.named_parameters(recurse=False))
     for name, parameter in before.items():
         # the model may have been moved or cast meanwhile
         parameter.data = parameter.data.to(now[name].device, now[name].dtype)
         setattr(base, name, parameter)
+    base.changed = changed
 
 
 class MergedConv(Merged):
