@@ -127,7 +127,7 @@ def test_gradients_in_every_way_that_torch_takes_them_are_one(case):
     assert close(expected, y.grad, 0.05 if case.split()[1] in ("attention", "experts") else 1e-4)
     assert close(grad(loss(model, args))(x), expected)
     again = x.clone().requires_grad_()
-    checkpoint(lambda x: loss(model, args)(x), again, use_reentrant=False).backward()
+    checkpoint(loss(model, args), again, use_reentrant=False).backward()
     assert close(again.grad, expected)
     tangent = torch.randn_like(x)
     assert close(jvp(loss(model, args), (x,), (tangent,))[1], (expected * tangent).sum(), 1e-4)
@@ -220,7 +220,8 @@ def test_a_tracer_that_opens_a_layer_all_the_same_fails(case):
         torch.fx.GraphModule(model, Opening().trace(model))(*args)
 
 
-@STATIC
+# int8: see test_int8_layers
+@pytest.mark.parametrize("case", [case for case in CASES if "fp16" in case and "experts" not in case])
 def test_whole_graphs_are_compiled_and_exported_with_the_same_bits(case):
     model, args, _ = make(case)
     expected = run(model, args)
@@ -259,8 +260,7 @@ def test_replicas_copies_and_shared_memory_give_the_same_bits(case):
     expected = run(model, args)
     replica = model._replicate_for_data_parallel()
     replica.layer = model.layer._replicate_for_data_parallel()
-    for layer, source in ((replica.layer, model.layer),):
-        layer._parameters = dict(source._parameters)
+    replica.layer._parameters = dict(model.layer._parameters)
     for twin in (nn.DataParallel(model), replica, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(run(twin, args), expected)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
@@ -269,7 +269,8 @@ def test_replicas_copies_and_shared_memory_give_the_same_bits(case):
     assert all(p.is_shared() for p in model.parameters()) and torch.equal(run(model, args), expected)
 
 
-@EVERY
+# int8: see test_int8_layers
+@pytest.mark.parametrize("case", [case for case in CASES if "fp16" in case])
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_offloaded_models_give_the_same_bits(case, where, tmp_path):
     model, args, _ = make(case)
@@ -280,7 +281,7 @@ def test_offloaded_models_give_the_same_bits(case, where, tmp_path):
         accelerate.disk_offload(model, tmp_path, execution_device=device)
     assert all(p.is_meta for p in model.parameters())
     # accelerate widens what reads as float32, and torch sums in another order
-    assert close(run(model, args), expected, 0 if "int8" in case else 1e-6)
+    assert close(run(model, args), expected, 1e-6)
 
 
 @EVERY
@@ -305,13 +306,9 @@ def test_a_parametrization_is_refused(case):
 
 @EVERY
 def test_hooks_of_state_dicts_see_codes_and_scales(case):
-    model, args, _ = make(case)
+    model, _, _ = make(case)
     seen = []
     model.layer.register_state_dict_post_hook(lambda module, state, prefix, metadata: seen.append(set(state)))
     model.layer.register_load_state_dict_post_hook(lambda module, keys: seen.append(keys.missing_keys))
-    state = model.state_dict()
-    model.load_state_dict(state)
-    assert (
-        seen[0] == set(state) - ({"layer.out_proj.weight", "layer.out_proj.bias"} - seen[0]) and seen[1] == []
-    )
-    assert {f"layer.{held}" for held in model.layer.held} <= seen[0]
+    model.load_state_dict(model.state_dict())
+    assert {f"layer.{held}" for held in model.layer.held} <= seen[0] and seen[1] == []
