@@ -22,7 +22,15 @@ ROOMS = {
     ],
     "io/tensors": [["headers"], ["tensor_file"], ["shards"], ["pickles"], ["checkpoint"]],
     "io/hub": [["patience", "metadata"], ["client"], ["repo"], ["target"], ["push"]],
-    "kernels": [["reference", "weights", "build", "inputs"], ["cpu"], ["choice"], ["encoding", "ops"]],
+    "kernels": [
+        ["reference", "weights", "build", "inputs"],
+        ["cpu"],
+        ["choice"],
+        ["encoding", "paths"],
+        ["library"],
+        ["transforms"],
+        ["ops"],
+    ],
     "planning": [
         ["rules", "report", "forward_code"],
         ["config", "kinds", "writes"],
@@ -42,7 +50,7 @@ ROOMS = {
     ],
     "hf": [
         ["configs", "names", "methods", "processors", "computed", "late", "placing"],
-        ["dtypes", "compressed_tensors"],
+        ["dtypes", "compressed_tensors", "adapters"],
         ["quantizer"],
         ["models"],
         ["state", "sentence", "described", "floats"],
@@ -50,7 +58,7 @@ ROOMS = {
     ],
     "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"]],
     "artifact": [
-        ["layouts", "card_text", "buffers"],
+        ["layouts", "card_text", "buffers", "changes"],
         ["cards"],
         ["facts", "merging"],
         ["tensors"],
@@ -270,5 +278,5 @@ def test_each_check_has_something_to_find():
     assert {n for n, rooms in EFFECTS.items() if rooms} - everything == set(), (
         "an allowance that nobody needs"
     )
-    assert any("ops" in chain for chain in torch_chains(TREES["kernels/ops"]))
+    assert any("ops" in chain for chain in torch_chains(TREES["kernels/transforms"]))
     assert any(target[:1] == ("errors",) for target, _ in own_imports(TREES["kernels/weights"]))

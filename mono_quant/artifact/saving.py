@@ -12,11 +12,13 @@ from torch import Tensor
 
 from mono_quant.artifact.buffers import buffers_of, write_values
 from mono_quant.artifact.cards import CardFacts, render
+from mono_quant.artifact.changes import as_it_is
 from mono_quant.artifact.facts import Manifest, StoredCodes, card_facts
 from mono_quant.artifact.layouts import PLAIN, float_dtype, layout_of
 from mono_quant.artifact.merging import foresee, merge_card
 from mono_quant.convert.int8_layers import Int8Module, narrow_scales
 from mono_quant.errors import MonoQuantError, OutputExistsError, UnsupportedModelError
+from mono_quant.hf.adapters import refuse_adapters
 from mono_quant.hf.compressed_tensors import STANDARD, ct_block
 from mono_quant.hf.configs import clean_config, config_to_write
 from mono_quant.hf.models import builds_itself
@@ -64,7 +66,7 @@ def save(
         The folder.
 
     Raises:
-        UnsupportedModelError: `load` would not give this model back.
+        UnsupportedModelError: `load` would not give this model back, or adapters are attached to it.
         OutputExistsError: files that mono_quant did not write would get lost, or the card's words contradict the new model.
         OutputError: it could not be written; nothing was changed.
     """
@@ -106,6 +108,8 @@ def _save(
     config: QuantizationConfig,
     max_shard_size: int | str,
 ) -> None:
+    refuse_adapters(subject.model)
+    report = as_it_is(report, subject.model)
     state = state_of(subject, report)
     layout = _layout(subject, report, state)
     if subject.kind != "module":

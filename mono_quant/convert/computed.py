@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mono_quant.errors import FrozenWeightError
 
+_GRADIENT = (Tensor.requires_grad.__set__, Tensor.requires_grad_)  # type: ignore[attr-defined]
+
 
 class ComputedWeight(Tensor):
     """A tensor that others may only read. What is computed from it is a plain tensor; a view of it is like it."""
@@ -25,7 +27,7 @@ class ComputedWeight(Tensor):
         held: list[ComputedWeight] = []
         plain = [_unwrap(value, held) for value in args]
         named = {name: _unwrap(value, held) for name, value in (kwargs or {}).items()}
-        if args and isinstance(args[0], cls) and _changes_its_tensor(getattr(func, "__name__", "")):
+        if args and isinstance(args[0], cls) and _changes_its_tensor(func, (*args[1:], *named.values())):
             raise FrozenWeightError(args[0]._refusal)
         before = [weight._plain._version for weight in held]
         out = func(*plain, **named)
@@ -51,8 +53,12 @@ def computed(value: Tensor, refusal: str) -> Tensor:
     return weight
 
 
-def _changes_its_tensor(name: str) -> bool:
+def _changes_its_tensor(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Tell by torch's convention whether a method changes the tensor it is called on, be it the values or a property."""
+    if func in _GRADIENT and args == (False,):
+        # it takes none as it is
+        return False
+    name = getattr(func, "__name__", "")
     return name == "__set__" or (name.endswith("_") and not name.endswith("__"))
 
 

@@ -1,5 +1,9 @@
 """Forward passes of more than one product, which int8 and float16 layers share."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,6 +74,31 @@ class ConvForward(StoredModule):
         )
 
 
+class TransposedForm(StoredModule):
+    """GPT-2's `Conv1D`, whose float weight is [in, out]."""
+
+    def _take_size(self, source: nn.Module) -> None:
+        _inherit_(type(self), type(source))
+        self.nx, self.nf = self.stored("weight").shape
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _inherit_(type(self), Conv1D)
+
+    __repr__ = nn.Module.__repr__
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}"
+
+
+def _inherit_(cls: type[nn.Module], base: type[nn.Module]) -> None:
+    """Put a class among the bases of one of ours once it is there: we import transformers for nobody who does not use it."""
+    if not issubclass(cls, base):
+        cls.__bases__ = (*cls.__bases__, base)
+
+
 class ExpertsForward(StoredModule):
     """The forward pass of transformers' fused experts, with the signature of the module it replaces."""
 
@@ -101,6 +130,29 @@ class ExpertsForward(StoredModule):
             y = y * top_k_weights[token, slot, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out
+
+    @contextmanager
+    def adding(self, weight: str, delta: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+        """Add something to every product with the parameter `weight` while the context lasts: adapters.
+
+        Args:
+            weight: one of `held`.
+            delta: takes the inputs [T, K] of an expert and its number; returns [T, N].
+        """
+        product, before = self._product, vars(self).get("_product")
+
+        def both(x: Tensor, name: str, rows: int, bias: Tensor | None) -> Tensor:
+            y = product(x, name, rows, bias)
+            return y + delta(x, rows).to(y.dtype) if name == weight else y
+
+        vars(self)["_product"] = both
+        try:
+            yield
+        finally:
+            if before is None:
+                del vars(self)["_product"]
+            else:
+                vars(self)["_product"] = before
 
     @property
     def gate_up_proj(self) -> Tensor:

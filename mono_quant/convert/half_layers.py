@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mono_quant import kernels
-from mono_quant.convert.forwards import AttentionForward, ExpertsForward
+from mono_quant.convert.forwards import AttentionForward, ExpertsForward, TransposedForm
 from mono_quant.convert.stored import StoredModule
+from mono_quant.errors import Fp16RangeError
 
 Share = Callable[[Tensor], nn.Parameter]
 
@@ -30,6 +31,20 @@ class HalfModule(StoredModule):
     def _hold(self, name: str, parameter: nn.Parameter) -> None:
         # Not `register_parameter`: it refuses names that the class answers itself.
         self._parameters[name] = parameter
+
+    def encode_(self, name: str, weight: Tensor) -> None:
+        stored = self.stored(name)
+        value = weight.detach().to(stored.dtype)
+        if stored.dtype == torch.float16:
+            half = kernels.cast_half(weight)
+            if half.overflowed:
+                raise Fp16RangeError(
+                    f"{self._name(name)}: {half.overflowed} values do not fit float16 (largest {float(weight.abs().max()):.6g}, limit "
+                    f"65504); convert the float model that has them to int8"
+                )
+            value = half.value
+        # in the memory order of before
+        self._hold(name, nn.Parameter(torch.empty_like(stored).copy_(value), requires_grad=False))
 
     def _take_bias(self, bias: nn.Parameter | None) -> None:
         self.bias: nn.Parameter | None
@@ -72,7 +87,7 @@ class _HalfWeight(HalfModule):
         return self.read("weight")
 
 
-class HalfLinear(_HalfWeight):
+class HalfLinear(_HalfWeight, nn.Linear):  # type: ignore[misc, override]
     """`nn.Linear` with float16 weights [out, in]."""
 
     def __init__(self, source: nn.Linear, share: Share) -> None:
@@ -91,7 +106,7 @@ class HalfLinear(_HalfWeight):
         )
 
 
-class HalfTransposedLinear(_HalfWeight):
+class HalfTransposedLinear(TransposedForm, _HalfWeight):
     """GPT-2's `Conv1D`: a linear layer whose weight is [in, out]."""
 
     def __init__(self, source: nn.Module, share: Share) -> None:
@@ -102,17 +117,14 @@ class HalfTransposedLinear(_HalfWeight):
         held.data = held.data.t().contiguous().t()
         self._hold("weight", held)
         self._take_bias(source.get_parameter("bias"))
-        self.nx, self.nf = weight.shape
+        self._take_size(source)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""
         return kernels.half_linear(x, self.stored("weight").t(), self.bias)
 
-    def extra_repr(self) -> str:
-        return f"nf={self.nf}, nx={self.nx}"
 
-
-class HalfEmbedding(_HalfWeight):
+class HalfEmbedding(_HalfWeight, nn.Embedding):  # type: ignore[override]
     """`nn.Embedding` with float16 rows."""
 
     def __init__(self, source: nn.Embedding, share: Share) -> None:

@@ -4,7 +4,8 @@ Each keeps its codes under the name and in the shape of the float parameter it r
 scales beside it (`weight_scale`, fp32 [N, 1]), as plain Parameters without gradient. Reading the attribute
 `.weight` gives the dequantized weight, so that code which looks at a layer's weight, its dtype or its device
 keeps working, and refuses writes, which would be lost; the codes are in the state dict, and in `codes("weight")`.
-`forward` writes no attribute.
+A layer is an instance of the float class whose place it takes, where it can do all that one does: libraries that look
+for `nn.Linear` (PEFT, diffusers) find it. `forward` writes no attribute.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import kernels
-from mono_quant.convert.forwards import AttentionForward, ConvForward, ExpertsForward
+from mono_quant.convert.forwards import AttentionForward, ConvForward, ExpertsForward, TransposedForm
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import FrozenWeightError
 from mono_quant.kernels.weights import RowCodes, dequantize_rows, stored_scale
@@ -41,6 +42,9 @@ class Int8Module(StoredModule):
         # Not `register_parameter`: it refuses names that the class answers itself (the dequantizing property).
         self._parameters[name] = nn.Parameter(self._in_kernel_order(matrix), requires_grad=False)
         self._parameters[f"{name}_scale"] = nn.Parameter(scale, requires_grad=False)
+
+    def encode_(self, name: str, weight: Tensor) -> None:
+        self._put(name, weight.shape, kernels.encode_rows(as_rows(weight.detach().contiguous(), self.kind)))
 
     def _in_kernel_order(self, codes: Tensor) -> Tensor:
         """Return codes of the same shape in the memory order that the kernels read without a copy: row after row."""
@@ -180,7 +184,7 @@ class _Int8Weight(Int8Module):
         return self.read("weight")
 
 
-class Int8Linear(_Int8Weight):
+class Int8Linear(_Int8Weight, nn.Linear):  # type: ignore[misc, override]
     """`nn.Linear` with int8 weights [out, in]; activations are quantized per token."""
 
     kind = "linear"
@@ -199,21 +203,18 @@ class Int8Linear(_Int8Weight):
         )
 
 
-class Int8TransposedLinear(_Int8Weight):
+class Int8TransposedLinear(TransposedForm, _Int8Weight):
     """GPT-2's `Conv1D`: a linear layer whose float weight is [in, out]."""
 
     kind = "transposed_linear"
 
     def __init__(self, source: nn.Module, encoded: RowCodes | None) -> None:
         super().__init__(source.weight, source.bias, encoded)  # type: ignore[arg-type]
-        self.nx, self.nf = self.stored("weight").shape
+        self._take_size(source)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""
         return kernels.int8_linear(x, self.codes(), self.scale(), self.bias)
-
-    def extra_repr(self) -> str:
-        return f"nf={self.nf}, nx={self.nx}"
 
 
 class _Int8Conv(ConvForward, _Int8Weight):
@@ -236,19 +237,19 @@ class _Int8Conv(ConvForward, _Int8Weight):
         return kernels.int8_conv(x, codes, self.scale(), self.bias, stride, padding, dilation, self.groups)
 
 
-class Int8Conv2d(_Int8Conv):
+class Int8Conv2d(_Int8Conv, nn.Conv2d):  # type: ignore[misc, override]
     """`nn.Conv2d` with int8 weights; each receptive field is quantized as one token."""
 
     kind = "conv2d"
 
 
-class Int8Conv1d(_Int8Conv):
+class Int8Conv1d(_Int8Conv, nn.Conv1d):  # type: ignore[misc, override]
     """`nn.Conv1d` with int8 weights; each receptive field is quantized as one token."""
 
     kind = "conv1d"
 
 
-class Int8Embedding(_Int8Weight):
+class Int8Embedding(_Int8Weight, nn.Embedding):  # type: ignore[override]
     """`nn.Embedding` with int8 rows."""
 
     kind = "embedding"

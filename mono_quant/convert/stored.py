@@ -21,16 +21,20 @@ class StoredModule(nn.Module):
     Attributes:
         held: names of the parameters in that form.
         replaces: plain attributes of the float layer that would keep its weights alive; this one answers them itself.
+        changed: those held that were encoded anew since the conversion.
     """
 
     held: tuple[str, ...] = ("weight",)
     replaces: ClassVar[frozenset[str]] = frozenset()
+    changed: frozenset[str] = frozenset()
 
     # transformers re-initialises modules that do not carry this mark.
     _is_hf_initialized = True
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # the float layers among our bases would make weights
+        # Tracers of torch.fx tell by this, on the module, what they must not open. Pickle asks the class.
+        self.__dict__["__module__"] = "torch.nn"
         # Follows `.to(dtype)`, so that a weight that is read has the dtype a float weight would have.
         self.register_buffer("_float", torch.empty(0, dtype=dtype), persistent=False)
 
@@ -68,6 +72,34 @@ class StoredModule(nn.Module):
             f"{self._name(name)} is made from {self._form(name)} when it is read: what is written into it would be lost. "
             f"{_REMEDY}",
         )
+
+    def encode_(self, name: str, weight: Tensor) -> None:
+        """Put new values in the place of the parameter `name`, in the form in which it lies in memory.
+
+        Only those of `weight` that this form can hold are kept: this costs accuracy once more.
+
+        Args:
+            name: one of `held`.
+            weight: float, in the shape of the float parameter.
+
+        Raises:
+            NonFiniteWeightError: a value is NaN or infinite.
+            Fp16RangeError: a value does not fit float16.
+        """
+        raise NotImplementedError
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Let the parameters take gradients, which a stored weight cannot.
+
+        Raises:
+            FrozenWeightError: they are to.
+        """
+        if requires_grad:
+            raise FrozenWeightError(
+                f"{type(self).__name__} holds {self._form(self.held[0])}, which cannot be trained. Train LoRA adapters on it, or keep "
+                f"the layer in float with skip= and train that"
+            )
+        return super().requires_grad_(requires_grad)
 
     def _restore(self, name: str) -> Tensor:
         """Return the float tensor that the stored parameter `name` stands for."""

@@ -8,6 +8,7 @@ from torch import nn
 from mono_quant.convert.half import remove_casts_
 from mono_quant.convert.stored import StoredModule
 from mono_quant.convert.surgery import put_, relink_
+from mono_quant.hf.adapters import refuse_adapters
 from mono_quant.hf.models import skeleton
 from mono_quant.planning.walk import module_aliases
 
@@ -21,7 +22,11 @@ def dequantize_(model: Any, dtype: torch.dtype | None = None) -> Any:
 
     Returns:
         The model. Its weights are those that were computed with; what quantization rounded away does not come back.
+
+    Raises:
+        AdapterAttachedError: adapters are attached to it.
     """
+    refuse_adapters(model)
     bare = skeleton(type(model), model.config, torch.float32, type(model).__name__)
     aliases = module_aliases(model)
     replaced: dict[nn.Module, nn.Module] = {}

@@ -14,9 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.errors import ConfigError, FrozenWeightError, Option, UnsupportedModelError
+from mono_quant.hf import adapters
+from mono_quant.hf.adapters import is_adapter
 from mono_quant.hf.floats import dequantize_
 from mono_quant.hf.placing import parse_float
 from mono_quant.hf.quantizer import unmark_
+
+# whoever makes a converted model comes by here, and PEFT may come later
+adapters.register()
 
 METHOD = "mono_quant"
 _NAMES = ("ConvertedConfig", "Int8Converted", "HalfConverted")
@@ -95,22 +100,16 @@ def _ask_first_(cls: type[Any], name: str) -> None:
     setattr(owner, name, method)
 
 
-def _has_adapters(model: nn.Module) -> bool:
-    return getattr(model, "_hf_peft_config_loaded", False) or any(
-        type(module).__module__.startswith("peft.") for module in model.modules()
-    )
-
-
 def _refuse_training(model: nn.Module, what: str) -> None:
     """Refuse to train a converted model, whose weights would stay as they are while the rest of it changes."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     free = sum(size for size, trains in sizes if trains)
-    if free and not _has_adapters(model):
+    if free and not any(is_adapter(module) for module in model.modules()):
         raise FrozenWeightError(
             f"{type(model).__name__} holds {what} weights, which cannot be trained: only {free:,} of its "
-            f"{sum(size for size, _ in sizes):,} parameters would be. Train LoRA adapters on it instead: convert it with skip=NAMES, "
-            f"the layers that get adapters, then model.add_adapter(peft.LoraConfig(target_modules=NAMES)), with the same names. "
-            f"To evaluate alone, call model.requires_grad_(False) first"
+            f"{sum(size for size, _ in sizes):,} parameters would be. Train LoRA adapters on it instead: "
+            f"model.add_adapter(peft.LoraConfig(target_modules='all-linear')). What is to be trained whole has to stay in float: "
+            f"convert with skip=. To evaluate alone, call model.requires_grad_(False) first"
         )
 
 

@@ -53,6 +53,19 @@ def check_codes(weight: Tensor, layer: str) -> None:
     """
     if weight.dtype != torch.int8:
         raise FrozenWeightError(
-            f"{layer} found {weight.dtype} weights in the place of its int8 codes. torch.fx.symbolic_trace puts them there, "
-            f"for it opens the layer; use torch.export.export, or a Tracer to which the layer is a leaf"
+            f"{layer} found {weight.dtype} weights in the place of its int8 codes. A tracer that opens a layer puts them there; "
+            f"use torch.export.export, or a Tracer to which the layer is a leaf, as it is to torch.fx.symbolic_trace in a model"
+        )
+
+
+def check_halves(weight: Tensor, layer: str) -> None:
+    """Refuse a weight that holds no floats; in another float dtype it holds the same values.
+
+    Raises:
+        FrozenWeightError: it is of another dtype.
+    """
+    if not weight.is_floating_point():
+        raise FrozenWeightError(
+            f"{layer} found {weight.dtype} weights in the place of its float16 ones. Put those there, or convert the model that "
+            f"has these weights (quantize)"
         )

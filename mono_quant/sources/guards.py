@@ -24,6 +24,7 @@ from mono_quant.errors import (
     UnsupportedModelError,
     WrappedModelError,
 )
+from mono_quant.hf.adapters import is_adapter
 from mono_quant.hf.compressed_tensors import STANDARD, ct_problems
 from mono_quant.hf.methods import method_of, way_out
 from mono_quant.io.disk.json_text import read_json_object
@@ -81,7 +82,7 @@ def _check_part(path: str, module: nn.Module) -> None:
         raise TorchScriptError(
             f"{path} ({type(module).__name__}) is TorchScript, whose layers are frozen; put the Python module there"
         )
-    if home.startswith("peft.") or getattr(module, "_hf_peft_config_loaded", False):
+    if is_adapter(module):
         raise AdapterAttachedError(
             f"{path}: PEFT adapters are attached; call merge_and_unload() first and pass the result"
         )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mono_quant import kernels
 from mono_quant.errors import InputError
-from mono_quant.kernels import choice, cpu, ops
+from mono_quant.kernels import choice, cpu, paths
 
 
 def encode_rows(weight: torch.Tensor, scale_dtype: torch.dtype) -> cpu.EncodedRows | None:
@@ -301,7 +301,7 @@ def test_int_mm_stands_in_for_the_reference() -> None:
     weight[0, 0] = -128
     x = torch.randn(40, 100)
     with kernels.using("reference"):
-        assert ops._int_mm_is_exact()
+        assert paths._int_mm_is_exact()
         assert same(kernels.int8_linear(x, weight, scale, bias), oracle(x, weight, scale, bias))
 
 

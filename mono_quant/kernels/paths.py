@@ -1,0 +1,124 @@
+"""A product on the path that `choice` holds: the native one where it has an answer, else plain torch.
+
+Nobody may look on: `ops` sends compilers, tracers and autograd another way.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mono_quant.kernels import reference
+from mono_quant.kernels.choice import active
+from mono_quant.kernels.inputs import check_codes, check_indices, check_input
+
+# What errors call the layers.
+INT8, CONV, TABLE, HALF = (
+    "an int8 linear layer", "an int8 convolution", "an int8 embedding", "a float16 linear layer"
+)  # fmt: skip
+
+# Rows of unfolded patches held at once by a convolution, in elements: bounds its scratch memory.
+_PATCH_ELEMENTS = 1 << 24
+
+
+def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply an int8 linear layer; see `ops.int8_linear`."""
+    if active.cpu is not None:
+        out = active.cpu.linear(x, weight, weight_scale, bias)
+        if out is not None:
+            return out
+    check_codes(weight, INT8)
+    check_input(x, INT8, weight.shape[1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    codes, scale = reference.quantize_tokens(rows)
+    matmul = torch._int_mm if _has_int_mm(codes, weight) else reference.int_matmul
+    total = matmul(codes, weight.t() if matmul is torch._int_mm else weight)
+    out = reference.rescale(total, scale, weight_scale, bias, x.dtype)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear layer with float16 weights in float32; see `ops.half_linear`."""
+    if active.cpu is not None:
+        out = active.cpu.half_linear(x, weight, bias)
+        if out is not None:
+            return out
+    check_input(x, HALF, weight.shape[1])
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gather and dequantize rows in plain torch; see `ops.int8_embedding`."""
+    check_codes(weight, TABLE)
+    check_indices(indices, TABLE)
+    rows = F.embedding(indices, weight)
+    return (rows.float() * F.embedding(indices, weight_scale)).to(dtype)
+
+
+def _has_int_mm(codes: Tensor, weight: Tensor) -> bool:
+    # with one input feature torch 2.13 confuses the strides and the result is wrong
+    if not codes.is_cpu or codes.shape[0] <= 16 or codes.shape[1] < 16 or weight.shape[0] == 0:
+        return False
+    # on CPUs without VNNI it is a scalar loop
+    return _int_mm_is_exact()
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    if not torch.cpu._is_vnni_supported():
+        return False
+    codes = torch.full((32, 256), reference.QMAX, dtype=torch.int8)
+    weight = torch.tensor([127, -128, -127, 1], dtype=torch.int8).view(4, 1).expand(4, 256).contiguous()
+    try:
+        return torch.equal(torch._int_mm(codes, weight.t()), reference.int_matmul(codes, weight))
+    except RuntimeError:
+        return False
+
+
+def out_sizes(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Return height and width of what a convolution gives."""
+    return [
+        (size + 2 * pad - gap * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, pad, gap in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Apply an int8 convolution; see `ops.int8_conv`."""
+    size = out_sizes(x, weight, stride, padding, dilation)
+    if active.cpu is not None:
+        native = active.cpu.conv(x, weight, weight_scale, bias, stride, padding, dilation, groups, size)
+        if native is not None:
+            return native
+    check_codes(weight, CONV)
+    places = size[0] * size[1]
+    kernel_size, channels = weight.shape[2:], weight.shape[0]
+    weight = weight.flatten(1)
+    out = x.new_empty(x.shape[0], channels, *size)
+    depth, width = weight.shape[1], channels // groups
+    step = max(1, _PATCH_ELEMENTS // max(1, places * depth * groups))
+    for start in range(0, x.shape[0], step):
+        # unfold has no half kernel on every device; the codes are computed from fp32 in any case
+        part = x[start : start + step].float()
+        patches = F.unfold(part, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
+        tokens = patches.view(part.shape[0], groups, depth, places).permute(1, 0, 3, 2)
+        for group in range(groups):
+            rows = slice(group * width, (group + 1) * width)
+            y = linear(tokens[group], weight[rows], weight_scale[rows], None if bias is None else bias[rows])
+            out[start : start + step, rows] = y.transpose(1, 2).reshape(part.shape[0], width, *size)
+    return out
