@@ -41,7 +41,7 @@ ROOMS = {
         ["schemes"],
     ],
     "hf": [
-        ["configs", "names", "methods", "processors", "computed", "late", "placing"],
+        ["configs", "names", "methods", "processors", "computed", "late", "placing", "encoders"],
         ["dtypes", "compressed_tensors"],
         ["quantizer"],
         ["models"],
@@ -52,7 +52,7 @@ ROOMS = {
     "artifact": [
         ["layouts", "card_text", "buffers"],
         ["cards"],
-        ["facts", "merging"],
+        ["facts", "merging", "proposal"],
         ["tensors"],
         ["saving", "loading"],
         ["inspection", "publishing"],

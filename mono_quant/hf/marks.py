@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = {
     "model_name": None,
     "train_datasets": None,
 }
-_SAVERS = ("save_pretrained", "push_to_hub")
+_SAVERS = ("save_pretrained", "push_to_hub", "save", "save_to_hub")
 _PUSH = ("private", "create_pr", "revision", "commit_message")
 
 
@@ -214,6 +214,9 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
                 repo_id = pushing.pop("repo_id", Path(save_directory).name)
                 keeper.push(model, repo_id, token, pushing)
 
+        # sentence-transformers has both
+        save = save_pretrained
+
         def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> Any:
             """Push what `save_pretrained` writes in one commit, as `mono_quant.push_to_hub` does.
 
@@ -225,6 +228,8 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
                 n: v for n, v in options.items() if n not in ("tags", "commit_description") or v
             })
             return self._keeper().push(self.model, repo_id, token, pushing)
+
+        save_to_hub = push_to_hub
 
         def _keeper(self) -> Keeper:
             if self.keeper is None:
