@@ -64,6 +64,11 @@ class Keeper:
             folder = save(scratch / "model", self._of(model), report, config)
             return publish(folder, repo_id, PushOptions.of(options), model=model, client=Hub(token=token))
 
+    def around(self, name: str) -> "Keeper":
+        """Return the keeper of an encoder of sentence-transformers, of which the model is the part called `name`."""
+        subject = replace(self.subject, kind="sentence_transformer", core_name=name, settings={})
+        return replace(self, subject=subject)
+
     def _of(self, model: nn.Module) -> Subject:
         return replace(self.subject, model=model)
 

@@ -28,7 +28,7 @@ from mono_quant.hf.configs import dtype_of, set_generation_
 from mono_quant.hf.encoders import encoder_of
 from mono_quant.hf.methods import method_of, way_out
 from mono_quant.hf.models import load_as_stored, load_int8, model_class
-from mono_quant.hf.sentence import around, fill_around_, settings_of, transformer_in
+from mono_quant.hf.sentence import around, fill_around_, is_encoder, settings_of, transformer_in
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
@@ -66,14 +66,14 @@ def load(
 
 def loaded_subject(folder: Path, model: nn.Module, manifest: Manifest) -> Subject:
     """Return the subject that a loaded model stands for, so that it can be saved again."""
-    is_encoder = manifest.kind == "sentence_transformer"
-    core = transformer_in(model) if is_encoder else model
+    # transformers loads the transformer of an encoder alone
+    whole = is_encoder(model)
+    core = transformer_in(model) if whole else model
+    kind = "transformers" if manifest.kind == "sentence_transformer" and not whole else manifest.kind
     name = next(path for path, module in model.named_modules() if module is core)
     raw = read_json_object(folder / "config.json") if (folder / "config.json").exists() else None
-    subject = Subject(
-        model, manifest.kind, name, folder, raw, find_side_files(folder), origin=manifest.source
-    )
-    return replace(subject, settings=settings_of(model)) if is_encoder else subject
+    subject = Subject(model, kind, name, folder, raw, find_side_files(folder), origin=manifest.source)
+    return replace(subject, settings=settings_of(model)) if whole else subject
 
 
 def _load_own(

@@ -5,6 +5,7 @@ The classes need transformers as their base, so they are made when they are firs
 
 import copy
 import functools
+import inspect
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ _WITHOUT_EFFECT = {
     "train_datasets": None,
 }
 _SAVERS = ("save_pretrained", "push_to_hub", "save", "save_to_hub")
+# The loop of sentence-transformers that asks nobody before it trains.
+_TRAINERS = ("old_fit",)
 _PUSH = ("private", "create_pr", "revision", "commit_message")
 
 
@@ -45,6 +48,9 @@ class Keeper(Protocol):
         self, model: nn.Module, repo_id: str, token: str | bool | None, options: Mapping[str, Any]
     ) -> Any:
         """Push a converted model in one commit."""
+
+    def around(self, name: str) -> "Keeper":
+        """Return one that saves an encoder of sentence-transformers, of which the model is the part called `name`."""
 
 
 def __getattr__(name: str) -> Any:
@@ -69,7 +75,7 @@ def mark_(model: nn.Module, core: nn.Module, dtype: str, keeper: Keeper | None =
         quantizer = (int8_class if dtype == "int8" else half_class)(config_class(dtype), pre_quantized=True)
         quantizer.watch(part, keeper if part is model else None)
         part.hf_quantizer = quantizer
-        for name in _SAVERS:
+        for name in (*_SAVERS, *_TRAINERS):
             _ask_first_(type(part), name)
 
 
@@ -92,6 +98,27 @@ def _ask_first_(cls: type[Any], name: str) -> None:
 
     method.asks_first = True  # type: ignore[attr-defined]
     setattr(owner, name, method)
+
+
+def mark_encoders_() -> None:
+    """Let encoders that sentence-transformers builds around a converted transformer say what they are, too."""
+    from sentence_transformers.base.model import BaseModel
+
+    original: Any = BaseModel.__init__
+    if hasattr(original, "marks"):
+        return
+
+    @functools.wraps(original)
+    def built(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        core = self.transformers_model
+        inner = None if core is None else vars(core).get("hf_quantizer")
+        if isinstance(inner, classes()[1:]) and inner.keeper is not None:
+            name = next(path for path, module in self.named_modules() if module is core)
+            mark_(self, core, inner.quantization_config.dtype, inner.keeper.around(name))
+
+    built.marks = True  # type: ignore[attr-defined]
+    BaseModel.__init__ = built
 
 
 def _has_adapters(model: nn.Module) -> bool:
@@ -231,6 +258,12 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
 
         save_to_hub = push_to_hub
 
+        def old_fit(self, *args: Any, **options: Any) -> None:
+            """Train an encoder in the way of sentence-transformers before 3, where there is something to train."""
+            model: Any = self.model
+            _refuse_training(model, self.what)
+            inspect.unwrap(type(model).old_fit)(model, *args, **options)
+
         def _keeper(self) -> Keeper:
             if self.keeper is None:
                 raise UnsupportedModelError(
@@ -257,7 +290,7 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
         def __setstate__(self, state: dict[str, Any]) -> None:
             self.__dict__.update(state)
             self._model = weakref.ref(state["_model"])
-            for name in _SAVERS:
+            for name in (*_SAVERS, *_TRAINERS):
                 _ask_first_(type(state["_model"]), name)
 
     class Int8Converted(Converted):
