@@ -126,11 +126,13 @@ def write_modules(folder: OutputFolder, model: Any, core: nn.Module) -> None:
 
 def settings_of(model: Any) -> dict[str, Any]:
     """Return what is said of an encoder beside its weights, so that a change to it can be seen."""
+    told = {n: m.get_config_dict() for n, m in model.named_modules() if hasattr(m, "get_config_dict")}
     return {
         "config": {k: v for k, v in model._get_model_config().items() if k != "__version__"},  # noqa: SLF001
         "classes": [type(module) for module in model.children()],
+        # SpladePooling takes note of it when it first runs
         "modules": {
-            n: m.get_config_dict() for n, m in model.named_modules() if hasattr(m, "get_config_dict")
+            n: {k: v for k, v in own.items() if k != "embedding_dimension"} for n, own in told.items()
         },
         "length": model.max_seq_length,
         "processor": id(model[0].processor),

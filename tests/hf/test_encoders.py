@@ -25,10 +25,6 @@ from mono_quant.errors import (
 )
 from mono_quant.hf.encoders import encoder_of
 
-BOTH = pytest.mark.parametrize(
-    "verb", [mq.plan, lambda f: mq.quantize(f, fidelity=False)], ids=["plan", "quantize"]
-)
-
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
@@ -128,15 +124,24 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@BOTH
 @pytest.mark.parametrize("case", HOSTILE)
-def test_what_the_files_may_not_say(folder, case, verb):
+def test_what_the_files_may_not_say(folder, case):
     spoil, error, message = HOSTILE[case]
     spoil(folder)
     known = set(sys.modules)
     with pytest.raises(error, match=message):
-        verb(folder)
+        mq.plan(folder)
     assert "trap" not in sys.modules.keys() - known
+
+
+@pytest.mark.parametrize(
+    "case", ["code of the repository", "pickle", "no class", "settings of another module"]
+)
+def test_what_a_plan_refuses_is_not_converted_either(folder, case):
+    spoil, error, message = HOSTILE[case]
+    spoil(folder)
+    with pytest.raises(error, match=message):
+        mq.quantize(folder, fidelity=False)
 
 
 def test_old_names_of_modules_are_known(folder):

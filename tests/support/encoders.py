@@ -61,8 +61,8 @@ def _masked(cls: Any = hf.BertForMaskedLM, config: Any = BERT) -> Transformer:
     return transformer(lambda: cls(config), transformer_task="fill-mask")
 
 
-def _reranker(labels: int) -> Any:
-    config = hf.BertConfig(**BERT.to_dict() | {"num_labels": labels})
+def _reranker() -> Any:
+    config = hf.BertConfig(**BERT.to_dict() | {"num_labels": 1})
     first = transformer(
         lambda: hf.BertForSequenceClassification(config), transformer_task="sequence-classification"
     )
@@ -86,8 +86,13 @@ def _gpt2() -> Transformer:
 
 ENCODERS: dict[str, Callable[[], Any]] = {
     "mean": lambda: _embedder(dense.Pooling(64), prompts={"query": "w1 w2 "}, truncate_dim=32),
-    "dense": lambda: _embedder(dense.Pooling(64, "cls"), seeded(lambda: Dense(64, 48)), Normalize()),
-    "layer_norm": lambda: _embedder(dense.Pooling(64), dense.LayerNorm(64), similarity_fn_name="dot"),
+    "dense": lambda: _embedder(
+        dense.Pooling(64, "cls"),
+        seeded(lambda: Dense(64, 48)),
+        dense.LayerNorm(48),
+        Normalize(),
+        similarity_fn_name="dot",
+    ),
     "cnn": lambda: _embedder(seeded(lambda: dense.CNN(64, 16)), dense.Pooling(48)),
     "router": lambda: _embedder(dense.Pooling(64), seeded(_routes)),
     "half_core": lambda: _embedder(
@@ -96,8 +101,7 @@ ENCODERS: dict[str, Callable[[], Any]] = {
     "last_token": lambda: _embedder(dense.Pooling(64, "lasttoken"), first=_qwen()),
     "t5": lambda: _embedder(dense.Pooling(64), first=_t5()),
     "gpt2": lambda: _embedder(dense.Pooling(64), first=_gpt2()),
-    "reranker": lambda: _reranker(1),
-    "classes": lambda: _reranker(3),
+    "reranker": _reranker,
     "splade": lambda: st.SparseEncoder(modules=[_masked(), sparse.SpladePooling()], device="cpu").eval(),
     "csr": lambda: st.SparseEncoder(
         modules=[bert(), dense.Pooling(64), seeded(lambda: sparse.SparseAutoEncoder(64, 128, k=8, k_aux=16))],
