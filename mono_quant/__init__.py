@@ -16,6 +16,7 @@ from mono_quant.api.verbs import (
 )
 from mono_quant.artifact.inspection import verify
 from mono_quant.errors import MonoQuantError
+from mono_quant.hf import marks
 from mono_quant.hf.late import when_imported
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.version import __version__
@@ -38,6 +39,7 @@ __all__ = [  # noqa: F822
 ]
 
 when_imported("transformers.quantizers.auto", on_load.register)
+when_imported("sentence_transformers.base.model", marks.mark_encoders_)
 
 
 def __getattr__(name: str) -> Any:

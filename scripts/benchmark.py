@@ -5,6 +5,7 @@
     python scripts/benchmark.py kernels --json kernels.json --png kernels.png
     python scripts/benchmark.py convert --cpu avx2
     python scripts/benchmark.py models --models minilm --batches 1 --stacks ours onnxruntime
+    python scripts/benchmark.py sentences
 
 Competitors of one row run in turn, round after round, so that a disturbance hits all of them; the numbers are medians
 (`--best` takes minima, for a machine that is shared). `models` gives every stack a process of its own, or with `--rounds` several
@@ -23,6 +24,7 @@ from bench.conversion import run_convert
 from bench.limits import processor
 from bench.products import SHAPES, TOKENS, run_kernels
 from bench.restriction import NOTE, restrict, restricted
+from bench.sentences import COUNT, run_sentences
 from bench.stacks import STACKS
 from bench.whole import run_models, run_worker
 
@@ -72,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
         "--rounds", type=count, default=1, help="processes for each stack; the fastest counts"
     )
     command.add_argument("--timeout", type=int, default=900, help="seconds for one stack on one model")
+    command = commands.add_parser("sentences", parents=[common])
+    command.set_defaults(run=run_sentences, plot=plots.plot_sentences)
+    command.add_argument("--count", type=count, default=COUNT)
     command = commands.add_parser("worker", parents=[common])
     command.set_defaults(run=run_worker)
     for name in ("--model", "--stack", "--reference"):

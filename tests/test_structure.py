@@ -49,7 +49,7 @@ ROOMS = {
         ["schemes"],
     ],
     "hf": [
-        ["configs", "names", "methods", "processors", "computed", "late", "placing"],
+        ["configs", "names", "methods", "processors", "computed", "late", "placing", "encoders"],
         ["dtypes", "compressed_tensors", "adapters"],
         ["quantizer"],
         ["models"],
@@ -60,7 +60,7 @@ ROOMS = {
     "artifact": [
         ["layouts", "card_text", "buffers", "changes"],
         ["cards"],
-        ["facts", "merging"],
+        ["facts", "merging", "proposal"],
         ["tensors"],
         ["saving", "loading"],
         ["inspection", "publishing"],

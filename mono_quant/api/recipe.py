@@ -142,10 +142,10 @@ def _floats(source: Source, scheme: Scheme, request: QuantizationConfig) -> dict
 
 def _as_loaded(subject: Subject, dtypes: Mapping[str, torch.dtype]) -> Subject:
     """Return a model that runs, where a mixture of dtypes in the files would not: as transformers loads it."""
-    if all(dtypes.get(name, tensor.dtype) == tensor.dtype for name, tensor, _ in tensor_names(subject.model)):
+    if all(dtypes.get(name, tensor.dtype) == tensor.dtype for name, tensor, _ in tensor_names(subject.core)):
         return subject
     twin = _copy(subject)
-    recast_(twin.model, dtypes)
+    recast_(twin.core, dtypes)
     return twin
 
 

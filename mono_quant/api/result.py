@@ -21,6 +21,7 @@ from mono_quant.io.hub.push import PushResult
 from mono_quant.io.hub.target import PushOptions
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport
+from mono_quant.planning.walk import is_transformers_model
 from mono_quant.sources.source import Subject
 
 
@@ -113,12 +114,13 @@ class QuantizedModel:
         """
         if not isinstance(task, str):
             raise ConfigError(f"task is {task!r}; give the name of one, such as 'feature-extraction'")
-        if self._subject.kind != "transformers":
+        core = self._subject.core
+        if not is_transformers_model(core):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} is no transformers model, so it has no pipeline; call .model itself"
             )
         try:
-            return pipeline(task, self.model, self.processor)
+            return pipeline(task, core, self.processor)
         except MonoQuantError:
             raise
         except KeyError as e:

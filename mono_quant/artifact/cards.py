@@ -44,6 +44,7 @@ class CardFacts:
         has_tokenizer: the folder brings a tokenizer.
         inputs: what the model's forward takes, of `input_ids`, `pixel_values` and the like; empty when that is not known.
         generates: it has `generate`.
+        encoder: class of sentence-transformers; empty for other models.
         repo_id: where the model is published; None for a folder.
     """
 
@@ -57,6 +58,7 @@ class CardFacts:
     repo_id: str | None = None
     inputs: tuple[str, ...] = ()
     generates: bool = False
+    encoder: str = ""
 
 
 def render(facts: CardFacts) -> str:
@@ -333,12 +335,25 @@ def _loading_lines(facts: CardFacts) -> list[str]:
             "import mono_quant",
             "",
             f'model = mono_quant.load("{where}")',
-            'embedding = model.encode("Hello, world.")',
+            encoder_call(facts.encoder),
         ]
     else:
         takes = f"  # takes {' and '.join(facts.inputs)}" if facts.inputs else ""
         body = ["import mono_quant", "", f'model = mono_quant.load("{where}"){takes}']
     return ["```python", *body, "```", "", *_reader_lines(facts)]
+
+
+def encoder_call(name: str) -> str:
+    """Return a line that uses a model of sentence-transformers.
+
+    Args:
+        name: of its class.
+    """
+    if name == "CrossEncoder":
+        return 'scores = model.predict([("a question", "a passage")])'
+    if name == "MultiVectorEncoder":
+        return 'embeddings = model.encode_query(["a question"])'
+    return 'embedding = model.encode("Hello, world.")'
 
 
 def _reader_lines(facts: CardFacts) -> Iterator[str]:

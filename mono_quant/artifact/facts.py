@@ -16,6 +16,7 @@ from mono_quant.errors import (
     FormatVersionError,
     MissingFileError,
 )
+from mono_quant.hf.encoders import ENCODERS
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST, REPORT, read_manifest, verify_files
 from mono_quant.planning.config import QuantizationConfig
@@ -59,6 +60,7 @@ class Manifest:
         versions: of the packages that made it.
         inputs: what the model's forward takes.
         generates: it has `generate`.
+        encoder: class of sentence-transformers; empty for other models, and in folders of older versions.
         built: dtype that the class was built in; None in older folders, where it is that of the weights.
         files: size and sha256 of every file.
         mono_quant_version: that wrote the folder.
@@ -75,6 +77,7 @@ class Manifest:
     versions: Mapping[str, str]
     inputs: tuple[str, ...] = ()
     generates: bool = False
+    encoder: str = ""
     built: torch.dtype | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     mono_quant_version: str = __version__
@@ -128,6 +131,7 @@ class Manifest:
             dict(raw["versions"]),
             tuple(n for n in inputs if n in INPUTS) if isinstance(inputs, list) else (),
             raw.get("generates") is True,
+            raw["encoder"] if raw.get("encoder") in ENCODERS else "",
             _dtype(folder, "built", raw["built"]) if "built" in raw else None,
             raw.get("files", {}),
             str(raw.get("mono_quant_version", "")),
@@ -149,6 +153,7 @@ class Manifest:
             "settings": dict(self.settings),
             "inputs": list(self.inputs),
             "generates": self.generates,
+            **({"encoder": self.encoder} if self.encoder else {}),
             **({} if self.built is None else {"built": dtype_name(self.built)}),
             "versions": dict(self.versions),
             "files": dict(self.files),
@@ -207,6 +212,7 @@ def read_card_facts(folder: Path, repo_id: str | None = None) -> CardFacts:
         repo_id,
         manifest.inputs,
         manifest.generates,
+        manifest.encoder,
     )
 
 
@@ -225,6 +231,9 @@ def card_facts(
     if subject.kind == "sentence_transformer":
         versions["sentence-transformers"] = metadata.version("sentence-transformers")
     facts: dict[str, Any] = {}
+    if subject.kind == "sentence_transformer":
+        names = [c.__name__ for c in type(subject.model).mro()]
+        facts = {"encoder": next((name for name in names if name in ENCODERS), "")}
     if subject.kind == "transformers":
         core: Any = subject.core
         parameters = inspect.signature(type(core).forward).parameters

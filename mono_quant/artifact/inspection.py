@@ -186,6 +186,7 @@ def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
     return facts | {
         "class": manifest.class_name,
         "kind": manifest.kind,
+        **({"encoder": manifest.encoder} if manifest.encoder else {}),
         "dtype": manifest.dtype,
         "layout": manifest.layout,
         "source": f"{source.repo_id}@{source.sha}" if source.repo_id else None,

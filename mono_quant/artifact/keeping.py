@@ -13,6 +13,7 @@ from mono_quant.artifact.publishing import publish
 from mono_quant.artifact.saving import MAX_SHARD_SIZE, save, save_beside
 from mono_quant.errors import MissingFileError
 from mono_quant.hf.marks import mark_
+from mono_quant.hf.sentence import is_encoder, transformer_in
 from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.disk.output import temporary_folder
 from mono_quant.io.hub.client import Hub
@@ -63,6 +64,11 @@ class Keeper:
             folder = save(scratch / "model", self._of(model), report, config)
             return publish(folder, repo_id, PushOptions.of(options), model=model, client=Hub(token=token))
 
+    def around(self, name: str) -> "Keeper":
+        """Return the keeper of an encoder of sentence-transformers, of which the model is the part called `name`."""
+        subject = replace(self.subject, kind="sentence_transformer", core_name=name, settings={})
+        return replace(self, subject=subject)
+
     def _of(self, model: nn.Module) -> Subject:
         return replace(self.subject, model=model)
 
@@ -94,6 +100,6 @@ def keep_(
 def keep_loaded_(folder: Path, model: nn.Module, manifest: Manifest | None) -> None:
     """Do the same for a model that was loaded from a folder; one that others made (no manifest) refuses to be saved."""
     if manifest is None:
-        mark_(model, model, "int8")
+        mark_(model, transformer_in(model) if is_encoder(model) else model, "int8")
     else:
         keep_(loaded_subject(folder, model, manifest), manifest.dtype)

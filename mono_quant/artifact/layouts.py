@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from mono_quant.convert.int8_layers import Int8Module
-from mono_quant.errors import Option, UnsupportedModelError
 from mono_quant.hf.compressed_tensors import STANDARD
 from mono_quant.io.disk.manifest import FORMAT
 from mono_quant.planning.kinds import PORTABLE_KINDS
@@ -31,28 +30,13 @@ def layout_of(kind: str, report: QuantReport, ranks: Iterable[int], obstacle: st
         report: of the conversion.
         ranks: number of dimensions of each tensor that holds int8 codes in the file.
         obstacle: why transformers cannot load the standard layout of this model; empty when it can.
-
-    Raises:
-        UnsupportedModelError: a SentenceTransformer holds layers that its format cannot.
     """
     if report.dtype == "fp16":
         return PLAIN
     portable = not obstacle and all(row.kind in PORTABLE_KINDS for row in report.quantized)
     # experts that lie in one tensor in the file, too, have no standard form
     portable = portable and all(rank == 2 for rank in ranks)
-    if kind == "module" or not portable:
-        if kind == "sentence_transformer":
-            kinds = sorted({row.kind for row in report.quantized} - PORTABLE_KINDS) or [
-                f"layers here: {obstacle}"
-            ]
-            raise UnsupportedModelError(
-                f"a SentenceTransformer is saved in the standard format, which cannot hold int8 {', '.join(kinds)}; "
-                "leave them in float (skip_types=[...], ",
-                Option("embeddings", False),
-                "), or quantize model[0].auto_model by itself",
-            )
-        return FORMAT
-    return STANDARD
+    return STANDARD if portable and kind != "module" else FORMAT
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,9 +25,10 @@ from mono_quant.errors import (
 )
 from mono_quant.hf.compressed_tensors import STANDARD, check_ct
 from mono_quant.hf.configs import dtype_of, set_generation_
+from mono_quant.hf.encoders import encoder_of
 from mono_quant.hf.methods import method_of, way_out
 from mono_quant.hf.models import load_as_stored, load_int8, model_class
-from mono_quant.hf.sentence import load_modules
+from mono_quant.hf.sentence import around, fill_around_, is_encoder, settings_of, transformer_in
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
@@ -64,11 +66,14 @@ def load(
 
 def loaded_subject(folder: Path, model: nn.Module, manifest: Manifest) -> Subject:
     """Return the subject that a loaded model stands for, so that it can be saved again."""
-    core: Any = model[0].auto_model if manifest.kind == "sentence_transformer" else model  # type: ignore[index]
+    # transformers loads the transformer of an encoder alone
+    whole = is_encoder(model)
+    core = transformer_in(model) if whole else model
+    kind = "transformers" if manifest.kind == "sentence_transformer" and not whole else manifest.kind
     name = next(path for path, module in model.named_modules() if module is core)
-    side = find_side_files(folder) if manifest.kind != "sentence_transformer" else ()
     raw = read_json_object(folder / "config.json") if (folder / "config.json").exists() else None
-    return Subject(model, manifest.kind, name, folder, raw, side, origin=manifest.source)
+    subject = Subject(model, kind, name, folder, raw, find_side_files(folder), origin=manifest.source)
+    return replace(subject, settings=settings_of(model)) if whole else subject
 
 
 def _load_own(
@@ -78,8 +83,6 @@ def _load_own(
         return _load_plain(folder, manifest, model)
     if model is not None:
         raise ConfigError(f"{folder} holds a {manifest.class_name} that builds itself; leave out model=")
-    if manifest.kind == "sentence_transformer":
-        return _load_sentence(folder, manifest)
     raw = read_json_object(folder / "config.json")
     with open_checkpoint(folder) as checkpoint:
         check_proportion(folder, raw, _shapes(checkpoint))
@@ -90,7 +93,20 @@ def _load_own(
         _refuse_codes(folder, tensors)
     loaded = load_as_stored(cls, config, tensors, str(folder), dtype, manifest.built)
     set_generation_(loaded, folder)
-    return _settled(loaded, loaded, folder, manifest, dtype)
+    whole = _encoder(folder, raw, loaded) if manifest.kind == "sentence_transformer" else loaded
+    return _settled(whole, loaded, folder, manifest, dtype)
+
+
+def _encoder(folder: Path, raw: Mapping[str, Any], core: nn.Module) -> nn.Module:
+    """Build what lies around the transformer of a model of sentence-transformers."""
+    encoder = encoder_of(folder, raw)
+    if encoder is None:
+        raise MissingFileError(
+            f"{folder} holds a model of sentence-transformers without its modules.json; download the whole folder again"
+        )
+    whole = around(folder, core, encoder, torch.float32)
+    fill_around_(whole, folder, encoder)
+    return whole
 
 
 def _shapes(checkpoint: Checkpoint) -> Shapes:
@@ -130,16 +146,6 @@ def settle_(model: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, Int8Module):
             module.settle_()
             module.read_as_(dtype)
-
-
-def _load_sentence(folder: Path, manifest: Manifest) -> nn.Module:
-    raw = read_json_object(folder / "config.json")
-    with open_checkpoint(folder) as checkpoint:
-        headers = _shapes(checkpoint)
-        check_proportion(folder, raw, headers)
-    dtype = dtype_of(raw, folder)
-    model: Any = load_modules(folder, headers, dtype, manifest.built or dtype, manifest.layout != PLAIN)
-    return _settled(model, model[0].auto_model, folder, manifest, dtype)
 
 
 def _load_plain(
@@ -231,7 +237,7 @@ def _load_foreign(folder: Path) -> nn.Module:
     for module in loaded.modules():
         if isinstance(module, Int8Module):
             module.settle_()
-    return loaded
+    return loaded if encoder_of(folder, raw) is None else _encoder(folder, raw, loaded)
 
 
 def check_foreign(checkpoint: Checkpoint, block: Mapping[str, Any]) -> None:

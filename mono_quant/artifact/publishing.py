@@ -13,6 +13,7 @@ from mono_quant.artifact.buffers import read_values, unsaved_buffers
 from mono_quant.artifact.cards import CardFacts
 from mono_quant.artifact.facts import Manifest, read_card_facts
 from mono_quant.artifact.merging import foresee, merge_card, renew
+from mono_quant.artifact.proposal import proposal
 from mono_quant.artifact.tensors import read_tensors
 from mono_quant.errors import (
     ConfigError,
@@ -79,13 +80,21 @@ def publish(
     ours = checked_card(folder, place)
     check_loads(folder, manifest, model)
     target = open_target(place, options, source=manifest.source, hub=client)
-    card = _card_for(target, options, ours, read_card_facts(folder, place)).encode()
+    about = read_card_facts(folder, place)
+    card = _card_for(target, options, ours, about).encode()
     with temporary_folder() as staged:
         write_file(staged / README, card)
         moved = replace(manifest, files={**sent, README: record(card)})
         write_file(staged / MANIFEST, canonical_json(moved.to_dict(), MANIFEST).encode())
         files |= gather(staged, [README, MANIFEST])
-        return push(target, files, options, message=_message(manifest), merged=[README])
+        return push(
+            target,
+            files,
+            options,
+            message=_message(manifest),
+            description=proposal(about, target),
+            merged=[README],
+        )
 
 
 def check_publish(repo_id: str, options: PushOptions, coming: Preview, client: Hub = HUB) -> None:

@@ -21,11 +21,13 @@ from mono_quant.errors import MonoQuantError, OutputExistsError, UnsupportedMode
 from mono_quant.hf.adapters import refuse_adapters
 from mono_quant.hf.compressed_tensors import STANDARD, ct_block
 from mono_quant.hf.configs import clean_config, config_to_write
+from mono_quant.hf.encoders import encoder_of
 from mono_quant.hf.models import builds_itself
 from mono_quant.hf.names import standard_obstacle
 from mono_quant.hf.remedies import check_described
-from mono_quant.hf.sentence import check_modules, write_modules
+from mono_quant.hf.sentence import check_modules, is_as_filed, settings_of, write_modules
 from mono_quant.hf.state import at_rest, checkpoint_state
+from mono_quant.io.disk.allowed import is_licence
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, README, REPORT
 from mono_quant.io.disk.output import OutputFolder, check_target, new_folder, shared_folder
@@ -137,6 +139,7 @@ def _save(
             about.versions,
             about.inputs,
             about.generates,
+            about.encoder,
             buffers.built,
         ).to_dict()
 
@@ -202,7 +205,7 @@ def _as_saved(subject: Subject) -> Subject:
         return subject
     if subject.kind == "sentence_transformer":
         raise UnsupportedModelError(
-            f"a SentenceTransformer builds its transformer by itself, and transformers has no class "
+            f"a {type(subject.model).__name__} builds its transformer by itself, and transformers has no class "
             f"{type(subject.core).__name__} that is this one; quantize model[0].auto_model by itself"
         )
     return replace(subject, kind="module")
@@ -319,13 +322,23 @@ def _config_json(subject: Subject, config: Any, state: Mapping[str, Tensor], lay
 
 
 def _write_side_files(folder: OutputFolder, subject: Subject) -> None:
+    own = subject.kind == "sentence_transformer" and not _is_as_read(subject)
+    if own:
+        write_modules(folder, subject.model, subject.core)
     if subject.folder is not None:
         for name in subject.side_files:
-            _copy_side_file(folder, name, subject.folder / name)
-    if subject.kind == "sentence_transformer":
-        write_modules(folder, subject.model, subject.core)
-    elif subject.folder is None and subject.processor is not None:
+            if not own or is_licence(name):
+                _copy_side_file(folder, name, subject.folder / name)
+    elif subject.kind != "sentence_transformer" and subject.processor is not None:
         folder.adopt(subject.processor.save_pretrained)
+
+
+def _is_as_read(subject: Subject) -> bool:
+    """Tell whether the files that a SentenceTransformer was read from still say what it is."""
+    if subject.folder is None or subject.settings != settings_of(subject.model):
+        return False
+    encoder = encoder_of(subject.folder, subject.config or {})
+    return encoder is not None and is_as_filed(subject.model, subject.folder, encoder)
 
 
 def _copy_side_file(folder: OutputFolder, name: str, path: Path) -> None:

@@ -27,24 +27,25 @@ class Arrival:
     """The layers that a loader's weights turn into int8.
 
     Attributes:
-        names: of the weights, in the model.
-        floats: dtype of tensors that get another one than the skeleton's, by name.
+        names: of the weights, in the model that is filled.
+        floats: dtype of tensors that get another one than the skeleton's, by name in that model.
 
     Args:
-        task: of a skeleton that is built like the model that will be filled, with every tensor in the dtype that it will
-            have.
+        task: of a skeleton that is built like the model that will be filled, or that has such a part, the one to be converted; every
+            tensor in the dtype that it will have.
         decisions: by layer name.
         progress: called as (layer name, done, total) when a layer has become int8.
     """
 
     def __init__(self, task: Task, decisions: Decisions, progress: Progress) -> None:
+        self._within = f"{task.within}." if task.within else ""
         self.names = frozenset(
-            f"{d.layer.name}.{weight}".lstrip(".")
+            f"{self._own(d.layer.name)}.{weight}".lstrip(".")
             for d in decisions.values()
             if d.quantize
             for weight in d.layer.matrices
         )
-        self.floats = task.floats
+        self.floats = {self._own(name): dtype for name, dtype in task.floats.items()}
         self._task, self._decisions, self._progress = task, decisions, progress
         self._chosen = {d.layer.name: d.layer for d in decisions.values() if d.quantize}
         self._waiting: dict[str, nn.Module] = {}
@@ -57,12 +58,16 @@ class Arrival:
         # transformers copies the configs that carry it
         return self
 
+    def _own(self, name: str) -> str:
+        """Return the name that something has in the model that is filled."""
+        return name.removeprefix(self._within)
+
     def await_(self, model: nn.Module) -> None:
         """Keep an eye on the chosen layers of a skeleton that is about to be filled."""
         self._model = model
         self._aliases = module_aliases(model)
         for layer in self._chosen.values():
-            module = self._waiting[layer.name] = model.get_submodule(layer.name)
+            module = self._waiting[layer.name] = model.get_submodule(self._own(layer.name))
             for owner, weights in _owners(module, layer):
                 owner.__class__ = _watched(type(owner), self, layer, weights)
 
@@ -106,7 +111,7 @@ class Arrival:
         del self._waiting[layer.name]
         self._progress(layer.name, len(self._replaced), len(self._chosen))
         record(module, layer, encoded, self._done)
-        names = (layer.name, *self._aliases[id(module)])
+        names = (self._own(layer.name), *self._aliases[id(module)])
         self._replaced[module] = put_int8_(self._model, names, module, layer.kind, encoded)
 
 

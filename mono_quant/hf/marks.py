@@ -5,6 +5,7 @@ The classes need transformers as their base, so they are made when they are firs
 
 import copy
 import functools
+import inspect
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,9 @@ _WITHOUT_EFFECT = {
     "model_name": None,
     "train_datasets": None,
 }
-_SAVERS = ("save_pretrained", "push_to_hub")
+_SAVERS = ("save_pretrained", "push_to_hub", "save", "save_to_hub")
+# The loop of sentence-transformers that asks nobody before it trains.
+_TRAINERS = ("old_fit",)
 _PUSH = ("private", "create_pr", "revision", "commit_message")
 
 
@@ -51,6 +54,9 @@ class Keeper(Protocol):
         self, model: nn.Module, repo_id: str, token: str | bool | None, options: Mapping[str, Any]
     ) -> Any:
         """Push a converted model in one commit."""
+
+    def around(self, name: str) -> "Keeper":
+        """Return one that saves an encoder of sentence-transformers, of which the model is the part called `name`."""
 
 
 def __getattr__(name: str) -> Any:
@@ -75,7 +81,7 @@ def mark_(model: nn.Module, core: nn.Module, dtype: str, keeper: Keeper | None =
         quantizer = (int8_class if dtype == "int8" else half_class)(config_class(dtype), pre_quantized=True)
         quantizer.watch(part, keeper if part is model else None)
         part.hf_quantizer = quantizer
-        for name in _SAVERS:
+        for name in (*_SAVERS, *_TRAINERS):
             _ask_first_(type(part), name)
 
 
@@ -98,6 +104,27 @@ def _ask_first_(cls: type[Any], name: str) -> None:
 
     method.asks_first = True  # type: ignore[attr-defined]
     setattr(owner, name, method)
+
+
+def mark_encoders_() -> None:
+    """Let encoders that sentence-transformers builds around a converted transformer say what they are, too."""
+    from sentence_transformers.base.model import BaseModel
+
+    original: Any = BaseModel.__init__
+    if hasattr(original, "marks"):
+        return
+
+    @functools.wraps(original)
+    def built(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        core = self.transformers_model
+        inner = None if core is None else vars(core).get("hf_quantizer")
+        if isinstance(inner, classes()[1:]) and inner.keeper is not None:
+            name = next(path for path, module in self.named_modules() if module is core)
+            mark_(self, core, inner.quantization_config.dtype, inner.keeper.around(name))
+
+    built.marks = True  # type: ignore[attr-defined]
+    BaseModel.__init__ = built
 
 
 def _refuse_training(model: nn.Module, what: str) -> None:
@@ -214,6 +241,9 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
                 repo_id = pushing.pop("repo_id", Path(save_directory).name)
                 keeper.push(model, repo_id, token, pushing)
 
+        # sentence-transformers has both
+        save = save_pretrained
+
         def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> Any:
             """Push what `save_pretrained` writes in one commit, as `mono_quant.push_to_hub` does.
 
@@ -225,6 +255,14 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
                 n: v for n, v in options.items() if n not in ("tags", "commit_description") or v
             })
             return self._keeper().push(self.model, repo_id, token, pushing)
+
+        save_to_hub = push_to_hub
+
+        def old_fit(self, *args: Any, **options: Any) -> None:
+            """Train an encoder in the way of sentence-transformers before 3, where there is something to train."""
+            model: Any = self.model
+            _refuse_training(model, self.what)
+            inspect.unwrap(type(model).old_fit)(model, *args, **options)
 
         def _keeper(self) -> Keeper:
             if self.keeper is None:
@@ -253,7 +291,7 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
         def __setstate__(self, state: dict[str, Any]) -> None:
             self.__dict__.update(state)
             self._model = weakref.ref(state["_model"])
-            for name in _SAVERS:
+            for name in (*_SAVERS, *_TRAINERS):
                 _ask_first_(type(state["_model"]), name)
 
     class Int8Converted(Converted):

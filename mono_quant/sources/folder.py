@@ -19,8 +19,18 @@ from mono_quant.errors import (
 )
 from mono_quant.hf.configs import set_generation_
 from mono_quant.hf.dtypes import loaded_dtypes, take_dtypes_
+from mono_quant.hf.encoders import Encoder, encoder_of
 from mono_quant.hf.models import load_as_stored, model_class, skeleton
 from mono_quant.hf.names import Fit, fit, grouped, on_meta
+from mono_quant.hf.sentence import (
+    Around,
+    around,
+    core_class,
+    first_dtype,
+    held_around,
+    settings_of,
+    skeleton_around,
+)
 from mono_quant.io.disk.allowed import BUFFERS, is_allowed
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import MANIFEST, README, REPORT
@@ -60,6 +70,7 @@ class _Skeleton:
         sources: the names in the checkpoint that a tensor is made of, by its name in the model.
         notes: what the user should know.
         has_code: the repository's own code was run.
+        encoder: of sentence-transformers, that the model is the transformer of.
     """
 
     model: nn.Module
@@ -70,6 +81,7 @@ class _Skeleton:
     sources: Mapping[str, tuple[str, ...]]
     notes: list[str]
     has_code: bool
+    encoder: Encoder | None
 
 
 def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool = False) -> Source:
@@ -90,10 +102,10 @@ def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool =
     checkpoint = open_checkpoint(folder, allow_pickle=access.allow_pickle)
     shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
     bare = _skeleton(folder, raw, access, shapes)
-    source = _of_folder(bare.model, folder, bare)
+    source = _of_folder(folder, bare, held_around(folder, bare.encoder) if bare.encoder else {})
     if not weights:
         return source
-    source.stored = _stored(folder, bare, checkpoint)
+    source.stored = _stored(source.subject, bare, checkpoint)
     files = {} if pickled or is_cache else checkpoint.sha256s()
     used = {"allow_pickle": pickled, "trust_remote_code": bare.has_code}
     origin = source.subject.origin
@@ -105,36 +117,46 @@ def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool =
     return source
 
 
-def _stored(folder: Path, bare: _Skeleton, checkpoint: Checkpoint) -> Stored:
+def _stored(subject: Subject, bare: _Skeleton, checkpoint: Checkpoint) -> Stored:
+    folder, prefix = checkpoint.folder, f"{subject.core_name}." if subject.core_name else ""
+
     def fill(arrival: Arrival | None) -> nn.Module:
         model = load_as_stored(
             type(bare.model), bare.config, checkpoint.stored(), str(folder), bare.dtype, arrival=arrival
         )
         set_generation_(model, folder)
-        return model
+        if bare.encoder is None:
+            return model
+        whole = around(folder, model, bare.encoder, first_dtype(bare.model), trust_remote_code=bare.has_code)
+        subject.settings.update(settings_of(whole))
+        return whole
 
-    return Stored(fill, lambda: frozenset(unfinite(checkpoint, bare.sources)))
+    return Stored(fill, lambda: frozenset(f"{prefix}{name}" for name in unfinite(checkpoint, bare.sources)))
 
 
-def from_headers(folder: Path, access: Access, shapes: Shapes) -> Source:
+def from_headers(folder: Path, access: Access, shapes: Shapes, others: Around) -> Source:
     """Make a source without data from a config and the headers of weights that lie elsewhere.
 
     Args:
         folder: with `config.json`.
         access: how to read it.
         shapes: dtype and shape of every tensor of the checkpoint, by name.
+        others: the same of the weights in folders below it.
 
     Raises:
         MonoQuantError: as `from_folder`.
     """
     bare = _skeleton(folder, read_config(folder), access, shapes)
-    return _of_folder(bare.model, folder, bare)
+    return _of_folder(folder, bare, others)
 
 
 def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shapes) -> _Skeleton:
     check_float(folder, shapes)
     check_proportion(folder, raw, shapes)
     cls, config = model_class(raw, folder, access.trust_remote_code)
+    encoder = encoder_of(folder, raw)
+    if encoder is not None:
+        cls = core_class(config, encoder, cls)
     # the files decide: a config may say another dtype than they hold
     dtype = common_dtype((held, math.prod(shape)) for held, shape in shapes.values())
     model = skeleton(cls, config, dtype, str(folder))
@@ -146,7 +168,7 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shap
     dtypes = loaded_dtypes(model, dtype)
     take_dtypes_(model, dtype, {name: tensor.dtype for name, tensor in found.placed.tensors.items()})
     has_code = access.trust_remote_code and bool(raw.get("auto_map"))
-    return _Skeleton(model, raw, config, dtype, dtypes, found.placed.sources, notes, has_code)
+    return _Skeleton(model, raw, config, dtype, dtypes, found.placed.sources, notes, has_code, encoder)
 
 
 def _refuse_misfit(found: Fit, name: str, folder: Path) -> None:
@@ -168,19 +190,27 @@ def _refuse_misfit(found: Fit, name: str, folder: Path) -> None:
         )
 
 
-def _of_folder(model: nn.Module, folder: Path, bare: _Skeleton) -> Source:
-    side_files, notes = find_side_files(folder), bare.notes
-    if "modules.json" in side_files:
-        lost = (
-            f"a SentenceTransformer: only the {type(model).__name__} inside it was converted, and load() gives that alone; "
-            f"quantize(SentenceTransformer(...)) keeps the pooling"
-        )
-        notes = [lost, *notes]
-    origin = _local_origin(type(model).__name__, folder)
+def _of_folder(folder: Path, bare: _Skeleton, others: Around) -> Source:
+    """Make the source of a folder, with a skeleton in it.
+
+    Args:
+        folder: that it is.
+        bare: the transformer.
+        others: headers of the weights of the modules around it.
+    """
     subject = Subject(
-        model, "transformers", folder=folder, config=bare.raw, side_files=side_files, origin=origin
+        bare.model,
+        "transformers",
+        folder=folder,
+        config=bare.raw,
+        side_files=find_side_files(folder),
+        origin=_local_origin(type(bare.model).__name__, folder),
     )
-    return Source(subject, owned=True, dtypes=bare.dtypes, notes=notes)
+    if bare.encoder is not None:
+        whole = skeleton_around(folder, bare.model, bare.encoder, others)
+        name = bare.encoder.core_name
+        subject = replace(subject, model=whole, kind="sentence_transformer", core_name=name)
+    return Source(subject, owned=True, dtypes=bare.dtypes, notes=bare.notes)
 
 
 def loaded_from(model: Any, folder: Path | None) -> Source:
@@ -249,9 +279,10 @@ def is_side_file(name: str) -> bool:
 
 def find_side_files(folder: Path) -> tuple[str, ...]:
     """Return the files beside the weights that belong to a model, by the list of what an output may hold."""
-    names = [p.relative_to(folder).as_posix() for p in [*folder.glob("*"), *folder.glob("*/*")]]
+    places = ("*", "*/*", "[0-9]*_*/*/*")
+    names = [p.relative_to(folder).as_posix() for place in places for p in folder.glob(place)]
     chosen = [n for n in names if is_side_file(n)]
-    for below in {n.partition("/")[0] for n in chosen if "/" in n}:
+    for below in {n.rpartition("/")[0] for n in chosen if "/" in n}:
         if (folder / below).is_symlink():
             raise UnsafeInputError(
                 f"{folder / below} is a symbolic link to another folder; put a copy of the folder there"

@@ -14,6 +14,7 @@ from mono_quant.errors import (
     StateDictError,
     UnsupportedModelError,
 )
+from mono_quant.hf.sentence import is_encoder, transformer_in
 from mono_quant.io.hub.client import is_repo_id
 from mono_quant.io.text import looks_like_token
 from mono_quant.planning.walk import is_transformers_model
@@ -125,11 +126,12 @@ def locate(text: str, place: str | None = None) -> str:
 
 
 def _from_module(model: nn.Module, processor: Any) -> Source:
-    if any(c.__name__ == "SentenceTransformer" for c in type(model).mro()):
-        core = getattr(model[0], "auto_model", None)  # type: ignore[index]
-        if not isinstance(core, nn.Module) or not is_transformers_model(core):
+    if is_encoder(model):
+        core = transformer_in(model)
+        if not is_transformers_model(core):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: its first module ({type(model[0]).__name__}) holds no transformer to quantize"  # type: ignore[index]
+                f"{type(model).__name__}: its transformer is a {type(core).__name__}, which is no torch model; load it with "
+                f'backend="torch"'
             )
         name = next(path for path, module in model.named_modules() if module is core)
         origin = Origin(type(core).__name__)

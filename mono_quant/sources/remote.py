@@ -7,10 +7,11 @@ import torch
 from mono_quant.errors import (
     HubOfflineError,
 )
-from mono_quant.io.disk.allowed import is_allowed
+from mono_quant.hf.encoders import is_encoder_file
+from mono_quant.io.disk.allowed import BUFFERS, is_allowed
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.repo import RepoFacts, download, read_headers, resolve
-from mono_quant.io.tensors.headers import parse_header_bytes
+from mono_quant.io.tensors.headers import Span, parse_header_bytes
 from mono_quant.io.tensors.pickles import PICKLES
 from mono_quant.sources.folder import from_folder, from_headers, is_side_file
 from mono_quant.sources.guards import Shapes, refuse_pickles
@@ -35,7 +36,7 @@ def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
             return weights and is_allowed(name)
         if not safe and access.allow_pickle and PICKLES.fullmatch(name):
             return weights
-        if not weights and name != "config.json":
+        if not weights and name != "config.json" and not is_encoder_file(name):
             return access.trust_remote_code and name.endswith(".py")
         return is_allowed(name) or (access.trust_remote_code and name.endswith(".py"))
 
@@ -44,7 +45,7 @@ def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
         opened = from_folder(folder, access, weights, is_cache=True)
     else:
         shapes = remote_headers(facts, access.client)[0]
-        opened = from_headers(folder, access, shapes)
+        opened = from_headers(folder, access, shapes, _headers_below(facts, access.client))
     found = opened.subject.origin
     opened.subject.origin = replace(_origin(facts, found.name), access=found.access)
     if facts.gated:
@@ -67,13 +68,28 @@ def _origin(facts: RepoFacts, name: str = "model") -> Origin:
 def remote_headers(facts: RepoFacts, client: Hub) -> tuple[Shapes, int]:
     """Fetch dtype and shape of every tensor of a repository, and the size of its weights in bytes."""
 
-    def is_weight(name: str) -> bool:
-        return "/" not in name and is_allowed(name)
-
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     size = 0
-    for name, head in read_headers(facts, wanted=is_weight, hub=client).items():
-        spans, _ = parse_header_bytes(head, facts.file(name).size, f"{facts.repo_id}/{name}")
+    for spans in _spans(facts, client, below=False).values():
         shapes.update({key: (span.dtype, span.shape) for key, span in spans.items()})
         size += sum(span.end - span.start for span in spans.values())
     return shapes, size
+
+
+def _headers_below(facts: RepoFacts, client: Hub) -> dict[str, Shapes]:
+    """Fetch the same of the weights in folders: those of the modules around a transformer."""
+    return {
+        name.rpartition("/")[0]: {key: (span.dtype, span.shape) for key, span in spans.items()}
+        for name, spans in _spans(facts, client, below=True).items()
+    }
+
+
+def _spans(facts: RepoFacts, client: Hub, *, below: bool) -> dict[str, dict[str, Span]]:
+    def is_weight(name: str) -> bool:
+        return ("/" in name) == below and is_allowed(name) and not name.startswith(f"{BUFFERS}/")
+
+    heads = read_headers(facts, wanted=is_weight, hub=client)
+    return {
+        name: parse_header_bytes(head, facts.file(name).size, f"{facts.repo_id}/{name}")[0]
+        for name, head in heads.items()
+    }

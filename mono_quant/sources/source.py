@@ -21,13 +21,14 @@ class Subject:
 
     Attributes:
         model: the module; on meta for a plan, and while its weights are in their files.
-        kind: `module`, `transformers` or `sentence_transformer`.
+        kind: `module`, `transformers` or `sentence_transformer`, which stands for every encoder of sentence-transformers.
         core_name: name of the part of `model` that is converted: the transformer inside a SentenceTransformer; empty for the
             whole.
         folder: where its files are; None for a model in memory.
         config: the `config.json` it was read from; None for a model in memory.
         side_files: names of the files in `folder` that belong to the result: tokenizer, processor, licence.
         processor: tokenizer or processor given by the user.
+        settings: what is said of a SentenceTransformer beside its weights, as it was when it was read; empty for one from memory.
         origin: where it came from, and what its card says.
     """
 
@@ -38,6 +39,7 @@ class Subject:
     config: Mapping[str, Any] | None = None
     side_files: tuple[str, ...] = ()
     processor: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)
     origin: Origin = field(default_factory=lambda: Origin("model"))
 
     @property
@@ -46,7 +48,9 @@ class Subject:
         return self.model.get_submodule(self.core_name)
 
     def find_processor(self) -> Any:
-        """Return the given processor, or load the one in the folder; None when there is none."""
+        """Return the given processor, the one that the model brings, or the one in the folder; None when there is none."""
+        if self.processor is None and self.kind == "sentence_transformer":
+            return getattr(self.model, "processor", None)
         if self.processor is None and self.folder is not None and self.kind == "transformers":
             self.processor = load_processor(self.folder)
         return self.processor

@@ -388,12 +388,6 @@ def test_integers_that_belong_to_integer_buffers_pass(tmp_path, verb):
     assert getattr(found, "report", found).quantized
 
 
-def test_the_folder_of_a_sentence_transformer_says_what_is_lost(folder):
-    write(folder / "modules.json", [])
-    notes = mq.quantize(folder, **QUIET).report.notes
-    assert [n for n in notes if "only the LlamaForCausalLM inside it was converted" in n] == list(notes)
-
-
 def rename(tensors):
     tensors["model.norm.wait"] = tensors.pop("model.norm.weight")
 

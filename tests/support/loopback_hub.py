@@ -108,6 +108,7 @@ class Commit:
     title: str
     files: dict[str, bytes]
     user: str = "system"
+    description: str = ""
 
 
 @dataclass
@@ -768,6 +769,7 @@ class _Handler(_BaseHandler):
         base = self.at(repo, parent) if parent and is_pull else head
         files = self.changed(dict(base.files), lines[1:])
         made = repo.add_commit(files, base.id, header["summary"], user.name)
+        made.description = header.get("description", "")
         answer = {"commitOid": made.id, "commitUrl": f"{self.hub.endpoint}/{repo.id}/commit/{made.id}"}
         if is_pull:
             number = len(repo.pulls) + 1

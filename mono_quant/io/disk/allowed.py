@@ -26,11 +26,12 @@ ALLOWED = (
     r"chat_template\.(jinja|json)|additional_chat_templates/[A-Za-z0-9][A-Za-z0-9_.-]*\.jinja",
     # sentence-transformers: the list of modules and each module's settings and dense weights
     r"modules\.json|config_sentence_transformers\.json|sentence_[a-z0-9]+_config\.json",
-    r"\d+_[A-Za-z][A-Za-z0-9_]*/(config\.json|model\.safetensors)",
+    r"\d+_[A-Za-z][A-Za-z0-9_]*/([A-Za-z0-9_]*config\.json|model\.safetensors)",
+    r"\d+_(Router|Asym)/([A-Za-z0-9_]+_)?\d+_[A-Za-z][A-Za-z0-9_]*/([A-Za-z0-9_]*config\.json|model\.safetensors)",
     # out of the way of loaders that take every file beside the weights
     _BUFFERS,
     # terms that must travel along
-    r"(?i:LICEN[SC]E|NOTICE|USE_POLICY)[A-Za-z0-9_-]*(\.(txt|md|rst|pdf))?",
+    LICENCE := r"(?i:LICEN[SC]E|NOTICE|USE_POLICY)[A-Za-z0-9_-]*(\.(txt|md|rst|pdf))?",
 )
 _ALLOWED = re.compile("|".join(f"(?:{pattern})" for pattern in ALLOWED))
 
@@ -46,3 +47,8 @@ def is_allowed(name: str) -> bool:
 def is_weight_file(name: str) -> bool:
     """Tell whether a loader would read the model's weights, or its buffers, from a file of this name."""
     return re.fullmatch(f"{_WEIGHTS}|{_BUFFERS}", name) is not None
+
+
+def is_licence(name: str) -> bool:
+    """Tell whether a file holds terms that must travel along."""
+    return re.fullmatch(LICENCE, name) is not None

@@ -66,8 +66,9 @@ class OutputFolder:
         if name in self.files:
             raise OutputError(f"{printable(name)} was written already; write each file once")
         path = self.path / name
-        if path.parent != self.path and not path.parent.is_dir():
-            disk.make_folder(path.parent)
+        for above in reversed(path.relative_to(self.path).parents[:-1]):
+            if not (self.path / above).is_dir():
+                disk.make_folder(self.path / above)
         self.files[name] = disk.write_new(path, chunks, size)
 
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -326,7 +327,7 @@ def _seal(folder: OutputFolder) -> None:
     }
     data = canonical_json(manifest, MANIFEST).encode("utf-8")
     disk.write_new(folder.path / MANIFEST, [data], len(data))
-    for inner in sorted({(folder.path / name).parent for name in folder.files} - {folder.path}):
+    for inner in sorted({folder.path / above for name in folder.files for above in Path(name).parents[:-1]}):
         disk.fsync_folder(inner)
     disk.fsync_folder(folder.path)
 

@@ -81,6 +81,7 @@ class _Plan:
     target: Target
     options: PushOptions
     message: str
+    description: str
     files: Mapping[str, LocalFile]
     changed: tuple[str, ...]
     superseded: tuple[str, ...]
@@ -107,6 +108,7 @@ def push(
     options: PushOptions,
     *,
     message: str,
+    description: str = "",
     merged: Collection[str] = (),
 ) -> PushResult:
     """Push some files in one commit.
@@ -116,6 +118,7 @@ def push(
         files: what to push, by path in the repository; see `gather`.
         options: as `open_target` got them.
         message: one line, where the options have none.
+        description: what a pull request says below that line.
         merged: paths whose new content holds what the owner of the repository wrote there.
 
     Returns:
@@ -135,7 +138,8 @@ def push(
         if not changed and not superseded:
             sha = target.facts.sha
             return PushResult(target.repo_id, sha, url, created=target.created, already_there=True)
-        plan = _Plan(target, options, options.commit_message or scrub(message), files, changed, superseded)
+        line = options.commit_message or scrub(message)
+        plan = _Plan(target, options, line, description, files, changed, superseded)
         sha, pr_url = _commit(plan, _upload(plan), patient)
         _check_pushed(plan, sha)
     logger.info("%d files are in %s at %s", len(files), target.repo_id, sha)
@@ -232,6 +236,7 @@ def _commit(plan: _Plan, operations: list[Any], patient: Patience) -> tuple[str,
                     plan.repo_id,
                     operations,
                     commit_message=plan.message,
+                    commit_description=plan.description if plan.options.create_pr else None,
                     revision=plan.options.revision,
                     parent_commit=plan.head,
                     create_pr=plan.options.create_pr,
