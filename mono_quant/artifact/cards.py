@@ -26,6 +26,11 @@ INPUTS = ("input_ids", "pixel_values", "input_features", "input_values", "inputs
 _MAX_KEPT_LINES = 60
 # What was run, not what should work: the table in docs/interop.md, made by scripts/interop.
 _VLLM = "vLLM 0.32 ran tiny models of 37 architectures from files of this layout, on a CPU; `docs/interop.md` of mono_quant lists them."
+# What was run: tests/journeys/test_vanilla.py, and docs/interop.md for other versions.
+_UNPACKED = (
+    "It turns the weights back into float: they take the memory of the original then, and activations are not rounded, so outputs "
+    "differ a little from mono_quant's."
+)
 # Characters of a gated repository's terms.
 _MAX_TERMS = 100_000
 
@@ -178,7 +183,7 @@ def stated(origin: Origin, repo_id: str | None) -> dict[str, Any]:
 def library_of(facts: CardFacts) -> str:
     """Return the library whose own loader really loads the model."""
     if facts.kind == "sentence_transformer":
-        return "sentence-transformers" if facts.layout == "plain" else "mono_quant"
+        return "mono_quant" if facts.layout == "mono_quant" else "sentence-transformers"
     fused = any(row.kind == "experts" and row.action == "quantized" for row in facts.report.rows)
     return (
         "transformers"
@@ -371,20 +376,20 @@ def _reader_lines(facts: CardFacts) -> Iterator[str]:
             "The int8 codes are stored in mono_quant's own layout, because the standard one cannot hold all of these layers. "
             "Other loaders refuse the file rather than read codes as weights."
         )
-    elif facts.kind == "sentence_transformer":
-        yield (
-            "The transformer in it is a standard compressed-tensors checkpoint. sentence-transformers by itself stops with an error "
-            "at the first call (it does not let compressed-tensors unpack the weights); mono_quant keeps them in int8."
-        )
     elif library_of(facts) == "mono_quant":
         yield (
             "The files are a standard compressed-tensors checkpoint with one int8 matrix per expert. transformers by itself cannot load "
-            "int8 experts; mono_quant keeps them in int8."
+            "int8 experts and stops with an error about the automatic conversion of the weights; mono_quant keeps them in int8."
+        )
+    elif facts.kind == "sentence_transformer":
+        yield (
+            "The transformer in it is a standard compressed-tensors checkpoint: sentence-transformers loads it too (with "
+            f"`compressed-tensors` installed). {_UNPACKED}"
         )
     else:
         yield (
-            "The files are a standard compressed-tensors checkpoint: transformers loads them too (with `compressed-tensors` "
-            f"installed; it turns the weights back into float at the first call). {_VLLM}"
+            "The files are a standard compressed-tensors checkpoint: transformers loads them too (5.23 or newer, most models from 5.5 "
+            f"on; with `compressed-tensors` installed). {_UNPACKED} {_VLLM}"
         )
 
 

@@ -1,5 +1,6 @@
 """The `int-quantized` format of compressed-tensors: the block that describes a model in it, and blocks of others."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from mono_quant.hf.methods import way_out
 STANDARD = "compressed-tensors"
 
 _CT_ARGS = {"num_bits": 8, "type": "int", "symmetric": True}
+# Makes transformers turn the codes into floats while it loads. By itself it does so before the first call of the outermost model,
+# which generate() of T5, BART and Whisper, get_text_features and SentenceTransformer never make: they would multiply with codes.
+# It looks for the first up to version 5.14 and for the second from 5.15 on; compressed-tensors and vLLM read neither.
+_WHILE_LOADING = {"run_compressed": False, "dequantize": True}
 
 
 def ct_block(core: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -30,7 +35,14 @@ def ct_block(core: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ignored(core, state),
+        **({} if _has_buffer_of_weights(core) else _WHILE_LOADING),
     }
+
+
+def _has_buffer_of_weights(core: nn.Module) -> bool:
+    """Tell whether transformers' conversion while loading would fail: it takes each saved name with `weight` for a parameter's."""
+    buffers = dict(core.named_buffers())
+    return any(name in buffers and re.search(r"weight(?!\w)", name) for name in core.state_dict())
 
 
 def ignored(core: nn.Module, state: Mapping[str, Tensor]) -> list[str]:

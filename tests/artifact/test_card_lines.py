@@ -207,7 +207,7 @@ def test_foreign_sentences_have_no_structure(text, shown):
     ("kind", "layout", "library"),
     [
         ("sentence_transformer", "plain", "sentence-transformers"),
-        ("sentence_transformer", "compressed-tensors", "mono_quant"),
+        ("sentence_transformer", "compressed-tensors", "sentence-transformers"),
         ("sentence_transformer", "mono_quant", "mono_quant"),
         ("transformers", "plain", "transformers"),
         ("transformers", "compressed-tensors", "transformers"),

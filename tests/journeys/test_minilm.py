@@ -212,19 +212,9 @@ def test_a_sentence_transformer_keeps_its_answers(sentence_transformer, sentence
 
 
 @pytest.mark.parametrize("which", ["folder", "sentence_folder"])
-def test_vanilla_sentence_transformers_stops_at_the_codes(request, which):
-    """It calls `model.forward` itself, so the hook of compressed-tensors that unpacks the weights never runs."""
+def test_vanilla_sentence_transformers_runs_the_folder_in_float(request, sentence_transformer, which):
     theirs = SentenceTransformer(str(request.getfixturevalue(which)), device="cpu")
-    with pytest.raises(RuntimeError, match="must have the same dtype"):
-        theirs.encode(SENTENCES)
-
-
-def test_vanilla_sentence_transformers_runs_the_folder_dequantized(sentence_transformer, sentence_folder):
-    config = transformers.CompressedTensorsConfig(dequantize=True)
-    with pytest.warns(UserWarning, match="quantization_config"):
-        theirs = SentenceTransformer(
-            str(sentence_folder), device="cpu", model_kwargs={"quantization_config": config}
-        )
+    assert {p.dtype for p in theirs.parameters()} == {torch.float32}
     expected = sentence_transformer.encode(SENTENCES, convert_to_tensor=True)
     assert relative_error(expected, theirs.encode(SENTENCES, convert_to_tensor=True)) <= 0.09
 
