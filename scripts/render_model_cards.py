@@ -113,6 +113,7 @@ def keep(result: mono_quant.QuantizedModel, name: str) -> None:
 def main() -> None:
     torch.manual_seed(0)
     keep(mono_quant.quantize(minilm()), "all-MiniLM-L6-v2-int8")
+    keep(mono_quant.quantize(minilm(), embeddings=True, kept="fp16"), "all-MiniLM-L6-v2-int8-small")
     keep(mono_quant.quantize(SmallCNN(), probe=torch.randn(2, 3, 16, 16)), "small-cnn-int8")
     for name, model in (("tiny-llama", tiny_llama()), ("tiny-gpt2", tiny_gpt2()), ("tiny-moe", tiny_moe())):
         server.add_repo(f"example/{name}", files_of(model))

@@ -17,7 +17,7 @@ from mono_quant.api.recipe import NOT_ASKED, convert_source, decided, finished
 from mono_quant.artifact.buffers import read_values, restore_
 from mono_quant.artifact.facts import Manifest
 from mono_quant.artifact.keeping import keep_, keep_loaded_
-from mono_quant.artifact.loading import check_foreign
+from mono_quant.artifact.loading import check_foreign, tell_differences
 from mono_quant.artifact.tensors import ZERO_POINT
 from mono_quant.convert.arrival import Arrival, unfinite
 from mono_quant.convert.contract import Task
@@ -285,6 +285,8 @@ def _classes() -> tuple[type[Any], type[Any]]:
             super()._process_model_after_weight_loading(model)
             if self.pre_quantized and self.folder is not None:
                 _settle_(model)
+                if self.quantization_config.checkpoint is not None:
+                    tell_differences(self.folder, self.quantization_config.checkpoint, model)
                 if self.manifest is not None:
                     restore_(model, self.manifest.buffers, read_values(self.folder))
                 keep_loaded_(self.folder, model, _manifest_here(self.folder))

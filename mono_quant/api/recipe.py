@@ -105,8 +105,8 @@ def finished(task: Task, outcome: Outcome, names: Sequence[str], notes: Sequence
         notes: what the user should know of the source.
     """
     scheme = SCHEMES[task.request.dtype]
-    scheme.finish_(task)
-    rows = outcome.rows(replace(task, rows=as_shared(task.rows, task.model)))
+    task = replace(task, rows=as_shared(task.rows, task.model))
+    rows = scheme.finish_(task, outcome).rows(task)
     bits = scheme.activation_bits(device_of(task.model))
     report = QuantReport(task.request.dtype, rows, bits, notes=(*notes, *scheme.notes(rows, task.model)))
     report.check(names)

@@ -54,6 +54,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 EmbeddingsOption = Annotated[
     bool, typer.Option("--embeddings", help="Quantize embeddings too (int8, per row).")
 ]
+KeptOption = Annotated[
+    str, typer.Option("--kept", help="Store matrices that int8 leaves in float as: same, fp16 or bf16.")
+]
 DisableOption = Annotated[
     list[str] | None, typer.Option("--disable-default", help="Lift a default rule, e.g. head. Repeatable.")
 ]
@@ -127,6 +130,7 @@ def quantize(
     min_params: MinParamsOption = 0,
     disable_default: DisableOption = None,
     embeddings: EmbeddingsOption = False,
+    kept: KeptOption = "same",
     on_nonfinite: NonfiniteOption = "error",
     on_overflow: OverflowOption = "keep",
     revision: RevisionOption = None,
@@ -152,7 +156,7 @@ def quantize(
             "--private, --public and --create-pr are about the repository that is pushed to; name it with --push-to, or "
             "leave them out"
         )
-    given = _options(skip, min_params, disable_default, embeddings) | {
+    given = _options(skip, min_params, disable_default, embeddings, kept) | {
         "on_nonfinite": on_nonfinite,
         "on_overflow": on_overflow,
         "fidelity": "auto" if fidelity else False,
@@ -187,6 +191,7 @@ def plan(
     min_params: MinParamsOption = 0,
     disable_default: DisableOption = None,
     embeddings: EmbeddingsOption = False,
+    kept: KeptOption = "same",
     revision: RevisionOption = None,
     origin: OriginOption = None,
     token: TokenOption = None,
@@ -201,7 +206,7 @@ def plan(
         token=token,
         trust_remote_code=trust_remote_code,
         origin=origin,
-        **_options(skip, min_params, disable_default, embeddings),
+        **_options(skip, min_params, disable_default, embeddings, kept),
     )
     _show(report, as_json)
 
@@ -348,13 +353,14 @@ def _show(report: QuantReport, as_json: bool) -> None:
 
 
 def _options(
-    skip: list[str] | None, min_params: int, disable_default: list[str] | None, embeddings: bool
+    skip: list[str] | None, min_params: int, disable_default: list[str] | None, embeddings: bool, kept: str
 ) -> dict[str, Any]:
     return {
         "skip": skip or (),
         "min_params": min_params,
         "disable_defaults": disable_default or (),
         "embeddings": embeddings,
+        "kept": kept,
     }
 
 

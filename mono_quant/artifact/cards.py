@@ -223,6 +223,7 @@ def _summary(facts: CardFacts) -> str:
         source = f"a local {_code(origin.name)}" + (f" ({files}{more})" if files else "")
     if report.dtype == "int8":
         how = "Weights are int8 with one scale per output channel; activations are quantized per token at run time. "
+        how += "".join(f"Matrices that stay in float are stored in {name}. " for name in _narrowed(report))
     else:
         how = "Weights are float16. "
     return (
@@ -231,6 +232,11 @@ def _summary(facts: CardFacts) -> str:
         f"- **{human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)}** of weights "
         f"({report.bytes_before / max(report.bytes_after, 1):.2f}x smaller)"
     )
+
+
+def _narrowed(report: QuantReport) -> list[str]:
+    """Return the dtype, if any, that matrices which stay in float are stored in on request."""
+    return sorted({row.dtype_after for row in report.rows if row.narrowed})
 
 
 def _section(name: str, lines: Iterable[str]) -> str:
@@ -389,8 +395,24 @@ def _reader_lines(facts: CardFacts) -> Iterator[str]:
     else:
         yield (
             "The files are a standard compressed-tensors checkpoint: transformers loads them too (5.23 or newer, most models from 5.5 "
-            f"on; with `compressed-tensors` installed). {_UNPACKED} {_VLLM}"
+            f"on; with `compressed-tensors` installed). {_UNPACKED} {_vllm_line(facts.report)}"
         )
+    if facts.layout == "compressed-tensors":
+        for name in _narrowed(facts.report):
+            yield ""
+            yield (
+                f"What is stored in {name} counts in the model's own dtype, which loaders cast it to; transformers before 5.21 does not "
+                f"where it renames tensors, as for another class than the saved one, and may stop with an error about dtypes."
+            )
+
+
+def _vllm_line(report: QuantReport) -> str:
+    tables = any(row.kind == "embedding" and row.action == "quantized" for row in report.rows)
+    return (
+        "vLLM cannot read int8 embeddings and stops with an error when it reads config.json."
+        if tables
+        else _VLLM
+    )
 
 
 def _recipe_lines(facts: CardFacts) -> list[str]:

@@ -64,6 +64,7 @@ class Manifest:
         built: dtype that the class was built in; None in older folders, where it is that of the weights.
         files: size and sha256 of every file.
         mono_quant_version: that wrote the folder.
+        narrowed: the dtype that a forward sees of what is stored in half precision on request, by name in the model.
     """
 
     class_name: str
@@ -81,6 +82,7 @@ class Manifest:
     built: torch.dtype | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     mono_quant_version: str = __version__
+    narrowed: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, *, hashes: bool | None = None, extras: bool = False) -> "Manifest":
@@ -102,7 +104,8 @@ class Manifest:
     @classmethod
     def parse(cls, raw: Mapping[str, Any], folder: Path) -> "Manifest":
         """Check a manifest that was read; see `read`."""
-        for key in ("tensors", "buffers", "source", "settings", "versions"):
+        raw = {"narrowed": {}, **raw}
+        for key in ("tensors", "buffers", "source", "settings", "versions", "narrowed"):
             if not isinstance(raw.get(key), Mapping):
                 raise CorruptCheckpointError(
                     f"{folder}: {key} of {MANIFEST} is {raw.get(key)!r}, not an object; save the model again"
@@ -135,6 +138,7 @@ class Manifest:
             _dtype(folder, "built", raw["built"]) if "built" in raw else None,
             raw.get("files", {}),
             str(raw.get("mono_quant_version", "")),
+            {name: _dtype(folder, name, dtype) for name, dtype in raw["narrowed"].items()},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,6 +159,7 @@ class Manifest:
             "generates": self.generates,
             **({"encoder": self.encoder} if self.encoder else {}),
             **({} if self.built is None else {"built": dtype_name(self.built)}),
+            **({"narrowed": {n: dtype_name(d) for n, d in self.narrowed.items()}} if self.narrowed else {}),
             "versions": dict(self.versions),
             "files": dict(self.files),
         }

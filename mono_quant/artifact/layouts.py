@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from mono_quant.convert.int8_layers import Int8Module
+from mono_quant.convert.stored import StoredModule
 from mono_quant.hf.compressed_tensors import STANDARD
 from mono_quant.io.disk.manifest import FORMAT
 from mono_quant.planning.kinds import PORTABLE_KINDS
@@ -40,13 +40,10 @@ def layout_of(kind: str, report: QuantReport, ranks: Iterable[int], obstacle: st
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of most of the float part, in which an int8 weight counts as what it reads as."""
-    codes = {id(p) for m in model.modules() if isinstance(m, Int8Module) for p in m.parameters(recurse=False)}
+    """Return the dtype of most of the float part, in which a weight that is stored otherwise counts as what it reads as."""
+    stored = [module for module in model.modules() if isinstance(module, StoredModule)]
+    inside = {id(p) for module in stored for p in module.parameters(recurse=False)}
     return common_dtype([
-        *((p.dtype, p.numel()) for p in model.parameters() if id(p) not in codes),
-        *(
-            (module.float_dtype, sum(p.numel() for p in module.parameters(recurse=False)))
-            for module in model.modules()
-            if isinstance(module, Int8Module)
-        ),
+        *((p.dtype, p.numel()) for p in model.parameters() if id(p) not in inside),
+        *((m.float_dtype, sum(p.numel() for p in m.parameters(recurse=False))) for m in stored),
     ])

@@ -16,6 +16,7 @@ from mono_quant.artifact.tensors import ZERO_POINT, check_zero_point, read_tenso
 from mono_quant.convert.half import compute_in_float_
 from mono_quant.convert.int8 import install_
 from mono_quant.convert.int8_layers import Int8Module
+from mono_quant.convert.kept import hold_named_
 from mono_quant.convert.surgery import structural_copy
 from mono_quant.errors import (
     ConfigError,
@@ -23,7 +24,7 @@ from mono_quant.errors import (
     MissingFileError,
     UnsupportedModelError,
 )
-from mono_quant.hf.compressed_tensors import STANDARD, check_ct
+from mono_quant.hf.compressed_tensors import STANDARD, check_ct, ct_differences
 from mono_quant.hf.configs import dtype_of, set_generation_
 from mono_quant.hf.encoders import encoder_of
 from mono_quant.hf.methods import method_of, way_out
@@ -137,6 +138,7 @@ def _settled(
     restore_(core, manifest.buffers, read_values(folder))
     if manifest.layout == PLAIN:
         compute_in_float_(model, next(path for path, module in model.named_modules() if module is core))
+    hold_named_(core, manifest.narrowed)
     return model.eval()
 
 
@@ -233,6 +235,7 @@ def _load_foreign(folder: Path) -> nn.Module:
         cls, config = model_class(raw, folder, trust_remote_code=False)
         tensors = read_tensors(checkpoint, None)
     loaded = load_int8(cls, config, tensors, str(folder), dtype_of(raw, folder))
+    tell_differences(folder, raw["quantization_config"], loaded)
     set_generation_(loaded, folder)
     for module in loaded.modules():
         if isinstance(module, Int8Module):
@@ -241,7 +244,7 @@ def _load_foreign(folder: Path) -> nn.Module:
 
 
 def check_foreign(checkpoint: Checkpoint, block: Mapping[str, Any]) -> None:
-    """Refuse compressed-tensors checkpoints that are not int8 with dynamic activations, and tell what is computed otherwise here.
+    """Refuse compressed-tensors checkpoints that are not int8 with dynamic activations.
 
     Args:
         checkpoint: that others made.
@@ -252,10 +255,15 @@ def check_foreign(checkpoint: Checkpoint, block: Mapping[str, Any]) -> None:
         CorruptCheckpointError: block and tensors contradict each other.
     """
     dtypes = {name: header.dtype for name, header in checkpoint.headers.items()}
-    for difference in check_ct(checkpoint.folder, block, dtypes):
-        logger.warning("%s: %s; outputs differ a little", checkpoint.folder, difference)
+    check_ct(checkpoint.folder, block, dtypes)
     for name in [name for name in dtypes if name.endswith(ZERO_POINT)]:
         check_zero_point(checkpoint.folder, name, checkpoint[name])
+
+
+def tell_differences(folder: Path, block: Mapping[str, Any], model: nn.Module) -> None:
+    """Tell what of a checkpoint that others made is computed otherwise here; see `ct_differences`."""
+    for difference in ct_differences(block, model):
+        logger.warning("%s: %s; outputs differ a little", folder, difference)
 
 
 def _refuse_unnamed(folder: Path, shapes: Shapes) -> NoReturn:

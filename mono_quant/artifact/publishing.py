@@ -38,6 +38,7 @@ from mono_quant.io.hub.target import (
     refuse_foreign,
 )
 from mono_quant.io.tensors.checkpoint import open_checkpoint
+from mono_quant.planning.config import HALVES
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Preview
 
@@ -225,8 +226,8 @@ def _differing(
         ours, theirs = expected.get(name), found.get(name)
         if is_plain and theirs is None:
             continue  # tied: the file holds the tensor under its first name
-        if is_plain and ours is not None and theirs is not None and theirs.dtype == torch.float16:
-            # what is float16 in the file may be float32 in memory, with the same values
+        if is_plain and ours is not None and theirs is not None and theirs.dtype in HALVES.values():
+            # what is in half precision in the file may be float32 in memory, with the same values
             theirs = theirs.to(ours.dtype)
         if not _equal(ours, theirs):
             yield name

@@ -17,6 +17,7 @@ from mono_quant.artifact.facts import Manifest, StoredCodes, card_facts
 from mono_quant.artifact.layouts import PLAIN, float_dtype, layout_of
 from mono_quant.artifact.merging import foresee, merge_card
 from mono_quant.convert.int8_layers import Int8Module, narrow_scales
+from mono_quant.convert.kept import read_dtypes
 from mono_quant.errors import MonoQuantError, OutputExistsError, UnsupportedModelError
 from mono_quant.hf.adapters import refuse_adapters
 from mono_quant.hf.compressed_tensors import STANDARD, ct_block
@@ -141,6 +142,7 @@ def _save(
             about.generates,
             about.encoder,
             buffers.built,
+            narrowed=narrowed_in(subject, report),
         ).to_dict()
 
 
@@ -234,8 +236,11 @@ def _layout(subject: Subject, report: QuantReport, state: Mapping[str, Tensor]) 
 def state_of(subject: Subject, report: QuantReport) -> dict[str, Tensor]:
     """Return the tensors of a converted model by the names they have in the file."""
     prefix = f"{subject.core_name}." if subject.core_name else ""
-    # some of a float16 model is float32 in memory, with values that float16 holds
-    halves = {row.name.removeprefix(prefix) for row in report.rows if row.dtype_after == "float16"}
+    # some of what the file has in half precision is float32 in memory, with the same values
+    rows = {row.name.removeprefix(prefix): row for row in report.rows}
+    asked = _narrowed(subject, report)
+    halves = {n: torch.float16 for n, row in rows.items() if row.dtype_after == "float16" and n not in asked}
+    halves |= {name: getattr(torch, rows[name].dtype_after) for name in narrowed_in(subject, report)}
     if subject.kind == "module":
         first: dict[tuple[int, torch.Size], str] = {}
         state = subject.model.state_dict()
@@ -247,9 +252,21 @@ def state_of(subject: Subject, report: QuantReport) -> dict[str, Tensor]:
             key = (tensor.data_ptr(), tensor.shape)
             if tensor.numel() and first.setdefault(key, name) != name:
                 del state[name]
-        state = {name: tensor.half() if name in halves else tensor for name, tensor in state.items()}
+        state = {name: tensor.to(halves.get(name, tensor.dtype)) for name, tensor in state.items()}
         return narrow_scales(subject.model, state)
     return checkpoint_state(subject.core, halves)
+
+
+def narrowed_in(subject: Subject, report: QuantReport) -> dict[str, torch.dtype]:
+    """Return what a forward sees of the tensors that are stored in half precision on request, by all their names in the core."""
+    return read_dtypes(subject.core, _narrowed(subject, report))
+
+
+def _narrowed(subject: Subject, report: QuantReport) -> set[str]:
+    prefix = f"{subject.core_name}." if subject.core_name else ""
+    first = {row.name for row in report.rows if row.narrowed}
+    names = first | {row.name for row in report.rows if row.action == "shared" and row.reason in first}
+    return {name.removeprefix(prefix) for name in names}
 
 
 def _write_tensors(

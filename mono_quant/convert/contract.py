@@ -103,7 +103,7 @@ class Scheme:
         decide: which layers or modules of a task are converted, and why others are not; from shapes and names alone.
         planned: what `apply_` would do, as far as it can be told without values.
         apply_: converts the model of a task in place; the caller puts it back when that fails.
-        finish_: makes a converted model run, once its memory is its own.
+        finish_: makes a converted model run, once its memory is its own, and returns the outcome with what it did to the rest.
         notes: what a user must not overlook, from the rows of the report and the converted model (None for a plan).
         measure: runs the converted model on a probe; fidelity against the original's output.
         kernel: names the path that runs its products on a device.
@@ -115,7 +115,7 @@ class Scheme:
     decide: Callable[[Task], Decisions]
     planned: Callable[[Task, Decisions], Outcome]
     apply_: Callable[[Task, Decisions, Progress], Outcome]
-    finish_: Callable[[Task], None]
+    finish_: Callable[[Task, Outcome], Outcome]
     notes: Callable[[Sequence[TensorReport], nn.Module | None], Iterable[str]]
     measure: Callable[[nn.Module, Probe, Output], dict[str, Any]]
     kernel: Callable[[torch.device], str]

@@ -4,7 +4,7 @@ Its large matrices stay float16 in memory, its arithmetic is float32.
 """
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -13,17 +13,12 @@ from torch import Tensor, nn
 from mono_quant import kernels
 from mono_quant.convert.contract import Decisions, Outcome, Progress, Scheme, Task
 from mono_quant.convert.fidelity import Output, compare, digits, peak_activation, run
-from mono_quant.convert.half_layers import HALF_LAYERS
+from mono_quant.convert.halves import cast, hold_, memory_notes
 from mono_quant.convert.probes import Probe
 from mono_quant.convert.stored import StoredModule
-from mono_quant.convert.surgery import clash, disable_float_fast_paths_, put_, relink_
-from mono_quant.errors import Fp16RangeError, NonFiniteWeightError, Option
-from mono_quant.kernels import cast_half
 from mono_quant.kernels.weights import HalfCast
 from mono_quant.planning.config import QuantizationConfig
-from mono_quant.planning.forward_code import dtypes_asked_for
-from mono_quant.planning.kinds import kind_of, obstacle, weights_of
-from mono_quant.planning.report import TensorReport
+from mono_quant.planning.kinds import kind_of
 from mono_quant.planning.rows import Converted
 from mono_quant.planning.rules import DEFAULTS, Decision, Layer, container_reason, user_reason
 from mono_quant.planning.walk import below, module_aliases, own_floats
@@ -153,7 +148,7 @@ def _cast_all(
     """Cast all own tensors of a module but the `wide` ones into `halves` by id, or say why the module is kept."""
     for name, tensor in own_floats(module).items():
         if id(tensor) not in halves and id(tensor) not in wide:
-            half, reason = _cast(f"{prefix}.{name}".lstrip("."), tensor, request)
+            half, reason = cast(f"{prefix}.{name}".lstrip("."), tensor, request)
             if half is None:
                 return reason
             halves[id(tensor)] = half
@@ -179,76 +174,30 @@ def _groups(modules: Mapping[str, nn.Module]) -> list[list[str]]:
     return [names for names in owners.values() if len(names) > 1]
 
 
-def _cast(name: str, tensor: Tensor, request: QuantizationConfig) -> tuple[HalfCast | None, str]:
-    try:
-        half = cast_half(tensor)
-    except NonFiniteWeightError as e:
-        if request.on_nonfinite == "error":
-            raise NonFiniteWeightError(
-                f"{name}: {e}. Repair the checkpoint, or use ", Option("on_nonfinite", "keep")
-            ) from e
-        return None, f"{name} holds NaN or infinity"
-    if half.overflowed:
-        largest = float(tensor.detach().abs().max())
-        if request.on_overflow == "error":
-            raise Fp16RangeError(
-                f"{name}: {half.overflowed} values do not fit float16 (largest {largest:.6g}, limit 65504); "
-                "use int8, or keep the layer with ",
-                Option("on_overflow", "keep"),
-            )
-        return None, f"{name} has values up to {largest:.4g}, which float16 cannot hold"
-    return half, ""
-
-
 def compute_in_float_(model: nn.Module, within: str = "") -> None:
-    """Make a float16 model compute in float32, with its large matrices in float16.
+    """Make a float16 model compute in float32, with its large matrices in float16; see `hold_`.
 
-    Layers of the kinds in `HALF_LAYERS` are replaced; every other float16 tensor becomes float32 with the same values.
-    A module in another dtype gets its inputs in it, and answers in float32, by hooks. Where a forward asks for `self.dtype`, the
-    parameter that decides it is float32 as well.
+    A module in another dtype gets its inputs in it, and answers in float32, by hooks.
 
     Args:
         model: is changed.
         within: name of the part that is float16; everything when empty.
     """
-    modules = {n: m for n, m in model.named_modules() if below(n, within)}
-    deciding = _deciding(modules.values())
-    layers = {
-        n: m
-        for n, m in modules.items()
-        if _can_hold_half(m) and not any(id(m.get_parameter(w)) in deciding for w in weights_of(m))
-    }
-    inside = {f"{n}.out_proj".lstrip(".") for n, m in layers.items() if kind_of(m) == "attention"}
-    held = {id(m.get_parameter(w)) for m in layers.values() for w in weights_of(m)}
-    wide: set[int] = set()
-    for name, module in modules.items():
-        for own, tensor in own_floats(module).items():
-            is_weight = own in weights_of(module) if name in layers else name in inside and own == "weight"
-            if tensor.dtype == torch.float16 and not is_weight:
-                tensor.data = tensor.data.float()
-                wide.add(id(tensor))
-    # a tensor that something else uses too is float32 for all who hold it
-    free = held - wide
-    shared: dict[int, nn.Parameter] = {}
-    aliases = module_aliases(model)
-    replaced: dict[nn.Module, nn.Module] = {}
-    for name, module in layers.items():
-        if all(id(module.get_parameter(w)) in free for w in weights_of(module)):
-            replaced[module] = HALF_LAYERS[kind_of(module)](module, lambda p: _frozen(p, shared))
-            put_(model, (name, *aliases[id(module)]), module, replaced[module])
-    relink_(model, replaced)
+    inside = [module for name, module in model.named_modules() if below(name, within)]
+    hold_(
+        model,
+        {id(t): torch.float32 for m in inside for t in own_floats(m).values() if t.dtype == torch.float16},
+    )
     # what lies outside gets float32 from the part that is float16
     for module in model.modules():
         if not isinstance(module, StoredModule):
             _cast_inputs_(module)
-    disable_float_fast_paths_(model)
 
 
-def _deciding(modules: Iterable[nn.Module]) -> set[int]:
-    """Return the ids of parameters whose dtype a forward takes for that of its arithmetic: masks of LayoutLM and its like."""
-    asked = [part for module in modules for part in dtypes_asked_for(module)]
-    firsts = (next((p for p in m.parameters() if p.is_floating_point()), None) for m in asked)
-    return {id(parameter) for parameter in firsts if parameter is not None}
+def finish_(task: Task, outcome: Outcome) -> Outcome:
+    """Make a converted model run; see `Scheme`."""
+    compute_in_float_(task.model, task.within)
+    return outcome
 
 
 def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:
@@ -256,38 +205,6 @@ def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:
     with peak_activation(model) as peak:
         output = run(model, probe)
     return compare(expected, output, probe.name) | {"peak_activation": digits(peak[0])}
-
-
-def memory_notes(rows: Sequence[TensorReport], model: nn.Module | None) -> Iterator[str]:
-    """Say where a float16 model needs more memory than its file.
-
-    Args:
-        rows: of the report.
-        model: after `compute_in_float_`; None for a plan, which knows no values.
-    """
-    names = {row.name for row in rows if row.action == "quantized"}
-    count, classes = 0, set()
-    for name, module in model.named_modules() if model is not None else ():
-        for own, tensor in own_floats(module).items():
-            if f"{name}.{own}".lstrip(".") in names and tensor.dtype == torch.float32:
-                count += tensor.numel()
-                classes |= {type(module).__name__} if tensor.dim() > 1 else set()
-    if classes:
-        yield (
-            f"in memory {count:,} of the float16 values are float32, because {', '.join(sorted(classes))} runs in float32"
-        )
-
-
-def _can_hold_half(module: nn.Module) -> bool:
-    kind = kind_of(module)
-    if kind not in HALF_LAYERS or obstacle(module, kind) or clash(module, HALF_LAYERS[kind]):
-        return False
-    return all(module.get_parameter(w).dtype == torch.float16 for w in weights_of(module))
-
-
-def _frozen(parameter: nn.Parameter, shared: dict[int, nn.Parameter]) -> nn.Parameter:
-    """Return one Parameter without gradient for all layers that share `parameter`."""
-    return shared.setdefault(id(parameter), nn.Parameter(parameter.data, requires_grad=False))
 
 
 def _cast_inputs_(module: nn.Module) -> None:
@@ -338,7 +255,7 @@ FP16 = Scheme(
     decide=decide,
     planned=planned,
     apply_=to_half_,
-    finish_=lambda task: compute_in_float_(task.model, task.within),
+    finish_=finish_,
     notes=memory_notes,
     measure=measure,
     kernel=kernels.describe_half,

@@ -125,7 +125,7 @@ class HalfTransposedLinear(TransposedForm, _HalfWeight):
 
 
 class HalfEmbedding(_HalfWeight, nn.Embedding):  # type: ignore[override]
-    """`nn.Embedding` with float16 rows."""
+    """`nn.Embedding` with rows in float16 or bfloat16."""
 
     def __init__(self, source: nn.Embedding, share: Share) -> None:
         super().__init__()
@@ -171,3 +171,13 @@ HALF_LAYERS: Mapping[str, Callable[..., HalfModule]] = {
     "experts": HalfExperts,
     "attention": HalfMultiheadAttention,
 }
+
+
+def layer_of(kind: str, dtype: torch.dtype) -> Callable[..., HalfModule] | None:
+    """Return what makes a layer that holds weights of `dtype`; None where nothing does.
+
+    A bfloat16 weight is widened as a whole before a product, so that holding it would cost time and memory; a row of a table is not.
+    """
+    if dtype == torch.bfloat16:
+        return HalfEmbedding if kind == "embedding" else None
+    return HALF_LAYERS.get(kind) if dtype == torch.float16 else None

@@ -1,14 +1,16 @@
 """Putting int8 layers in the place of float ones: what that would make, doing it, and empty layers for loading."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mono_quant import kernels
+from mono_quant.convert import kept
 from mono_quant.convert.contract import Decisions, Outcome, Progress, Scheme, Task, device_of, recast
 from mono_quant.convert.fidelity import Output, compare, run
+from mono_quant.convert.halves import memory_notes
 from mono_quant.convert.int8_layers import (
     Int8Conv1d,
     Int8Conv2d,
@@ -33,6 +35,7 @@ from mono_quant.errors import CorruptCheckpointError, NonFiniteWeightError, Opti
 from mono_quant.kernels import encode_rows
 from mono_quant.kernels.weights import RowCodes, stored_scale, weight_limit_db
 from mono_quant.planning.kinds import as_rows, kind_of, obstacle, rows_of
+from mono_quant.planning.report import TensorReport
 from mono_quant.planning.rows import Converted, int8_notes, layer_reasons
 from mono_quant.planning.rules import Decision, Layer, keep_also, select
 from mono_quant.planning.walk import module_aliases
@@ -205,7 +208,20 @@ def planned(task: Task, decisions: Decisions) -> Outcome:
             size = min(4, task.floats.get(full, weight.dtype).itemsize)
             scales = size * rows_of(weight.shape, layer.kind).numel()
             done[full] = Converted(weight.numel() + scales, torch.int8)
-    return outcome_of(task, decisions, done)
+    return kept.planned(task, outcome_of(task, decisions, done))
+
+
+def finish_(task: Task, outcome: Outcome) -> Outcome:
+    """Store what stayed in float as it is asked for, and make the model run; see `Scheme`."""
+    outcome = kept.narrow_(task, outcome)
+    disable_float_fast_paths_(task.model)
+    return outcome
+
+
+def notes(rows: Sequence[TensorReport], model: nn.Module | None) -> Iterator[str]:
+    """Yield what a user must not overlook; see `Scheme`."""
+    yield from int8_notes(rows, model)
+    yield from memory_notes([row for row in rows if row.narrowed], model)
 
 
 def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:
@@ -237,8 +253,8 @@ INT8 = Scheme(
     decide=decide,
     planned=planned,
     apply_=to_int8_,
-    finish_=lambda task: disable_float_fast_paths_(task.model),
-    notes=int8_notes,
+    finish_=finish_,
+    notes=notes,
     measure=measure,
     kernel=kernels.describe,
     activation_bits=kernels.activation_bits,

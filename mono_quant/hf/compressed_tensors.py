@@ -1,14 +1,14 @@
 """The `int-quantized` format of compressed-tensors: the block that describes a model in it, and blocks of others."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mono_quant.convert.int8_layers import Int8Module
+from mono_quant.convert.int8_layers import Int8Embedding, Int8Module
 from mono_quant.errors import UnsupportedModelError
 from mono_quant.hf.methods import way_out
 
@@ -29,11 +29,16 @@ def ct_block(core: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
         "weights": {**_CT_ARGS, "strategy": "channel", "dynamic": False},
         "input_activations": {**_CT_ARGS, "strategy": "token", "dynamic": True},
     }
+    groups = {"group_0": group}
+    tables = _int8_tables(core, state)
+    if tables:
+        # indices are no activations; vLLM stops at such a group, whatever class it builds
+        groups["group_1"] = {k: v for k, v in group.items() if k != "input_activations"} | {"targets": tables}
     return {
         "quant_method": STANDARD,
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "ignore": ignored(core, state),
         **({} if _has_buffer_of_weights(core) else _WHILE_LOADING),
     }
@@ -56,9 +61,14 @@ def ignored(core: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     for key, tensor in state.items():
         if key.endswith(".weight") and tensor.is_floating_point() and tensor.dim() == 2:
             names.add(key.removesuffix(".weight"))
-    # engines run a model without head as the inner part of one that has it
-    outer = _name_inside_a_head(core)
-    return sorted(names | {f"{outer}.{name}" for name in names if outer})
+    # engines run a model without head as the inner part of one that has it, and others load the inner part of one alone
+    outer, prefix = _name_inside_a_head(core), f"{core.base_model_prefix}."
+    inner = {name.removeprefix(prefix) for name in names} - _int8_modules(core)
+    return sorted(names | inner | {f"{outer}.{name}" for name in names if outer})
+
+
+def _int8_modules(core: nn.Module) -> set[str]:
+    return {name for name, module in core.named_modules() if isinstance(module, Int8Module)}
 
 
 def _name_inside_a_head(core: Any) -> str:
@@ -73,6 +83,16 @@ def _int8_heads(core: Any, state: Mapping[str, Tensor]) -> list[str]:
     here = {n for n, module in core.named_modules() if module is head and isinstance(head, Int8Module)}
     in_file = {key.removesuffix(".weight") for key, tensor in state.items() if tensor.dtype == torch.int8}
     return sorted(here | {key for key in in_file if any(key.endswith(f".{name}") for name in here)})
+
+
+def _int8_tables(core: Any, state: Mapping[str, Tensor]) -> list[str]:
+    """Name the int8 embeddings in the model and in the file, by expressions that find them in a model with or without head."""
+    here = {n for n, module in core.named_modules() if isinstance(module, Int8Embedding)}
+    in_file = {key.removesuffix(".weight") for key, tensor in state.items() if tensor.dtype == torch.int8}
+    prefix = f"{core.base_model_prefix}."
+    inner = {name.removeprefix(prefix) for name in here}
+    names = inner | {key.removeprefix(prefix) for key in in_file if any(key.endswith(f".{n}") for n in inner)}
+    return [f"re:.*{re.escape(name)}$" for name in sorted(names)]
 
 
 def _has_float_matrix(module: nn.Module) -> bool:
@@ -96,7 +116,7 @@ def ct_problems(block: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def check_ct(folder: Path, block: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> list[str]:
+def check_ct(folder: Path, block: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> None:
     """Refuse compressed-tensors checkpoints that are not int8 with dynamic activations, or none.
 
     What the weights are is told by the tensors: `quantization_status` is not, as checkpoints with codes come with any.
@@ -105,9 +125,6 @@ def check_ct(folder: Path, block: Mapping[str, Any], dtypes: Mapping[str, torch.
         folder: for errors.
         block: the `quantization_config`.
         dtypes: of the tensors in the file, by name.
-
-    Returns:
-        What the checkpoint asks for and is computed in another way here, one sentence each.
 
     Raises:
         UnsupportedModelError: naming everything that is different.
@@ -124,17 +141,35 @@ def check_ct(folder: Path, block: Mapping[str, Any], dtypes: Mapping[str, torch.
             f"{folder} cannot be kept in int8 here: {what} (quantization_status is {block.get('quantization_status')!r}), so its "
             f"weights are not compressed; quantize the original model in float"
         )
-    return list(_differences(block))
 
 
-def _differences(block: Mapping[str, Any]) -> Iterator[str]:
+def ct_differences(block: Mapping[str, Any], model: nn.Module) -> Iterator[str]:
+    """Yield what a checkpoint asks for and is computed in another way here, one sentence each.
+
+    Args:
+        block: its `quantization_config`, checked.
+        model: that was loaded from it.
+    """
     for name, group in block["config_groups"].items():
-        if group.get("input_activations") is None:
+        if group.get("input_activations") is None and not _is_of_tables(group.get("targets") or (), model):
             yield f"{name} leaves activations in float (W8A16), but here they are quantized per token"
         if group.get("output_activations") is not None:
             yield f"{name} quantizes output_activations, but here they stay in float"
     if block.get("kv_cache_scheme"):
         yield "kv_cache_scheme quantizes the KV cache, but here it stays in float"
+
+
+def _is_of_tables(targets: Iterable[str], model: nn.Module) -> bool:
+    """Tell whether the targets of a group are embeddings alone, whose inputs are no activations."""
+    modules = dict(model.named_modules())
+    tables = {name for name, module in modules.items() if isinstance(module, Int8Embedding)}
+    products = _int8_modules(model) - tables
+    return all(
+        any(re.match(target[3:], n) for n in tables) and not any(re.match(target[3:], n) for n in products)
+        if target.startswith("re:")
+        else target in tables or target == "Embedding"
+        for target in targets
+    )
 
 
 def _group_problems(group: Any, default_format: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """A model's tensors under the names that a checkpoint has for them."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str, Tensor]:
+def checkpoint_state(model: nn.Module, halves: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:
     """Return the model's tensors under their checkpoint names: ties once, merged and split as its checkpoints are.
 
     int8 codes have the shape of the float weight they stand for, with scales beside them, one per row, in its dtype; see
@@ -43,7 +43,7 @@ def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str
 
     Args:
         model: a transformers model.
-        halves: names in the model of tensors to return as float16.
+        halves: dtype of tensors to return in half precision, by name in the model.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -53,7 +53,7 @@ def checkpoint_state(model: nn.Module, halves: Collection[str] = ()) -> dict[str
     for target, origin in getattr(model, "all_tied_weights_keys", {}).items():
         if target in state and origin in state and _same_memory(state[target], state[origin]):
             del state[target]
-    state = {name: tensor.half() if name in halves else tensor for name, tensor in state.items()}
+    state = {name: tensor.to((halves or {}).get(name, tensor.dtype)) for name, tensor in state.items()}
     codes = [name for name, t in state.items() if t.dtype == torch.int8 and f"{name}{SCALE}" in state]
     conversions = scales_follow(_conversions(model), codes, state)
     apart = unmergeable(conversions, state)

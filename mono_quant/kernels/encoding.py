@@ -30,14 +30,14 @@ def encode_rows(matrix: Tensor) -> RowCodes:
     return RowCodes(native.codes, native.scale, sqnr_db(native.signal, native.noise))
 
 
-def cast_half(tensor: Tensor) -> HalfCast:
-    """Cast a floating tensor to float16 and count what does not fit; see `weights.cast_half`.
+def cast_half(tensor: Tensor, dtype: torch.dtype = torch.float16) -> HalfCast:
+    """Cast a floating tensor to half precision and count what does not fit; see `weights.cast_half`.
 
     Raises:
         NonFiniteWeightError: a value is NaN or infinite already.
     """
     source = tensor.detach()
-    native = None if active.cpu is None else active.cpu.cast_half(source)
+    native = active.cpu.cast_half(source) if active.cpu is not None and dtype == torch.float16 else None
     if native is None or native.nonfinite:
-        return weights.cast_half(source)
+        return weights.cast_half(source, dtype)
     return HalfCast(native.value, native.overflowed, native.clamped, native.flushed)

@@ -143,12 +143,12 @@ def weight_limit_db(depth: int) -> float:
 
 @dataclass(frozen=True)
 class HalfCast:
-    """A float16 copy of a tensor and what it lost.
+    """A copy of a tensor in half precision and what it lost.
 
     Attributes:
-        value: float16, same shape.
-        overflowed: values of magnitude >= 65520, which became infinite.
-        clamped: values between 65504 and 65520, which became 65504.
+        value: float16 or bfloat16, same shape.
+        overflowed: values that became infinite (in float16 those of magnitude >= 65520).
+        clamped: values beyond the largest one that became that (between 65504 and 65520).
         flushed: non-zero values that became zero.
     """
 
@@ -158,18 +158,23 @@ class HalfCast:
     flushed: int
 
 
-def cast_half(tensor: Tensor) -> HalfCast:
-    """Cast a floating tensor to float16 and count what does not fit.
+def cast_half(tensor: Tensor, dtype: torch.dtype = torch.float16) -> HalfCast:
+    """Cast a floating tensor to half precision and count what does not fit.
+
+    Args:
+        tensor: to cast.
+        dtype: float16 or bfloat16.
 
     Raises:
         NonFiniteWeightError: a value is NaN or infinite already.
     """
     source = tensor.detach()
-    value = source.to(torch.float16)
-    if source.dtype == torch.float16:
+    value = source.to(dtype)
+    if source.dtype == dtype:
         if not torch.isfinite(source).all():
             raise _non_finite(source)
         return HalfCast(value, 0, 0, 0)
+    largest = torch.finfo(dtype).max
     overflowed = clamped = flushed = 0
     flat, half = source.reshape(-1), value.reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
@@ -180,7 +185,7 @@ def cast_half(tensor: Tensor) -> HalfCast:
         # by the result: a float64 just below 65520 is rounded twice and overflows too
         overflow = torch.isinf(half[start : start + _CHUNK])
         overflowed += int(overflow.sum())
-        clamped += int(((magnitude > FP16_MAX) & ~overflow).sum())
+        clamped += int(((magnitude > largest) & ~overflow).sum())
         flushed += int(((half[start : start + _CHUNK] == 0) & (block != 0)).sum())
     return HalfCast(value, overflowed, clamped, flushed)
 

@@ -10,6 +10,8 @@ from mono_quant.errors import ConfigError
 from mono_quant.planning.rules import Rules
 
 DTYPES = ("int8", "fp16")
+# What matrices that stay in float can be stored in beside int8 layers, by the name of the request.
+HALVES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 _DTYPE_NAMES: Mapping[Any, str] = {
     "int8": "int8",
@@ -69,9 +71,12 @@ class QuantizationConfig:
             `embedding`.
         embeddings: quantize `nn.Embedding` tables per row (int8).
         on_nonfinite: `error`, or `keep` a layer whose weight holds NaN or infinity as it is.
-        on_overflow: `keep` a layer whose values do not fit float16 as it is, or `error`.
+        on_overflow: `keep` a layer whose values do not fit float16 (a matrix that does not fit what `kept` asks for) as it
+            is, or `error`.
         fidelity: measure the output against the original: True, False, or `auto` (models up to one billion
             parameters that can be run).
+        kept: how matrices that an int8 conversion leaves in float are stored: `same`, or in `fp16` or `bf16` where they are
+            wider. What is declared to need float32, routers, and vectors stay as they are.
     """
 
     # what transformers asks a `quantization_config`
@@ -86,6 +91,7 @@ class QuantizationConfig:
     on_nonfinite: str = "error"
     on_overflow: str = "keep"
     fidelity: bool | str = "auto"
+    kept: str = "same"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -99,6 +105,11 @@ class QuantizationConfig:
         _one_of("on_overflow", self.on_overflow, ("keep", "error"))
         _one_of("fidelity", self.fidelity, (True, False, "auto"))
         _one_of("embeddings", self.embeddings, (True, False))
+        _one_of("kept", self.kept, ("same", *HALVES))
+        if self.dtype == "fp16" and self.kept == "bf16":
+            raise ConfigError(
+                "kept='bf16' is about what int8 leaves in float; fp16 stores all that fits in float16. Leave it out"
+            )
         self.rules()
 
     def rules(self) -> Rules:

@@ -25,8 +25,8 @@ _WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "rnn_cell": _CELL,
 }
 
-# What compressed-tensors and vLLM can hold.
-PORTABLE_KINDS = frozenset({"linear", "experts"})
+# What compressed-tensors can hold; vLLM the first two alone.
+PORTABLE_KINDS = frozenset({"linear", "experts", "embedding"})
 RECURRENT_KINDS = frozenset({"lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell"})
 
 _KINDS: Mapping[type[nn.Module], str] = {

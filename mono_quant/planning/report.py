@@ -38,6 +38,7 @@ class TensorReport:
         sqnr_db: weight SQNR in dB, for quantized tensors; None when nothing was lost.
         gap_db: distance to what 8 bits reach on Gaussian rows of this length, in dB; negative is better.
         flushed: non-zero values that became zero (fp16).
+        narrowed: kept in float, but stored in half precision on request.
     """
 
     name: str
@@ -55,6 +56,7 @@ class TensorReport:
     sqnr_db: float | None = None
     gap_db: float | None = None
     flushed: int = 0
+    narrowed: bool = False
 
     @property
     def numel(self) -> int:
@@ -282,6 +284,7 @@ _ROW_DEFAULTS = {
     "sqnr_db": None,
     "gap_db": None,
     "flushed": 0,
+    "narrowed": False,
 }
 
 

@@ -16,7 +16,11 @@ from mono_quant.planning.walk import tensor_names
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of one float tensor; `kept` when it only got another float dtype, for a reason other than the request."""
+    """What became of one float tensor.
+
+    `kept` when it only got another float dtype, for a reason other than the request; `narrowed` when what stays in float is to be
+    stored so.
+    """
 
     bytes_after: int
     dtype_after: torch.dtype
@@ -24,6 +28,7 @@ class Converted:
     gap_db: float | None = None
     flushed: int = 0
     kept: bool = False
+    narrowed: bool = False
 
 
 def account(
@@ -47,6 +52,7 @@ def account(
                 sqnr_db=c.sqnr_db,
                 gap_db=c.gap_db,
                 flushed=c.flushed,
+                narrowed=c.narrowed,
             )
     return tuple(rows.values())
 

@@ -117,6 +117,31 @@ def _cases() -> dict[str, Case]:
         "llama-int8-head": Case(
             "LlamaForCausalLM", "LlamaConfig", TEXT, options={"disable_defaults": ["head"]}
         ),
+        "gpt-bigcode": Case(
+            "GPTBigCodeForCausalLM",
+            "GPTBigCodeConfig",
+            {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 256, "n_positions": 256},
+        ),
+        "modernbert-headless": Case(
+            "ModernBertModel",
+            "ModernBertConfig",
+            {**MHA, "cls_token_id": 1, "sep_token_id": 2},
+            read="hidden",
+        ),
+        "modernbert-headless-kept-fp16": Case(
+            "ModernBertModel",
+            "ModernBertConfig",
+            {**MHA, "cls_token_id": 1, "sep_token_id": 2},
+            options={"kept": "fp16"},
+            read="hidden",
+        ),
+        "llama-kept-fp16": Case("LlamaForCausalLM", "LlamaConfig", TEXT, options={"kept": "fp16"}),
+        "llama-tied-kept-bf16": Case(
+            "LlamaForCausalLM", "LlamaConfig", TEXT | {"tie_word_embeddings": True}, options={"kept": "bf16"}
+        ),
+        "qwen3-headless-kept-fp16": Case(
+            "Qwen3Model", "Qwen3Config", TEXT | {"head_dim": 32}, options={"kept": "fp16"}, read="hidden"
+        ),
         "llama-headless": Case("LlamaModel", "LlamaConfig", TEXT, read="hidden"),
         "llama-headless-skip": Case(
             "LlamaModel", "LlamaConfig", TEXT, options={"skip": ["layers.0"]}, read="hidden"

@@ -27,7 +27,7 @@ from torch import nn
 from verbs import QUIET, ROOT, Net, chosen, ids, kept, net
 
 import mono_quant as mq
-from mono_quant.convert import half, int8
+from mono_quant.convert import halves, int8
 from mono_quant.convert.int8_layers import Int8Linear
 from mono_quant.errors import ConfigError, Fp16RangeError, NonFiniteWeightError, PatternError
 
@@ -316,19 +316,19 @@ def test_a_failure_at_any_layer_puts_everything_back(monkeypatch, name, error):
 @pytest.mark.parametrize("name", ["net", "cnn", "llama"])
 def test_fp16_a_failure_at_any_tensor_puts_everything_back(monkeypatch, name):
     model = ROLLED_BACK[name]()
-    before, real, calls = photograph(model), half.cast_half, []
-    monkeypatch.setattr(half, "cast_half", lambda t: calls.append(1) or real(t))
+    before, real, calls = photograph(model), halves.cast_half, []
+    monkeypatch.setattr(halves, "cast_half", lambda t, dtype: calls.append(1) or real(t, dtype))
     mq.quantize(model, "fp16", **QUIET)
     for k in range(len(calls)):
         done = []
 
-        def fail(tensor, done=done, k=k):
+        def fail(tensor, dtype, done=done, k=k):
             done.append(1)
             if len(done) == k + 1:
                 raise RuntimeError("injected")
-            return real(tensor)
+            return real(tensor, dtype)
 
-        monkeypatch.setattr(half, "cast_half", fail)
+        monkeypatch.setattr(halves, "cast_half", fail)
         with pytest.raises(RuntimeError, match="injected"):
             mq.quantize(model, "fp16", inplace=True, **QUIET)
         assert_same(before, photograph(model))

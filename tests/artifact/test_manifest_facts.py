@@ -30,6 +30,7 @@ MANIFEST = Manifest(
     True,
     torch.bfloat16,
     {"config.json": {"size": 1, "sha256": "0"}},
+    narrowed={"b.weight": torch.float32},
 )
 
 
@@ -37,7 +38,16 @@ def test_it_goes_round():
     assert Manifest.parse(MANIFEST.to_dict(), FOLDER) == MANIFEST
 
 
-@pytest.mark.parametrize("key", ["tensors", "buffers", "source", "settings", "versions"])
+def test_a_folder_in_which_nothing_is_narrowed_does_not_speak_of_it():
+    data = MANIFEST.to_dict()
+    del data["narrowed"]
+    parsed = Manifest.parse(data, FOLDER)
+    assert parsed.narrowed == {} and parsed.to_dict() == data
+    with pytest.raises(CorruptCheckpointError, match="gives b the dtype 'int8'"):
+        Manifest.parse(MANIFEST.to_dict() | {"narrowed": {"b": "int8"}}, FOLDER)
+
+
+@pytest.mark.parametrize("key", ["tensors", "buffers", "source", "settings", "versions", "narrowed"])
 @pytest.mark.parametrize("value", [None, [], "x"])
 def test_what_should_be_an_object_and_is_none_is_named(key, value):
     with pytest.raises(

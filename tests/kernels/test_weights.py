@@ -356,6 +356,17 @@ def test_bfloat16_beyond_float16_is_counted():
     assert cast.value.tolist() == [65280.0, math.inf, -math.inf, 0.0, 2.0**-24]
 
 
+def test_bfloat16_has_the_range_of_float32():
+    largest = torch.finfo(torch.bfloat16).max
+    source = torch.tensor([1 + 2**-9, 65504.0, largest, 3.3955e38, 1e-41, 0.0])
+    cast = cast_half(source, torch.bfloat16)
+    # beyond the largest by less than half a step, it becomes that; the rest is what torch makes of it
+    assert torch.equal(cast.value, source.to(torch.bfloat16)) and cast.value[3] == largest
+    assert (cast.overflowed, cast.clamped, cast.flushed) == (0, 1, 1)
+    cast = cast_half(torch.tensor([torch.finfo(torch.float32).max, -3.4e38]), torch.bfloat16)
+    assert cast.overflowed == 2 and bool(cast.value.isinf().all())
+
+
 def test_float16_passes_through_bit_for_bit():
     source = torch.tensor([65504.0, 6e-8, -0.0, 1.5], dtype=torch.float16)
     cast = cast_half(source)

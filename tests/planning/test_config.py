@@ -22,6 +22,7 @@ OPTIONS = {
     "on_nonfinite": ("error", "keep", "error"),
     "on_overflow": ("keep", "error", "keep"),
     "fidelity": ("auto", True, False),
+    "kept": ("same", "fp16", "same"),
 }
 EACH = pytest.mark.parametrize("option", sorted(OPTIONS))
 
@@ -151,6 +152,9 @@ def test_any_other_dtype_is_refused_with_what_works(dtype):
         ({"fidelity": "yes"}, "fidelity is 'yes'; use one of True, False, 'auto'"),
         ({"embeddings": 1}, "embeddings is 1; use one of True, False"),
         ({"embeddings": "true"}, "embeddings is 'true'; use one of True, False"),
+        ({"kept": "int4"}, "kept is 'int4'; use one of 'same', 'fp16', 'bf16'"),
+        ({"kept": torch.float16}, "kept is torch.float16; use one of 'same', 'fp16', 'bf16'"),
+        ({"kept": "bf16", "dtype": "fp16"}, "kept='bf16' is about what int8 leaves in float"),
     ],
 )
 def test_a_wrong_value_is_refused_by_every_road(given, message):
