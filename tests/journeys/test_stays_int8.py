@@ -67,10 +67,10 @@ def test_a_standard_folder_runs_in_int8_where_that_is_asked_for(name, saved, tmp
     ("name", "options"),
     [
         ("gpt2", {}),
-        ("bert", {"embeddings": True, "disable_defaults": ["portable"]}),
+        ("whisper", {"disable_defaults": ["portable"]}),
         ("qwen3_moe", {"skip": ["*experts*"]}),
     ],
-    ids=["gpt2", "bert with embeddings", "qwen3_moe with float experts"],
+    ids=["gpt2", "whisper with convolutions", "qwen3_moe with float experts"],
 )
 def test_a_folder_in_our_own_layout_loads_wherever_mono_quant_is_imported(name, options, saved, tmp_path):
     folder = saved(name, **options)
