@@ -7,7 +7,6 @@ Catch `MonoQuantError` for all of them, or a branch for one family::
     │   └── PatternError            a skip pattern matches nothing
     ├── MissingDependencyError      an optional package is needed for this input
     ├── SourceNotFoundError         no such folder, file or object
-    ├── AmbiguousSourceError        the text names a local folder and a Hub id
     ├── UnsupportedModelError       the model cannot be converted as it was given
     │   ├── StateDictError          weights without an architecture
     │   ├── TorchScriptError        scripted, traced or compiled module
@@ -39,11 +38,12 @@ Catch `MonoQuantError` for all of them, or a branch for one family::
         └── HubTransientError       the Hub failed for now; try again
 
 A message says which thing, what is wrong with it, the value found, and what to do. Where that is to pass an argument, the
-message holds an `Option`, and every front end says it in its own words: `worded`.
+message holds an `Option`, and every front end says it in its own words: `worded`. So do the `Words` of a report.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,42 @@ class Option:
 
     def __str__(self) -> str:
         return f"{self.name}=" if self.value is None else f"{self.name}={self.value!r}"
+
+
+class Name(Option):
+    """An argument that a message names without a value to pass; as text it is its keyword."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Words(str):
+    """A text that speaks of options: as it stands it is Python, and a front end words it anew.
+
+    Args:
+        *parts: the text, in pieces of text, `Option`s and other `Words`.
+    """
+
+    parts: tuple[object, ...]
+
+    def __new__(cls, *parts: object) -> Self:
+        words = super().__new__(cls, "".join(map(str, parts)))
+        words.parts = tuple(p for part in parts for p in (part.parts if isinstance(part, Words) else (part,)))
+        return words
+
+
+def worded(text: str, say: Callable[[Option], str]) -> str:
+    """Return a text with its options named by a front end.
+
+    Args:
+        text: `Words`, or what speaks of no option.
+        say: how to name one.
+    """
+    return _join(text.parts, say) if isinstance(text, Words) else text
+
+
+def _join(parts: Iterable[object], say: Callable[[Option], str]) -> str:
+    return "".join(say(part) if isinstance(part, Option) else str(part) for part in parts)
 
 
 class MonoQuantError(Exception):
@@ -85,7 +121,7 @@ class MonoQuantError(Exception):
         Args:
             say: how to name an argument.
         """
-        return "".join(say(part) if isinstance(part, Option) else str(part) for part in self.args)
+        return _join(self.args, say)
 
 
 class ConfigError(MonoQuantError):
@@ -102,10 +138,6 @@ class MissingDependencyError(MonoQuantError):
 
 class SourceNotFoundError(MonoQuantError):
     """The source names nothing that exists."""
-
-
-class AmbiguousSourceError(MonoQuantError):
-    """The source could be a local folder or a Hub id."""
 
 
 class UnsupportedModelError(MonoQuantError):

@@ -2,12 +2,13 @@
 
 import ast
 import copy
+import json
 import pickle
 import re
 from pathlib import Path
 
 import mono_quant
-from mono_quant.errors import HubAuthError, MonoQuantError, Option
+from mono_quant.errors import HubAuthError, MonoQuantError, Name, Option, Words, worded
 
 PACKAGE = Path(mono_quant.__file__).parent
 
@@ -19,6 +20,19 @@ def test_a_message_is_python_unless_somebody_words_it() -> None:
     assert error.options == (Option("overwrite", True), Option("origin", "hub"))
     assert str(MonoQuantError("give a ", Option("token"))) == "give a token="
     assert str(MonoQuantError()) == ""
+    assert str(MonoQuantError(Name("origin"), " is 7")) == "origin is 7"
+
+
+def test_words_are_text_that_a_front_end_can_word_anew() -> None:
+    inner = Words("only on request (", Option("embeddings", True), ")")
+    words = Words("kept: ", inner, 3 * "!")
+    assert words == "kept: only on request (embeddings=True)!!!"
+    assert worded(words, lambda o: f"--{o.name}") == "kept: only on request (--embeddings)!!!"
+    assert worded("embeddings=True", lambda o: "--") == "embeddings=True"
+    assert json.loads(json.dumps([words])) == [str(words)]
+    for twin in (pickle.loads(pickle.dumps(words)), copy.deepcopy(words)):
+        assert type(twin) is Words
+        assert (twin, twin.parts) == (words, words.parts)
 
 
 def test_an_error_can_be_copied_and_sent() -> None:

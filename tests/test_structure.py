@@ -12,7 +12,7 @@ PACKAGE = Path(mono_quant.__file__).parent
 # A new room has to be given a line here.
 ROOMS = {
     "": [["errors", "version"]],
-    "io": [["text"]],
+    "io": [["text", "phases"]],
     "io/disk": [
         ["reading", "allowed"],
         ["json_text", "disk"],
@@ -32,8 +32,8 @@ ROOMS = {
         ["ops"],
     ],
     "planning": [
-        ["rules", "report", "forward_code"],
-        ["config", "kinds", "writes"],
+        ["rules", "tables", "forward_code"],
+        ["config", "kinds", "writes", "report"],
         ["walk"],
         ["layers", "rows"],
     ],
@@ -68,13 +68,21 @@ ROOMS = {
         ["keeping"],
     ],
     "api": [["result"], ["recipe"], ["delivery", "on_load"], ["verbs"]],
-    "apps": [["cli"]],
+    "apps": [
+        ["interrupt", "late"],
+        ["colours"],
+        ["screen"],
+        ["progress"],
+        ["commands"],
+        ["usage"],
+        ["cli"],
+    ],
 }
 # From outside, arithmetic is one room: only its definitions may be named beside it.
 KERNELS_SEEN = {"__init__", "weights"}
 # What only these rooms may name.
 EFFECTS = {
-    "print": {"apps/cli"},
+    "print": {"apps/interrupt", "apps/usage", "apps/screen", "apps/colours", "apps/progress"},
     "breakpoint": set(),
     "HfApi": {"io/hub/repo", "io/hub/client"},
     "hf_hub_download": set(),
@@ -98,7 +106,8 @@ EFFECTS = {
     "truncate": set(),
     "unlink": set(),
     "ctypes": {"kernels/cpu", "io/disk/disk"},
-    "import_module": set(),
+    # torch takes a second: names of the package, and rooms of the command line, come when they are asked for
+    "import_module": {"__init__", "apps/late"},
     "__import__": set(),
     "exec": set(),
     "eval": set(),
@@ -190,8 +199,9 @@ def test_every_room_has_a_place():
 
 
 def test_a_folder_hands_on_names_and_holds_no_code():
+    # but the package itself: it hands its names on when they are asked for, see tests/test_exports.py
     for room, tree in TREES.items():
-        if room.endswith("__init__"):
+        if room.endswith("/__init__"):
             assert isinstance(tree.body[0], ast.Expr), f"{room} has no charter"
             rest = [node for node in tree.body[1:] if not isinstance(node, ast.ImportFrom)]
             assert all(isinstance(n, ast.Assign) and n.targets[0].id == "__all__" for n in rest), room

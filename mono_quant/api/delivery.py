@@ -14,7 +14,7 @@ from mono_quant.errors import MonoQuantError
 from mono_quant.io.hub.push import PushResult
 from mono_quant.io.hub.target import PUSH, PushOptions
 from mono_quant.planning.config import QuantizationConfig
-from mono_quant.sources.opening import open_source, preview
+from mono_quant.sources.opening import open_source, place_of, preview
 from mono_quant.sources.source import Access
 
 
@@ -61,6 +61,8 @@ def deliver(source: Any, access: Access, order: Order) -> Delivery:
     Raises:
         MonoQuantError: one that comes after the folder was saved says where it is.
     """
+    if place_of(source, access) == "local":
+        access = replace(access, place="local")  # so that it is said once
     if order.output is not None or order.push_to is not None:
         coming = preview(source, access)
         if order.output is not None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import nn
 
 from mono_quant.api.result import QuantizedModel
@@ -17,8 +16,9 @@ from mono_quant.convert.int8 import keep_unfinite
 from mono_quant.convert.probes import Probe, ProbeError, given_probe, make_probe
 from mono_quant.convert.schemes import ARRIVALS, SCHEMES
 from mono_quant.convert.surgery import own_memory_, recast_, rollback, structural_copy
-from mono_quant.errors import ConfigError, Option
+from mono_quant.errors import ConfigError, Option, Words
 from mono_quant.hf.models import given_dtypes
+from mono_quant.io.phases import phase
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.report import QuantReport
@@ -65,7 +65,8 @@ def convert_source(
     """
     scheme, stored = SCHEMES[request.dtype], source.stored
     if stored is not None and request.dtype not in ARRIVALS:
-        source, stored, inplace = source.read(), None, True
+        with phase("Loading the model"):
+            source, stored, inplace = source.read(), None, True
     work = source.subject if inplace or stored else _copy(source.subject)
     task, decisions = decided(source, work, request)
     names = [name for name, _, _ in tensor_names(work.model)]
@@ -73,7 +74,7 @@ def convert_source(
     reference, note = None, _why_unmeasured(work.core, request, probe)
     if not note:
         # of weights that are in files, the float copy goes before the int8 one is made
-        original = work if stored is None else replace(work, model=stored.fill(None))
+        original = work if stored is None else _loaded(work, stored)
         reference, note = _reference(original, source.dtypes, request, probe, seen)
         work = replace(original, model=work.model)
         del original
@@ -111,6 +112,12 @@ def finished(task: Task, outcome: Outcome, names: Sequence[str], notes: Sequence
     report = QuantReport(task.request.dtype, rows, bits, notes=(*notes, *scheme.notes(rows, task.model)))
     report.check(names)
     return report
+
+
+def _loaded(work: Subject, stored: Stored) -> Subject:
+    """Read the float model, to be measured."""
+    with phase("Loading the original"):
+        return replace(work, model=stored.fill(None))
 
 
 def _arrived(
@@ -159,7 +166,7 @@ def _why_unmeasured(core: nn.Module, request: QuantizationConfig, given: Any) ->
         return NOT_ASKED
     parameters = sum(p.numel() for p in core.parameters())
     if request.fidelity == "auto" and given is None and parameters > AUTO_FIDELITY_PARAMETERS:
-        return f"{parameters:,} parameters; ask for it with fidelity=True"
+        return Words(f"{parameters:,} parameters; ask for it with ", Option("fidelity", True))
     return ""
 
 
@@ -197,7 +204,8 @@ def _run(subject: Subject, model: nn.Module, probe: Probe, written: set[str]) ->
     prefix = "" if model is subject.model else f"{subject.core_name}."
     found: set[str] = set()
     try:
-        return run(model, probe, found)
+        with phase("Measuring the original"):
+            return run(model, probe, found)
     finally:
         written |= {prefix + name for name in found}
 
@@ -220,7 +228,8 @@ def _measured(
     probe, expected = reference
     model = work.model if probe.args or probe.name == "the given inputs" else work.core
     try:
-        facts = scheme.measure(model, probe, expected)
+        with phase("Measuring the result"):
+            facts = scheme.measure(model, probe, expected)
     except ProbeError as e:
         return report.with_fidelity(None, f"the converted model: {e}")
     return report.with_fidelity(facts, kernel=scheme.kernel(device_of(model)))
@@ -228,11 +237,5 @@ def _measured(
 
 @contextmanager
 def _bar(name: str) -> Iterator[Progress]:
-    """Show a progress bar on a terminal; `HF_HUB_DISABLE_PROGRESS_BARS` switches it off."""
-    with tqdm(desc=f"Converting {name}", unit="layer", disable=None, leave=False, name="mono_quant") as bar:
-
-        def progress(layer: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
+    with phase(f"Converting {name}") as went:
+        yield lambda layer, done, total: went(done, total)

@@ -10,19 +10,17 @@ from torch import nn
 from mono_quant.api.delivery import Order, deliver
 from mono_quant.api.recipe import convert_source, plan_source
 from mono_quant.api.result import QuantizedModel
-from mono_quant.artifact import loading
+from mono_quant.artifact import inspection, loading
 from mono_quant.artifact.inspection import Inspection, inspect_any
 from mono_quant.artifact.keeping import keep_loaded_
 from mono_quant.artifact.publishing import publish
 from mono_quant.hf.placing import check_place, parse_float, place_
-from mono_quant.io.disk.allowed import is_allowed
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.push import PushResult
-from mono_quant.io.hub.repo import download, resolve
 from mono_quant.io.hub.target import PushOptions
 from mono_quant.planning.config import QuantizationConfig, merge
 from mono_quant.planning.report import QuantReport
-from mono_quant.sources.opening import open_source, place_of
+from mono_quant.sources.opening import open_source, saved_folder
 from mono_quant.sources.source import Access
 
 
@@ -62,7 +60,7 @@ def quantize(
         token: for a private or gated Hub id; the saved login when None.
         trust_remote_code: run the repository's own model code. Read it first.
         allow_pickle: read pickle weights, as plain tensors in a guarded process.
-        origin: `hub` or `local`, to say what an ambiguous text means.
+        origin: `hub` or `local`, to say what a text means; else a folder that is here wins over a Hub id, and a warning says so.
         **options: fields of `QuantizationConfig`.
 
     Returns:
@@ -274,11 +272,7 @@ def load(
     """
     cast = parse_float(dtype)
     check_place(device, device_map)
-    path = Path(folder)
-    if place_of(folder, Access(revision, place=origin)) == "hub":
-        client = Hub(token=token)
-        facts = resolve(str(folder), revision=revision, hub=client)
-        path = download(facts, wanted=is_allowed, hub=client)
+    path, _ = saved_folder(folder, Access(revision, Hub(token=token), place=origin))
     loaded, manifest = loading.load(path, model, verify=verify)
     keep_loaded_(path, loaded, manifest)
     return place_(loaded, cast, device, device_map, offload_folder)
@@ -305,6 +299,29 @@ def inspect(
         MonoQuantError: a typed error for a place that is missing or broken.
     """
     return inspect_any(place, Access(revision, Hub(token=token), place=origin))
+
+
+def verify(
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    origin: str | None = None,
+) -> list[str]:
+    """Check a saved model: every file against the manifest, the report against the weights, and that it loads.
+
+    Args:
+        folder: that `save` wrote, or a Hub id, whose files are fetched into the cache.
+        revision, token, origin: for a Hub id, as for `quantize`.
+
+    Returns:
+        One line for each check that passed.
+
+    Raises:
+        MonoQuantError: the first check that failed.
+    """
+    path, repo_id = saved_folder(folder, Access(revision, Hub(token=token), place=origin))
+    return inspection.verify(path, extras=repo_id is not None)
 
 
 def _request(

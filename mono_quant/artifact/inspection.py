@@ -1,7 +1,7 @@
 """What a saved folder says about itself, from its files alone, and whether that is true."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,17 @@ import torch
 from mono_quant.artifact import loading
 from mono_quant.artifact.facts import Manifest, read_report
 from mono_quant.artifact.tensors import read_tensors
-from mono_quant.errors import CorruptCheckpointError, MissingFileError, SourceNotFoundError
+from mono_quant.errors import CorruptCheckpointError, MissingFileError, SourceNotFoundError, Words
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import MANIFEST, REPORT
 from mono_quant.io.hub.repo import download, resolve
+from mono_quant.io.phases import phase
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 from mono_quant.planning.report import dtype_name, human_bytes
+from mono_quant.planning.rules import reread
+from mono_quant.planning.tables import Columns, Part, plain
 from mono_quant.sources.guards import Shapes
-from mono_quant.sources.opening import place_of
+from mono_quant.sources.opening import looked_up, place_of
 from mono_quant.sources.remote import remote_headers
 from mono_quant.sources.source import ACCESS, Access
 
@@ -58,15 +61,25 @@ class Inspection:
 
     def table(self) -> str:
         """Return the inspection as text for a terminal."""
-        lines = [f"{key:<9} {value}" for key, value in self.facts.items() if value not in (None, "")]
-        lines.append(f"{'weights':<9} {human_bytes(self.weight_bytes)} in the files")
-        lines += ["", f"int8      {len(self.quantized)} tensors"]
-        lines += [f"  {name}  {_shape(shape)}" for name, shape in self.quantized.items()]
-        lines += ["", f"float     {len(self.kept)} tensors"]
-        for name, (dtype, shape) in self.kept.items():
-            reason = self.reasons.get(name, "")
-            lines.append(f"  {name}  {_shape(shape)} {dtype}{f'  ({reason})' if reason else ''}")
-        return "\n".join(lines)
+        return plain(self.parts())
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the same in parts, for a front end that lays out its tables itself."""
+        yield from (f"{key:<9} {value}" for key, value in self.facts.items() if value not in (None, ""))
+        yield f"{'weights':<9} {human_bytes(self.weight_bytes)} in the files"
+        yield ""
+        yield f"int8      {len(self.quantized)} tensors"
+        if self.quantized:
+            yield Columns([[f"  {n}", _shape(shape)] for n, shape in self.quantized.items()], aligned=False)
+        yield ""
+        yield f"float     {len(self.kept)} tensors"
+        if self.kept:
+            reasons = ((name, self.reasons.get(name, "")) for name in self.kept)
+            told = {name: Words("(", reason, ")") if reason else "" for name, reason in reasons}
+            rows = (
+                [f"  {n}", f"{_shape(shape)} {dtype}", told[n]] for n, (dtype, shape) in self.kept.items()
+            )
+            yield Columns(list(rows), aligned=False)
 
 
 def inspect(folder: str | Path) -> Inspection:
@@ -113,7 +126,8 @@ def inspect_any(place: str | Path, access: Access = ACCESS) -> Inspection:
     if place_of(place, access) == "local":
         return inspect(place)
     client = access.client
-    facts = resolve(str(place), revision=access.revision, hub=client)
+    with looked_up(str(place), access):
+        facts = resolve(str(place), revision=access.revision, hub=client)
     small = ("config.json", MANIFEST, REPORT)
     folder = download(facts, wanted=lambda name: name in small, hub=client)
     manifest = Manifest.read(folder) if (folder / MANIFEST).exists() else None
@@ -127,11 +141,12 @@ def inspect_any(place: str | Path, access: Access = ACCESS) -> Inspection:
     )
 
 
-def verify(folder: str | Path) -> list[str]:
+def verify(folder: str | Path, *, extras: bool = False) -> list[str]:
     """Check a saved folder: every file against the manifest, the report against the weights, and that it loads.
 
     Args:
         folder: that mono_quant saved.
+        extras: accept further files, as repositories gather them, unless loading would read them.
 
     Returns:
         One line for each check that passed.
@@ -140,7 +155,8 @@ def verify(folder: str | Path) -> list[str]:
         MonoQuantError: the first check that failed.
     """
     path = Path(folder)
-    manifest = Manifest.read(path, hashes=True)
+    with phase("Checking the files"):
+        manifest = Manifest.read(path, hashes=True, extras=extras)
     passed = [f"{len(manifest.files)} files have the size and sha256 of the manifest"]
     report, seen = read_report(path), inspect(path)
     # by values: fused experts are one parameter in memory and one matrix per expert in the file
@@ -197,7 +213,7 @@ def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
 def _reasons(path: Path) -> dict[str, str]:
     if not (path / REPORT).exists():
         return {}
-    return {row.name: row.reason for row in read_report(path).rows if row.action == "kept"}
+    return {row.name: reread(row.reason) for row in read_report(path).rows if row.action == "kept"}
 
 
 def _shape(shape: tuple[int, ...]) -> str:

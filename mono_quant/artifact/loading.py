@@ -32,6 +32,7 @@ from mono_quant.hf.models import load_as_stored, load_int8, model_class
 from mono_quant.hf.sentence import around, fill_around_, is_encoder, settings_of, transformer_in
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
+from mono_quant.io.phases import phase
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
 from mono_quant.planning.walk import weight_owners
 from mono_quant.sources.folder import find_side_files
@@ -60,9 +61,12 @@ def load(
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is no folder; give the folder that save() wrote")
     if (folder / MANIFEST).exists():
-        manifest = Manifest.read(folder, hashes=verify, extras=True)
-        return _load_own(folder, manifest, model), manifest
-    return _load_foreign(folder), None
+        with phase("Checking the files"):
+            manifest = Manifest.read(folder, hashes=verify, extras=True)
+        with phase("Loading the model"):
+            return _load_own(folder, manifest, model), manifest
+    with phase("Loading the model"):
+        return _load_foreign(folder), None
 
 
 def loaded_subject(folder: Path, model: nn.Module, manifest: Manifest) -> Subject:

@@ -37,6 +37,7 @@ from mono_quant.io.hub.target import (
     open_target,
     refuse_foreign,
 )
+from mono_quant.io.phases import phase
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 from mono_quant.planning.config import HALVES
 from mono_quant.sources.origin import Origin
@@ -74,9 +75,10 @@ def publish(
     """
     manifest = Manifest.read(folder, hashes=False)
     sent = {name: facts for name, facts in manifest.files.items() if name != README}
-    files = gather(
-        folder, sorted(sent), {name: (facts["size"], facts["sha256"]) for name, facts in sent.items()}
-    )
+    with phase("Checking the files"):
+        files = gather(
+            folder, sorted(sent), {name: (facts["size"], facts["sha256"]) for name, facts in sent.items()}
+        )
     place = full_id(repo_id, client)
     ours = checked_card(folder, place)
     check_loads(folder, manifest, model)

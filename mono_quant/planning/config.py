@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mono_quant.errors import ConfigError
+from mono_quant.errors import ConfigError, Name
 from mono_quant.planning.rules import Rules
 
 DTYPES = ("int8", "fp16")
@@ -53,7 +53,8 @@ def parse_dtype(dtype: object) -> str:
     if isinstance(name, (str, torch.dtype)) and name in _DTYPE_NAMES:
         return _DTYPE_NAMES[name]
     raise ConfigError(
-        f"dtype is {dtype!r}; use 'int8' or 'fp16' (torch.int8, torch.qint8 and torch.float16 work too)"
+        Name("dtype"),
+        f" is {dtype!r}; use 'int8' or 'fp16' (torch.int8, torch.qint8 and torch.float16 work too)",
     )
 
 
@@ -199,4 +200,4 @@ def _names(value: object, option: str) -> tuple[str, ...]:
 
 def _one_of(option: str, value: object, allowed: tuple[object, ...]) -> None:
     if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
-        raise ConfigError(f"{option} is {value!r}; use one of {', '.join(repr(a) for a in allowed)}")
+        raise ConfigError(Name(option), f" is {value!r}; use one of {', '.join(repr(a) for a in allowed)}")

@@ -7,15 +7,16 @@ whole model; `QuantReport.check` proves it.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
-from mono_quant.errors import CorruptCheckpointError
+from mono_quant.errors import CorruptCheckpointError, Words
 from mono_quant.io.disk.json_text import canonical_json
 from mono_quant.kernels.weights import FP16_MAX
+from mono_quant.planning.tables import Columns, Part, plain
 
 Action = Literal["quantized", "kept", "shared"]
 
@@ -259,7 +260,11 @@ class QuantReport:
 
     def table(self) -> str:
         """Return the report as text for a terminal: groups of equal layers, sizes, reasons, fidelity."""
-        return "\n".join(_lines(self))
+        return plain(self.parts())
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the same in parts, for a front end that lays out its tables itself."""
+        return _parts(self)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -314,7 +319,7 @@ def human_bytes(count: int) -> str:
     raise AssertionError("unreachable")
 
 
-def _lines(report: QuantReport) -> Iterable[str]:
+def _parts(report: QuantReport) -> Iterator[Part]:
     verb = "would become" if report.planned else "became"
     yield (
         f"{report.quantized_parameters:,} of {report.parameters:,} parameters ({report.coverage:.1%}) "
@@ -325,13 +330,11 @@ def _lines(report: QuantReport) -> Iterable[str]:
         f"size    {human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)} ({ratio:.2f}x smaller)"
     )
     yield ""
-    yield from _columns(
-        ["", "tensors", "parameters", "before", "after", "why"], list(_group_rows(report)), right={1, 2, 3, 4}
-    )
-    yield from _layer_lines(report)
+    head = ("", "tensors", "parameters", "before", "after", "why")
+    yield Columns(list(_group_rows(report)), head, right=frozenset({1, 2, 3, 4}))
+    yield from _layer_parts(report)
     yield from _fidelity_lines(report)
-    for note in report.notes:
-        yield f"note    {note}"
+    yield from (Words("note    ", note) for note in report.notes)
 
 
 def _group_rows(report: QuantReport) -> Iterable[list[str]]:
@@ -350,13 +353,13 @@ def _params(rows: list[TensorReport]) -> int:
     return sum(r.numel for r in rows)
 
 
-def _layer_lines(report: QuantReport) -> Iterable[str]:
+def _layer_parts(report: QuantReport) -> Iterator[Part]:
     kept = report.kept_layers
     if kept:
         yield ""
         yield "layers kept in float"
         rows = [[f"  {layer.name}", f"{layer.weights:,}", layer.reason] for layer in kept[:20]]
-        yield from _columns(None, rows, right={1})
+        yield Columns(rows, right=frozenset({1}))
         if len(kept) > 20:
             yield f"  ... and {len(kept) - 20} more (all of them in the JSON report)"
     if report.worst and report.worst.sqnr_db is not None:
@@ -368,23 +371,13 @@ def _layer_lines(report: QuantReport) -> Iterable[str]:
         yield f"weights {flushed:,} non-zero values ({flushed / report.parameters:.2%}) became zero in float16"
 
 
-def _fidelity_lines(report: QuantReport) -> Iterable[str]:
+def _fidelity_lines(report: QuantReport) -> Iterator[str]:
     if report.fidelity is None:
         if report.fidelity_note:
-            yield f"output  not measured: {report.fidelity_note}"
+            yield Words("output  not measured: ", report.fidelity_note)
         return
     facts = [f"{name} {value}" for name, value in report.measured()]
     yield f"output  {report.fidelity['output']} against the original: {', '.join(facts)}"
     yield f"        on {report.fidelity['probe']}; kernel: {report.kernel}"
     if report.overflow_warning:
         yield f"warning {report.overflow_warning}"
-
-
-def _columns(head: list[str] | None, rows: list[list[str]], right: set[int]) -> Iterable[str]:
-    table = ([head] if head else []) + rows
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))] if table else []
-    for row in table:
-        cells = [
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()

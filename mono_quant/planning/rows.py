@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from mono_quant.errors import Words
 from mono_quant.io.text import listed
 from mono_quant.planning.kinds import RECURRENT_KINDS
 from mono_quant.planning.report import TensorReport, dtype_name
@@ -136,7 +137,7 @@ def int8_notes(rows: Sequence[TensorReport], model: nn.Module | None = None) -> 
         reasons = Counter(layers.values())
         total = reasons.total()
         reason, count = next(iter(reasons.most_common(1)), ("it holds no layer with a weight matrix", 0))
-        yield f"NO LAYER BECAME INT8: {f'{count} of {total} layers kept: ' if count else ''}{reason}"
+        yield Words("NO LAYER BECAME INT8: ", f"{count} of {total} layers kept: " if count else "", reason)
     bad = _non_finite(rows, model) if model is not None else []
     if bad:
         yield f"NaN or infinity in tensors that stay in float: {listed(bad)}; check the original model"

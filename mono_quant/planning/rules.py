@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mono_quant.errors import ConfigError, PatternError
+from mono_quant.errors import ConfigError, Name, Option, PatternError, Words
 
 # Below this a layer's time and memory are noise: 16 kB in fp32.
 MIN_PARAMS = 4096
@@ -27,7 +27,7 @@ DEFAULTS: Mapping[str, str] = {
     "small": "tiny: too few weights to gain from int8",
     "portable": "convolution, fused attention or recurrent layer in a transformer: int8 here would keep transformers and "
     "vLLM from loading the checkpoint",
-    "embedding": "embedding: int8 only on request (embeddings=True)",
+    "embedding": Words("embedding: int8 only on request (", Option("embeddings", True), ")"),
 }
 
 # Layers that engines fuse into one, or that must not differ: decided together.
@@ -103,15 +103,17 @@ class Rules:
         unknown = sorted(set(self.disable_defaults) - set(DEFAULTS))
         if unknown:
             raise ConfigError(
-                f"disable_defaults names unknown rules {unknown}; the default rules are {sorted(DEFAULTS)}"
+                Name("disable_defaults"),
+                f" names unknown rules {unknown}; the default rules are {sorted(DEFAULTS)}",
             )
         if "tied" in self.disable_defaults:
             raise ConfigError(
-                "disable_defaults names 'tied', which cannot be lifted: codes for one layer and floats for the other would "
-                "be two weights. Untie them first, e.g. head.weight = nn.Parameter(head.weight.clone())"
+                Name("disable_defaults"),
+                " names 'tied', which cannot be lifted: codes for one layer and floats for the other would "
+                "be two weights. Untie them first, e.g. head.weight = nn.Parameter(head.weight.clone())",
             )
         if self.min_params < 0:
-            raise ConfigError(f"min_params is {self.min_params}; give 0 or a number of weights")
+            raise ConfigError(Name("min_params"), f" is {self.min_params}; give 0 or a number of weights")
         for pattern in self.skip:
             _compile(pattern)
 
@@ -192,8 +194,20 @@ def user_reason(names: Iterable[str], class_name: str, weights: int | None, rule
     if class_name in rules.skip_types:
         return f"skipped by the user: type {class_name}"
     if weights is not None and weights < rules.min_params:
-        return f"fewer than min_params={rules.min_params} weights"
+        return _too_few(rules.min_params)
     return ""
+
+
+def _too_few(weights: int) -> str:
+    return Words("fewer than ", Option("min_params", weights), " weights")
+
+
+def reread(reason: str) -> str:
+    """Return a reason as this module gave it, from the text that a report holds: with the options that it speaks of."""
+    asked = re.fullmatch(r"fewer than min_params=(\d+) weights", reason)
+    if asked:
+        return _too_few(int(asked[1]))
+    return next((known for known in DEFAULTS.values() if known == reason), reason)
 
 
 def container_reason(names: Iterable[str], modules: Mapping[str, str], rules: Rules) -> str:

@@ -14,8 +14,10 @@ from torch import nn
 from mono_quant.convert.arrival import Arrival, unfinite
 from mono_quant.errors import (
     CorruptCheckpointError,
+    Option,
     UnsafeInputError,
     UnsupportedModelError,
+    Words,
 )
 from mono_quant.hf.configs import set_generation_
 from mono_quant.hf.dtypes import loaded_dtypes, take_dtypes_
@@ -113,7 +115,7 @@ def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool =
         origin, files=files, access=tuple(name for name, on in used.items() if on)
     )
     if pickled:
-        source.notes.append("read from pickle weights (allow_pickle=True)")
+        source.notes.append(Words("read from pickle weights (", Option("allow_pickle", True), ")"))
     return source
 
 

@@ -1,21 +1,30 @@
 """The door: an object, a folder or a Hub id becomes one `Source`."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from mono_quant.errors import (
-    AmbiguousSourceError,
     ConfigError,
+    HubAuthError,
+    HubNotFoundError,
+    HubOfflineError,
+    HubTransientError,
+    Name,
     Option,
     SourceNotFoundError,
     StateDictError,
     UnsupportedModelError,
 )
 from mono_quant.hf.sentence import is_encoder, transformer_in
+from mono_quant.io.disk.allowed import is_allowed
 from mono_quant.io.hub.client import is_repo_id
+from mono_quant.io.hub.repo import download, resolve
+from mono_quant.io.phases import phase
 from mono_quant.io.text import looks_like_token
 from mono_quant.planning.walk import is_transformers_model
 from mono_quant.sources.folder import from_folder, preview_folder
@@ -23,6 +32,8 @@ from mono_quant.sources.guards import check_module
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.remote import from_hub, preview_hub
 from mono_quant.sources.source import ACCESS, Access, Preview, Source, Subject
+
+logger = logging.getLogger(__name__)
 
 
 def open_source(
@@ -45,9 +56,11 @@ def open_source(
         return _from_module(source, processor)
     if place in ("hub", "local"):
         if place == "hub":
-            opened = from_hub(str(source), access, weights)
+            with looked_up(str(source), access):
+                opened = from_hub(str(source), access, weights)
         else:
-            opened = from_folder(Path(source), access, weights)
+            with phase("Reading the model"):
+                opened = from_folder(Path(source), access, weights)
         opened.subject.processor = processor
         return opened
     if isinstance(source, Mapping):
@@ -71,8 +84,43 @@ def preview(source: Any, access: Access = ACCESS) -> Preview:
     """
     place = place_of(source, access)
     if place == "hub":
-        return preview_hub(str(source), access)
+        with looked_up(str(source), access):
+            return preview_hub(str(source), access)
     return preview_folder(Path(source)) if place == "local" else Preview(Origin(type(source).__name__))
+
+
+def saved_folder(
+    place: str | Path, access: Access = ACCESS, wanted: Callable[[str], bool] = is_allowed
+) -> tuple[Path, str | None]:
+    """Find a folder that somebody saved: one that is here, or a repository of which the wanted files are fetched.
+
+    Args:
+        place: a folder or a Hub id.
+        access: how to reach it.
+        wanted: tells which files of a repository are needed.
+
+    Returns:
+        The folder, in the cache for a Hub id; and the id as the Hub writes it, None for a folder that is here.
+
+    Raises:
+        MonoQuantError: as `place_of`; the Hub refused.
+    """
+    if place_of(place, access) == "local":
+        return Path(place), None
+    with looked_up(str(place), access):
+        facts = resolve(str(place), revision=access.revision, hub=access.client)
+    return download(facts, wanted=wanted, hub=access.client), facts.repo_id
+
+
+@contextmanager
+def looked_up(text: str, access: Access) -> Iterator[None]:
+    """Let a Hub that does not know a text say that it is no folder either: it may be a path with a slip."""
+    try:
+        yield
+    except (HubAuthError, HubNotFoundError, HubOfflineError, HubTransientError) as e:
+        if access.place is not None:
+            raise
+        raise type(e)(*e.args, f" There is no folder {text!r} here either.") from None
 
 
 def place_of(source: Any, access: Access) -> str:
@@ -90,7 +138,8 @@ def place_of(source: Any, access: Access) -> str:
     if access.revision is not None and place != "hub":
         what = f"{source} is a local folder" if place == "local" else "the source is a model in memory"
         raise ConfigError(
-            f"{what}, which has no revision {access.revision!r}; leave it out, or give a Hub id"
+            f"{what}, which has no revision {access.revision!r}; leave it out, or give a Hub id with ",
+            Option("origin", "hub"),
         )
     return place
 
@@ -98,23 +147,29 @@ def place_of(source: Any, access: Access) -> str:
 def locate(text: str, place: str | None = None) -> str:
     """Say whether a text means a `local` folder or a `hub` id.
 
+    What is here wins over an id, as everywhere in the ecosystem; where the text has the form `owner/name`, a warning says so.
+
+    Args:
+        text: that the user gave.
+        place: `hub` or `local` where the user said which; the disk is not looked at then.
+
     Raises:
-        AmbiguousSourceError: it has the form of an id, and a folder of that name is here too.
         SourceNotFoundError: it is neither.
     """
     if looks_like_token(text):
         raise ConfigError("an access token was given where a model belongs; pass it as ", Option("token"))
     if place not in (None, "hub", "local"):
-        raise ConfigError(f"origin is {place!r}; use 'hub' or 'local'")
+        raise ConfigError(Name("origin"), f" is {place!r}; use 'hub' or 'local'")
     if place is not None:
         return place
     here = bool(text) and (Path(text).exists() or Path(text).is_symlink())
     if here and text.count("/") == 1 and not text.startswith((".", "/", "~")) and is_repo_id(text):
         what = "file" if Path(text).is_file() else "folder"
-        raise AmbiguousSourceError(
-            f"{text!r} is a {what} here and has the form of a Hub id; write './{text}' for the {what}, or pass ",
+        logger.warning(
+            "%r is a %s here, so it is not looked up on the Hub; pass %s for that",
+            text,
+            what,
             Option("origin", "hub"),
-            " for the Hub",
         )
     if here:
         return "local"

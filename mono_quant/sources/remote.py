@@ -11,6 +11,7 @@ from mono_quant.hf.encoders import is_encoder_file
 from mono_quant.io.disk.allowed import BUFFERS, is_allowed
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.repo import RepoFacts, download, read_headers, resolve
+from mono_quant.io.phases import phase
 from mono_quant.io.tensors.headers import Span, parse_header_bytes
 from mono_quant.io.tensors.pickles import PICKLES
 from mono_quant.sources.folder import from_folder, from_headers, is_side_file
@@ -42,7 +43,8 @@ def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
 
     folder = download(facts, wanted=wanted, hub=access.client)
     if weights or not safe:
-        opened = from_folder(folder, access, weights, is_cache=True)
+        with phase("Reading the model"):
+            opened = from_folder(folder, access, weights, is_cache=True)
     else:
         shapes = remote_headers(facts, access.client)[0]
         opened = from_headers(folder, access, shapes, _headers_below(facts, access.client))

@@ -1,8 +1,8 @@
 """The command line says what is wrong in its own words, in one line, and stops cleanly."""
 
-import os
-import signal
-import subprocess
+import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from models import tiny_llama
 
 import mono_quant
-from mono_quant.apps import cli
+from mono_quant.apps import cli, commands, interrupt, usage
 from mono_quant.errors import ConfigError, Option
 
 
@@ -31,6 +31,7 @@ def saved(source: Path) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Run a command in an empty current folder; return its exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(interrupt, "end", sys.exit)
 
     def call(*args: object) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["mono-quant", *map(str, args)])
@@ -75,7 +76,7 @@ def test_remedies_are_named_as_flags(run, monkeypatch, said, shown):
     def refuse(*_: object, **__: object) -> None:
         raise ConfigError(*said)
 
-    monkeypatch.setattr(cli.inspection, "verify", refuse)
+    monkeypatch.setattr(commands.verbs, "verify", refuse)
     assert refusal(run("verify", "x")) == f"mono-quant: {shown}\n"
 
 
@@ -91,16 +92,31 @@ def test_an_output_that_exists_is_replaced_with_overwrite(run, source, saved, tm
     assert run(*command, "--overwrite")[0] == 0
 
 
-def test_an_ambiguous_source_is_settled_with_origin(run, source, tmp_path):
+NOTE = (
+    "mono-quant: note: {!r} is a folder here, so it is not looked up on the Hub; pass --origin hub for that\n"
+)
+
+
+def test_a_folder_that_is_here_wins_over_an_id_and_one_line_says_so(run, source, saved, tmp_path):
     (tmp_path / "org").mkdir()
-    (tmp_path / "org" / "model").symlink_to(source)
-    for verb in ("quantize", "plan", "inspect"):
-        line = refusal(run(verb, "org/model"))
-        assert "write './org/model' for the folder, or pass --origin hub for the Hub" in line
-    assert run("plan", "org/model", "--origin", "local")[0] == 0
-    assert run("inspect", "org/model", "--origin", "local")[0] == 0
-    assert run("quantize", "org/model", "--origin", "local", "--no-fidelity")[0] == 0
+    for name, place in (("model", source), ("saved", saved)):
+        shutil.copytree(place, tmp_path / "org" / name)
+    for command in (
+        ("plan", "org/model"),
+        ("inspect", "org/model"),
+        ("quantize", "org/model", "--no-fidelity"),
+        ("verify", "org/saved"),
+    ):
+        code, out, err = run(*command, "--json")
+        assert (code, err) == (0, NOTE.format(command[1]))
+        assert isinstance(json.loads(out), dict)
+        assert run(*command, "--origin", "local", *["--overwrite"] * (command[0] == "quantize"))[::2] == (
+            0,
+            "",
+        )
+    assert run("card", "org/saved")[::2] == (0, NOTE.format("org/saved"))
     assert "use 'hub' or 'local'" in refusal(run("plan", "org/model", "--origin", "disk"))
+    assert "give a Hub id with --origin hub" in run("plan", "org/model", "--revision", "main")[2]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp16"])
@@ -145,6 +161,8 @@ def test_a_folder_has_no_revision(run, source, verb):
         (("quantize", "x", "--foo"), "No such option: --foo; see mono-quant quantize --help"),
         (("quantize",), "Missing argument 'SOURCE'; see"),
         (("nope",), "No such command 'nope'; see mono-quant --help"),
+        (("quantise",), "No such command 'quantise'. Did you mean 'quantize'? see mono-quant --help"),
+        (("plan", "x", "--embedings"), "(Possible options: --embeddings); see mono-quant plan --help"),
         (("plan", "x", "--min-params", "y"), "Invalid value for '--min-params'"),
     ],
 )
@@ -158,12 +176,15 @@ def test_help_and_version_are_no_errors(run):
     code, out, err = run()
     assert (code, out) == (2, "")
     assert "Commands:" in err
+    for verb in ([], *([command.callback.__name__] for command in usage.app.registered_commands)):
+        assert run(*verb, "-h") == run(*verb, "--help")
+        assert run(*verb, "-h")[0] == 0
 
 
 @pytest.mark.parametrize("command", [("push", "me/x"), ("card",), ("card", "--lint"), ("verify",)])
 def test_a_folder_that_is_not_ours_is_called_so(run, source, command):
     verb, *rest = command
-    assert "'nowhere' is no folder" in refusal(run(verb, "nowhere", *rest))
+    assert "is no folder" in refusal(run(verb, "./nowhere", *rest))
     assert "has no mono_quant.json, so mono_quant did not write it" in refusal(run(verb, source, *rest))
 
 
@@ -179,40 +200,11 @@ def test_a_card_that_is_missing_is_not_called_true(run, source, tmp_path):
     assert "README.md is missing, so there is no card to check" in refusal(run("card", folder, "--lint"))
 
 
-SLOW = """
-import sys, time
-from dataclasses import replace
-from mono_quant.api import recipe
-from mono_quant.apps import cli
-
-def convert(*_, **__):
-    print("converting", flush=True)
-    time.sleep(60)
-
-recipe.SCHEMES = {"int8": replace(recipe.SCHEMES["int8"], apply_=convert)}
-cli.main()
-"""
-
-
-def test_an_interrupted_conversion_says_that_nothing_was_written(source, tmp_path):
-    command = [sys.executable, "-c", SLOW, "quantize", source, "--output", "out", "--no-fidelity"]
-    running = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
-    assert running.stdout is not None
-    assert running.stdout.readline() == "converting\n"
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
-    assert (running.returncode, out) == (130, "")
-    assert err == "mono-quant: interrupted; nothing was written\n"
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_interrupted_push_says_where_to_look(run, saved, monkeypatch):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.verbs, "push_to_hub", interrupt)
+    monkeypatch.setattr(commands.verbs, "push_to_hub", interrupt)
     code, out, err = run("push", saved, "me/x")
     assert (code, out) == (130, "")
     assert err == "mono-quant: interrupted; look at me/x on the Hub: its files are all new or all old\n"
@@ -222,3 +214,52 @@ def test_the_default_folder_has_one_name_however_the_dtype_is_written(run, sourc
     code, out, _ = run("quantize", source, "--dtype", "INT8", "--no-fidelity")
     assert (code, (Path.cwd() / "llama-int8").is_dir()) == (0, True)
     assert "saved   llama-int8 " in out
+
+
+def test_a_table_in_a_pipe_is_the_text_of_the_library_with_flags_in_place_of_arguments(run, source):
+    report = mono_quant.plan(source)
+    text = report.table()
+    assert "(embeddings=True)" in text
+    assert run("plan", source) == (0, f"{text.replace('(embeddings=True)', '(--embeddings)')}\n", "")
+    assert run("plan", source, "--json") == (0, report.to_json(), "")
+
+
+def test_reasons_and_notes_name_flags(run, source, saved):
+    command = ("quantize", source, "--output", "out", "--min-params", "999999", "--no-fidelity")
+    out = run(*command)[1]
+    assert "fewer than --min-params 999999 weights" in out
+    assert (
+        "note    NO LAYER BECAME INT8: 16 of 16 layers kept: fewer than --min-params 999999 weights\n" in out
+    )
+    assert "(embedding: int8 only on request (--embeddings))" in run("inspect", saved)[1]
+    shown = run("inspect", "out")[1]
+    assert "(fewer than --min-params 999999 weights)" in shown
+    assert "min_params=" not in out + shown
+    # what a person wrote is theirs
+    out = run("plan", source, "--skip", "re:(embeddings=True)?lm_head")[1]
+    assert "skipped by the user: re:(embeddings=True)?lm_head" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--min-params", "-4"), "--min-params is -4; give 0 or a number of weights"),
+        (
+            ("--disable-default", "heads"),
+            "--disable-default names unknown rules ['heads']; the default rules are",
+        ),
+        (("--disable-default", "tied"), "--disable-default names 'tied', which cannot be lifted"),
+        (("--dtype", "int4"), "--dtype is 'int4'; use 'int8' or 'fp16'"),
+        (("--origin", "disk"), "--origin is 'disk'; use 'hub' or 'local'"),
+        (("--on-nonfinite", "x"), "--on-nonfinite is 'x'; use one of 'error', 'keep'"),
+        (("--on-overflow", "x"), "--on-overflow is 'x'; use one of 'keep', 'error'"),
+    ],
+)
+def test_a_value_that_is_wrong_is_called_by_its_flag(run, args, says):
+    assert refusal(run("quantize", "./nowhere", *args)).startswith(f"mono-quant: {says}")
+
+
+def test_why_nothing_was_measured_names_a_flag(run, source, monkeypatch):
+    monkeypatch.setattr("mono_quant.api.recipe.AUTO_FIDELITY_PARAMETERS", 1)
+    out = run("quantize", source)[1]
+    assert re.search(r"output  not measured: [\d,]+ parameters; ask for it with --fidelity\n", out)

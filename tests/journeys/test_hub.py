@@ -22,7 +22,9 @@ from safetensors.torch import load as load_bytes
 
 import mono_quant
 from mono_quant import errors
+from mono_quant.apps import commands
 from mono_quant.io.hub.client import Hub
+from mono_quant.sources.source import Access
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -280,6 +282,43 @@ def test_command_line_from_id_to_repository(server: LoopbackHub, tmp_path: Path)
     assert "int8      14 tensors" in seen.stdout
     card = cli(server, tmp_path, "card", "out", "--repo", "ann/model-int8")
     assert card.stdout.encode() == server.repo("ann/model-int8").files()["README.md"]
+
+
+def test_a_repository_is_verified_like_a_folder(server: LoopbackHub, tmp_path: Path) -> None:
+    mono_quant.quantize_from_hub("org/model", token=ANN, output=tmp_path / "out", push_to="ann/model-int8")
+    good = server.repo("ann/model-int8").head
+    passed = mono_quant.verify(tmp_path / "out")
+    assert passed[-1] == "loads as LlamaForCausalLM"
+    assert mono_quant.verify("ann/model-int8", token=ANN) == passed
+    # repositories gather files, which a folder of ours does not
+    server.commit("ann/model-int8", {"LICENSE": b"MIT", "vocab.txt": b"a"})
+    assert mono_quant.verify("ann/model-int8", token=ANN) == passed
+    weights = server.repo("ann/model-int8").files()["model.safetensors"]
+    server.commit("ann/model-int8", {"model.safetensors": weights[:-1] + bytes([weights[-1] ^ 1])})
+    with pytest.raises(errors.CorruptCheckpointError, match=r"model\.safetensors has sha256"):
+        mono_quant.verify("ann/model-int8", token=ANN)
+    assert mono_quant.verify("ann/model-int8", token=ANN, revision=good) == passed
+    with pytest.raises(errors.MissingFileError, match="mono_quant did not write it"):
+        mono_quant.verify("org/model", token=ANN)
+
+
+def test_the_card_of_a_repository_is_printed_and_checked_from_its_small_files(
+    server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mono_quant.quantize_from_hub("org/model", token=ANN, push_to="ann/model-int8")
+    hub = Hub(token=ANN, endpoint=server.endpoint, cache_dir=tmp_path / "another cache")
+    access = Access(client=hub)
+    before = len(server.requests)
+    readme = server.repo("ann/model-int8").files()["README.md"].decode()
+    assert "\n".join(map(str, commands.card("ann/model-int8", access, None, False).parts)) + "\n" == readme
+    assert commands.card("ann/model-int8", access, None, True).parts == (
+        "ok      ann/model-int8/README.md says what the report says",
+    )
+    fetched = {r.path.rpartition("/")[2] for r in server.requests[before:] if r.endpoint == "resolve"}
+    assert fetched == {"README.md", "mono_quant.json", "mono_quant_report.json"}
+    server.commit("ann/model-int8", {"README.md": readme.replace("are int8", "are int4").encode()})
+    with pytest.raises(errors.ConfigError, match="was edited and contradicts the report"):
+        commands.card("ann/model-int8", access, None, True)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mono_quant.errors import ConfigError, PatternError
-from mono_quant.planning.rules import DEFAULTS, MIN_PARAMS, MIN_ROW, Layer, Rules, select, user_reason
+from mono_quant.errors import ConfigError, PatternError, worded
+from mono_quant.planning.rules import DEFAULTS, MIN_PARAMS, MIN_ROW, Layer, Rules, reread, select, user_reason
 
 BIG = {"rows": 128, "depth": 128}
 NAMES = ["enc.0.fc1", "enc.0.my_fc1", "enc.1.fc1", "enc.10.fc1", "enc.1.attn.out", "head"]
@@ -249,6 +249,18 @@ def test_the_same_last_name_elsewhere_is_another_unit():
 def test_rules_that_make_no_sense_are_refused(rules, message):
     with pytest.raises(ConfigError, match=message):
         Rules(**rules)
+
+
+def test_a_reason_read_from_a_report_speaks_of_its_options_again():
+    for given in (DEFAULTS["embedding"], user_reason(("b",), "X", 9, Rules(min_params=10))):
+        read = reread(str(given))
+        assert read == given
+        assert worded(read, lambda option: option.name.upper()) == worded(
+            given, lambda option: option.name.upper()
+        )
+        assert worded(read, lambda option: option.name.upper()) != given
+    for other in ("skipped by the user: fewer than min_params=10 weights", "bias", ""):
+        assert reread(other) is other
 
 
 def test_user_reason_alone_ignores_sizes_it_does_not_know():

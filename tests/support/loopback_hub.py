@@ -206,6 +206,8 @@ class LoopbackHub:
         foreign_requests: what reached the other origin that redirects lead to.
         obeys_sent_gitignore: whether the rules that a client sends replace those in the repository.
         page_size: entries per page of a file list.
+        silent: endpoints whose transfers are never answered, of paths that end in `silent_path`.
+        stalled: set when such a transfer has come in.
     """
 
     def __init__(self) -> None:
@@ -218,6 +220,10 @@ class LoopbackHub:
         self.faults: dict[str, list[str]] = {}
         self.obeys_sent_gitignore = True
         self.page_size = 1000
+        self.silent: set[str] = set()
+        self.silent_path = ""
+        self.stalled = threading.Event()
+        self.closed = threading.Event()
         self.lock = threading.RLock()
         self.servers = [_serve(_Handler, self), _serve(_ForeignHandler, self)]
         self.endpoint, self.foreign = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
@@ -230,6 +236,7 @@ class LoopbackHub:
 
     def close(self) -> None:
         """Stop serving."""
+        self.closed.set()
         for server in self.servers:
             server.shutdown()
             server.server_close()
@@ -457,6 +464,10 @@ class _Handler(_BaseHandler):
 
     def fail_early(self, endpoint: str) -> None:
         """Act on a fault that comes before any effect."""
+        is_silent = endpoint in self.hub.silent and self.path.endswith(self.hub.silent_path)
+        if is_silent and self.command in ("GET", "PUT"):
+            self.hub.stalled.set()
+            self.hub.closed.wait()
         if self.fault in STATUS_FAULTS:
             status, code, message = STATUS_FAULTS[self.fault]
             raise HubAnswer(status, message, code)

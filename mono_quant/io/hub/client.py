@@ -7,10 +7,13 @@ traceback.
 import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,7 +141,7 @@ def check_repo_id(text: str) -> str:
     return text
 
 
-def ask(hub: Hub, subject: str, call: Callable[[HfApi], T], *, tries: int = 1) -> T:
+def ask(hub: Hub, subject: str, call: Callable[[HfApi], T], *, tries: int = 1, transfers: bool = False) -> T:
     """Make one call to the Hub; the only way out for what the client library raises.
 
     Args:
@@ -146,6 +149,7 @@ def ask(hub: Hub, subject: str, call: Callable[[HfApi], T], *, tries: int = 1) -
         subject: start of the error message, such as "Cannot read 'owner/name' on the Hub".
         call: what to do with the client.
         tries: how often to try when the Hub fails for now; more than 1 only for calls that can be repeated.
+        transfers: it moves large files, and commits nothing: Ctrl-C ends the wait for it, not only the files that were not begun.
 
     Returns:
         What `call` returned.
@@ -155,14 +159,14 @@ def ask(hub: Hub, subject: str, call: Callable[[HfApi], T], *, tries: int = 1) -
     """
     done: list[T] = []
     with patience(hub.patience):
-        failure = _attempt(hub, subject, call, done)
+        failure = _attempt(hub, subject, call, done, transfers)
         for attempt in range(1, tries):
             if failure is None or failure.is_final:
                 break
             wait = max(2.0 ** (attempt - 1), failure.wait)
             logger.info("%s Trying again in %.0f s.", failure.error, wait)
             time.sleep(wait)
-            failure = _attempt(hub, subject, call, done)
+            failure = _attempt(hub, subject, call, done, transfers)
     if failure is not None:
         # Outside of any handler, so that the client's error does not stay on as the context.
         raise failure.error
@@ -176,6 +180,27 @@ def quiet_bars() -> Any:
     return nullcontext() if watched or is_set else disable_progress_bars()
 
 
+def apart(call: Callable[[], T]) -> T:
+    """Make a call in a thread of its own, so that Ctrl-C ends the wait for it: whoever uses threads waits for them.
+
+    Args:
+        call: what to do; when it is given up it goes on until the process ends.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)  # a signal in the moment before an endless wait would be seen after it
+    return outcome.result()
+
+
 @dataclass(frozen=True)
 class _Failure:
     error: MonoQuantError
@@ -183,7 +208,9 @@ class _Failure:
     is_final: bool = True
 
 
-def _attempt(hub: Hub, subject: str, call: Callable[[HfApi], T], done: list[T]) -> _Failure | None:
+def _attempt(
+    hub: Hub, subject: str, call: Callable[[HfApi], T], done: list[T], transfers: bool
+) -> _Failure | None:
     token = None
     try:
         token = hub.sent_token()
@@ -191,7 +218,7 @@ def _attempt(hub: Hub, subject: str, call: Callable[[HfApi], T], done: list[T]) 
         api = HfApi(
             endpoint=hub.url, token=token or False, library_name="mono_quant", library_version=__version__
         )
-        done.append(call(api))
+        done.append(apart(partial(call, api)) if transfers else call(api))
     except Exception as error:  # noqa: BLE001 - whatever it is, it may carry the request with the token
         return _failure(_root(error), subject, token)
     return None

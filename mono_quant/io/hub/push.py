@@ -30,6 +30,7 @@ from mono_quant.io.hub.client import TRIES, Hub, ask, quiet_bars
 from mono_quant.io.hub.patience import Patience, patience
 from mono_quant.io.hub.repo import RepoFile, git_id, resolve
 from mono_quant.io.hub.target import PushOptions, Target, files_at, is_weights, refuse_foreign
+from mono_quant.io.phases import phase
 from mono_quant.io.text import scrub
 
 logger = logging.getLogger(__name__)
@@ -140,8 +141,10 @@ def push(
             return PushResult(target.repo_id, sha, url, created=target.created, already_there=True)
         line = options.commit_message or scrub(message)
         plan = _Plan(target, options, line, description, files, changed, superseded)
-        sha, pr_url = _commit(plan, _upload(plan), patient)
-        _check_pushed(plan, sha)
+        operations = _upload(plan)
+        with phase("Committing"):
+            sha, pr_url = _commit(plan, operations, patient)
+            _check_pushed(plan, sha)
     logger.info("%d files are in %s at %s", len(files), target.repo_id, sha)
     return PushResult(target.repo_id, sha, url, pr_url, target.created)
 
@@ -212,6 +215,7 @@ def _upload(plan: _Plan) -> list[Any]:
                 gitignore_content="",
             ),
             tries=TRIES,
+            transfers=True,
         )
     hidden = [add.path_in_repo for add in additions if add._should_ignore]  # noqa: SLF001 - the only sign of it
     if hidden:

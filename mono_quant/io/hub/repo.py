@@ -26,8 +26,19 @@ from mono_quant.errors import (
     UnsafeInputError,
 )
 from mono_quant.io.disk.manifest import README
-from mono_quant.io.hub.client import CHECK_CACHE, HUB, TRIES, Hub, ask, check_repo_id, is_repo_id, quiet_bars
+from mono_quant.io.hub.client import (
+    CHECK_CACHE,
+    HUB,
+    TRIES,
+    Hub,
+    apart,
+    ask,
+    check_repo_id,
+    is_repo_id,
+    quiet_bars,
+)
 from mono_quant.io.hub.metadata import NO_CARD, CardMetadata, read_card, text_of
+from mono_quant.io.phases import phase
 from mono_quant.io.tensors.headers import MAX_HEADER_BYTES
 from mono_quant.io.text import looks_like_token
 from mono_quant.version import __version__
@@ -128,9 +139,13 @@ def resolve(repo_id: str, *, revision: str | None = None, hub: Hub = HUB) -> Rep
     )
     if hub.is_offline:
         return _cached_facts(repo_id, revision, hub, subject)
-    info = ask(
-        hub, subject, lambda api: api.model_info(repo_id, revision=revision, files_metadata=True), tries=TRIES
-    )
+    with phase("Asking the Hub"):
+        info = ask(
+            hub,
+            subject,
+            lambda api: api.model_info(repo_id, revision=revision, files_metadata=True),
+            tries=TRIES,
+        )
     if (
         not isinstance(info.sha, str)
         or not re.fullmatch(r"[0-9a-f]{40}", info.sha)
@@ -185,7 +200,8 @@ def download(facts: RepoFacts, *, wanted: Callable[[str], bool], verify: bool = 
     names = [re.sub(r"([*?[])", r"[\1]", entry.path) for entry in chosen]
     subject = f"Cannot download {facts.repo_id!r} at commit {facts.sha}"
     with quiet_bars():
-        folder = ask(hub, subject, partial(_snapshot, facts.repo_id, facts.sha, names, hub), tries=TRIES)
+        call = partial(_snapshot, facts.repo_id, facts.sha, names, hub)
+        folder = ask(hub, subject, call, tries=TRIES, transfers=True)
     for entry in chosen:
         _check_arrived(facts.repo_id, folder / entry.path, entry, verify)
     if facts.revision != facts.sha and not hub.is_offline:
@@ -215,8 +231,13 @@ def read_headers(
     chosen = [f for f in facts.files if f.path.endswith(".safetensors") and wanted(f.path)]
     if hub.is_offline:
         _check_cached(facts, chosen)
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        heads = list(pool.map(lambda entry: _read_header(facts, entry, hub), chosen))
+
+    def read_all() -> list[bytes]:
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            return list(pool.map(lambda entry: _read_header(facts, entry, hub), chosen))
+
+    with phase("Reading the headers"):
+        heads = apart(read_all)
     return {entry.path: head for entry, head in zip(chosen, heads, strict=True)}
 
 

@@ -1,12 +1,13 @@
 """Tensors into the files of a checkpoint: which goes where, the files and their index."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from mono_quant.errors import ConfigError, OutputError
 from mono_quant.io.disk.output import OutputFolder
+from mono_quant.io.phases import phase
 from mono_quant.io.tensors.tensor_file import TensorEntry, file_image
 from mono_quant.io.text import printable
 
@@ -63,17 +64,26 @@ def write_checkpoint(
         raise OutputError(f"{len(entries) - len(by_name)} tensors share a name with another; rename them")
     sizes = {entry.name: entry.nbytes for entry in entries}
     plan = plan_shards(sizes, max_shard_size)
-    for file, names in plan.items():
-        write_tensors(folder, file, [by_name[name] for name in names])
+    done, total = 0, sum(sizes.values())
+    with phase("Saving") as went:
+
+        def wrote(size: int) -> None:
+            nonlocal done
+            done += size
+            went(min(done, total), total)
+
+        for file, names in plan.items():
+            write_tensors(folder, file, [by_name[name] for name in names], wrote)
     if len(plan) > 1:
-        write_index(
-            folder, {name: file for file, names in plan.items() for name in names}, sum(sizes.values())
-        )
+        write_index(folder, {name: file for file, names in plan.items() for name in names}, total)
     return plan
 
 
 def write_tensors(
-    folder: OutputFolder, name: str, tensors: Mapping[str, torch.Tensor] | Sequence[TensorEntry]
+    folder: OutputFolder,
+    name: str,
+    tensors: Mapping[str, torch.Tensor] | Sequence[TensorEntry],
+    wrote: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Write one file, tensor by tensor, byte for byte as `safetensors.torch.save_file` with `{"format": "pt"}`.
 
@@ -81,13 +91,20 @@ def write_tensors(
         folder: the folder under construction.
         name: of the file; see `OutputFolder.write`.
         tensors: name -> tensor, or entries whose tensors are made when their turn comes.
+        wrote: is told how many bytes went out, again and again.
 
     Raises:
         OutputError: a name or dtype that the format cannot hold, or an entry that is not what it promised.
         OutputWriteError: the file system refused.
     """
     image = file_image(name, tensors)
-    folder.write(name, image.chunks, image.size)
+    folder.write(name, _told(image.chunks, wrote), image.size)
+
+
+def _told(chunks: Iterable[bytes | memoryview], wrote: Callable[[int], None]) -> Iterator[bytes | memoryview]:
+    for chunk in chunks:
+        yield chunk
+        wrote(len(chunk))
 
 
 def write_index(folder: OutputFolder, weight_map: Mapping[str, str], total_size: int) -> None:
