@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class ComputedWeight(Tensor):
     _is_hf_initialized = True
     _plain: Tensor
     _refusal: str
+    _made: "tuple[list[Tensor], tuple[Any, ...]]"
 
     @classmethod
     def __torch_function__(
@@ -38,6 +40,10 @@ class ComputedWeight(Tensor):
         return _wrap(out, held)
 
 
+# By the id of what it belongs to.
+_ALIVE: WeakValueDictionary[int, ComputedWeight] = WeakValueDictionary()
+
+
 def computed(value: Tensor, refusal: str) -> Tensor:
     """Return `value` as a tensor that refuses writes.
 
@@ -51,6 +57,35 @@ def computed(value: Tensor, refusal: str) -> Tensor:
     weight = value.as_subclass(ComputedWeight)
     weight._plain, weight._refusal = value, refusal
     return weight
+
+
+def read_once(sources: list[Tensor], dtype: torch.dtype, make: Callable[[], Tensor], refusal: str) -> Tensor:
+    """Return a computed weight, the same one as long as somebody holds it and what it is made from is the same.
+
+    Libraries ask for a weight many times to learn its device, and compare the memory of two to see whether they are one.
+
+    Args:
+        sources: what it is made from, and what it belongs to first.
+        dtype: of the weight.
+        make: returns its values.
+        refusal: the text of the error when it is written into.
+    """
+    if any(source.is_inference() for source in sources):
+        return computed(make(), refusal)
+    alive = _ALIVE.get(id(sources[0]))
+    if alive is not None and alive._made[1] == _state(sources, dtype, alive._plain):
+        return alive
+    weight = computed(make(), refusal)
+    if isinstance(weight, ComputedWeight):
+        # held, so that no other tensor gets their ids
+        weight._made = sources, _state(sources, dtype, weight._plain)
+        _ALIVE[id(sources[0])] = weight
+    return weight
+
+
+def _state(sources: Iterable[Tensor], dtype: torch.dtype, weight: Tensor) -> tuple[Any, ...]:
+    # a write into the weight was refused, but it was made
+    return (dtype, weight._version, *((id(t), t._version, t.data_ptr()) for t in sources))
 
 
 def _changes_its_tensor(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:

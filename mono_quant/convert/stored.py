@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import kernels
-from mono_quant.convert.computed import computed
+from mono_quant.convert.computed import read_once
 from mono_quant.errors import FrozenWeightError
 
 # What pruning, weight norm and spectral norm of torch.nn.utils hang beside a weight that they take over.
@@ -62,16 +62,22 @@ class StoredModule(nn.Module):
         """Return the parameter `name` as float; what is written into it is refused, unless it is the parameter itself."""
         if kernels.is_watched():
             return self._restore(name)
+        stored = self.stored(name)
+        if stored.dtype == self.float_dtype:
+            return self._restore(name)
+        sources = [
+            stored,
+            *(p for n, p in self._parameters.items() if n == f"{name}_scale" and p is not None),
+        ]
         # an inference tensor does not count the writes into it
         with torch.inference_mode(False):
-            value = self._restore(name)
-        if value is self._parameters[name]:
-            return value
-        return computed(
-            value,
-            f"{self._name(name)} is made from {self._form(name)} when it is read: what is written into it would be lost. "
-            f"{_REMEDY}",
-        )
+            return read_once(
+                sources,
+                self.float_dtype,
+                lambda: self._restore(name),
+                f"{self._name(name)} is made from {self._form(name)} when it is read: what is written into it would be lost. "
+                f"{_REMEDY}",
+            )
 
     def encode_(self, name: str, weight: Tensor) -> None:
         """Put new values in the place of the parameter `name`, in the form in which it lies in memory.

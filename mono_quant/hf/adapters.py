@@ -17,7 +17,6 @@ from mono_quant.convert.forwards import ConvForward, ExpertsForward
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import AdapterAttachedError, FrozenWeightError
 from mono_quant.hf.late import when_imported
-from mono_quant.planning.walk import is_transformers_model
 
 # PEFT and others tell its layers by these names.
 _NAMES = ("Linear", "Embedding", "Conv1d", "Conv2d", "ParamWrapper")
@@ -73,7 +72,10 @@ def _teach_() -> None:
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         # PEFT makes adapters of a convolution by calling its class
         given = _float_twin(base, _OWN) if isinstance(base, ConvForward) else target
+        # made once, however often PEFT asks where it is
+        weights = [base.read(name) for name in base.held] if isinstance(base, StoredModule) else []
         layer = create(lora_config, adapter_name, given, **options)
+        del weights
         if isinstance(base, StoredModule):
             layer.base_layer = target
             layer.__class__ = _class_for(layer, base)
@@ -81,39 +83,6 @@ def _teach_() -> None:
 
     create_new_module.mono_quant = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create_new_module)  # noqa: SLF001
-    unload = LoraModel.merge_and_unload
-
-    @functools.wraps(unload)
-    def merge_and_unload(self: Any, *args: Any, **options: Any) -> Any:
-        with _keeping_tied(self.model):
-            return unload(self, *args, **options)
-
-    LoraModel.merge_and_unload = merge_and_unload
-
-
-@contextmanager
-def _keeping_tied(model: Any) -> Iterator[None]:
-    """Hide from PEFT that embeddings are tied: it compares the memory of weights, which ours make when they are read."""
-    if not _has_one_embedding(model) or not getattr(model.config, "tie_word_embeddings", False):
-        yield
-        return
-    model.config.tie_word_embeddings = False
-    try:
-        yield
-    finally:
-        model.config.tie_word_embeddings = _has_one_embedding(model)
-
-
-def _has_one_embedding(model: Any) -> bool:
-    """Say whether two converted layers of a transformers model hold one parameter, as input and as output embeddings."""
-    if not is_transformers_model(model):
-        return False
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    bases = [end.get_base_layer() if hasattr(end, "get_base_layer") else end for end in ends]
-    if not all(isinstance(base, StoredModule) for base in bases):
-        return False
-    first, last = (base.stored("weight") for base in bases)
-    return first is last
 
 
 def _class_for(layer: Any, base: StoredModule) -> type[Any]:

@@ -115,7 +115,7 @@ def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.flo
         scale: fp32 [..., 1].
         dtype: of the result.
     """
-    return (codes.float() * scale).to(dtype)
+    return (codes * scale).to(dtype)
 
 
 def sqnr_db(signal: float, noise: float) -> float:

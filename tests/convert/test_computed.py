@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mono_quant.convert.computed import ComputedWeight, computed
+from mono_quant.convert.computed import ComputedWeight, computed, read_once
 from mono_quant.errors import FrozenWeightError
 
 
@@ -76,3 +76,32 @@ def test_a_weight_may_be_the_source_of_a_write():
 )
 def test_what_holds_no_values_stays_what_it_is(value):
     assert computed(value, "it is frozen") is value
+
+
+def test_asking_for_no_gradient_is_no_write():
+    weight = make()
+    weight.requires_grad = False
+    assert weight.requires_grad_(False).requires_grad is False
+    for write in (weight.requires_grad_, lambda: weight.requires_grad_(True)):
+        with pytest.raises(FrozenWeightError, match="it is frozen"):
+            write()
+
+
+def test_a_weight_is_made_once_while_it_is_held_and_what_it_is_made_from_stays():
+    codes, scale = torch.arange(12.0), torch.ones(1)
+
+    def read(dtype=torch.float64):
+        return read_once([codes, scale], dtype, lambda: (codes * scale).to(dtype), "it is frozen")
+
+    held = read()
+    assert read() is held and read(torch.float32) is not held
+    held = read()
+    scale.mul_(2)
+    again = read()
+    assert again is not held and torch.equal(again, codes.double() * 2)
+    codes.data = codes.data + 1
+    moved = read()
+    assert torch.equal(moved, codes.double() * 2)
+    with pytest.raises(FrozenWeightError):
+        moved.data.zero_()
+    assert torch.equal(read(), codes.double() * 2)

@@ -9,6 +9,7 @@ from models import FAMILIES, Family, relative_error, run
 from torch import nn
 
 import mono_quant
+from mono_quant.convert.int8_layers import Int8Module
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import AdapterAttachedError, Fp16RangeError, FrozenWeightError, NonFiniteWeightError
 from mono_quant.hf import adapters
@@ -125,9 +126,18 @@ def test_adapters_go_on_through_transformers_and_on_a_plain_module_too():
 
 
 def test_peft_is_taught_once():
-    before = vars(peft.LoraModel)["_create_new_module"], vars(peft.LoraModel)["merge_and_unload"]
+    before = vars(peft.LoraModel)["_create_new_module"]
     adapters.register()
-    assert before == (vars(peft.LoraModel)["_create_new_module"], vars(peft.LoraModel)["merge_and_unload"])
+    assert vars(peft.LoraModel)["_create_new_module"] is before
+
+
+def test_a_weight_is_made_few_times_while_adapters_are_attached(monkeypatch):
+    made, dequantize = [], Int8Module.dequantize
+    monkeypatch.setattr(
+        Int8Module, "dequantize", lambda self, name="weight": made.append(name) or dequantize(self, name)
+    )
+    peft.get_peft_model(converted("llama").model, peft.LoraConfig(target_modules=["up_proj"]))
+    assert len(made) <= 2 * 3
 
 
 # Trained
@@ -335,6 +345,15 @@ def test_an_adapter_that_cannot_be_merged_changes_nothing(dtype, value, error):
         model.merge_adapter()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if n in before)
     assert not any(m.merged for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
+def test_embeddings_that_are_one_stay_one_when_adapters_are_merged(name, tmp_path):
+    result = converted(name, "fp16")
+    merged = adapted(result.model).merge_and_unload()
+    assert merged.config.tie_word_embeddings
+    again = mono_quant.load(result.save(tmp_path / "model"))
+    assert torch.equal(run(again, MODELS[name].inputs()), run(merged, MODELS[name].inputs()))
 
 
 def test_a_copy_of_a_merged_model_comes_apart_by_itself():

@@ -385,8 +385,7 @@ def test_autocast_and_inference_mode_change_nothing(path: str) -> None:
         assert same(kernels.int8_linear(x, weight, scale, bias), expected)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_takes_the_reference() -> None:
+def test_vmap_gives_the_bits_of_the_whole_batch() -> None:
     weight, scale, bias = layer(13, 17)
     x = torch.randn(4, 3, 17)
     y = torch.vmap(lambda rows: kernels.int8_linear(rows, weight, scale, bias))(x)
