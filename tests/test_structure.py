@@ -54,7 +54,7 @@ ROOMS = {
         ["dtypes", "compressed_tensors", "adapters"],
         ["quantizer"],
         ["models"],
-        ["state", "sentence", "described", "floats"],
+        ["state", "sentence", "around", "described", "floats"],
         ["remedies", "marks"],
     ],
     "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"]],

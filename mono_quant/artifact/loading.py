@@ -24,12 +24,13 @@ from mono_quant.errors import (
     MissingFileError,
     UnsupportedModelError,
 )
+from mono_quant.hf.around import around, fill_around_
 from mono_quant.hf.compressed_tensors import STANDARD, check_ct, ct_differences
 from mono_quant.hf.configs import dtype_of, set_generation_
 from mono_quant.hf.encoders import encoder_of
 from mono_quant.hf.methods import method_of, way_out
 from mono_quant.hf.models import load_as_stored, load_int8, model_class
-from mono_quant.hf.sentence import around, fill_around_, is_encoder, settings_of, transformer_in
+from mono_quant.hf.sentence import is_encoder, settings_of, transformer_in
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.phases import phase

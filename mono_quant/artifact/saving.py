@@ -20,13 +20,14 @@ from mono_quant.convert.int8_layers import Int8Module, narrow_scales
 from mono_quant.convert.kept import read_dtypes
 from mono_quant.errors import MonoQuantError, OutputExistsError, UnsupportedModelError
 from mono_quant.hf.adapters import refuse_adapters
+from mono_quant.hf.around import is_as_filed
 from mono_quant.hf.compressed_tensors import STANDARD, ct_block
 from mono_quant.hf.configs import clean_config, config_to_write
 from mono_quant.hf.encoders import encoder_of
 from mono_quant.hf.models import builds_itself
 from mono_quant.hf.names import standard_obstacle
 from mono_quant.hf.remedies import check_described
-from mono_quant.hf.sentence import check_modules, is_as_filed, settings_of, write_modules
+from mono_quant.hf.sentence import check_modules, settings_of, write_modules
 from mono_quant.hf.state import at_rest, checkpoint_state
 from mono_quant.io.disk.allowed import is_licence
 from mono_quant.io.disk.json_text import read_json_object

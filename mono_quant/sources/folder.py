@@ -19,20 +19,13 @@ from mono_quant.errors import (
     UnsupportedModelError,
     Words,
 )
+from mono_quant.hf.around import Around, around, first_dtype, held_around, skeleton_around
 from mono_quant.hf.configs import set_generation_
 from mono_quant.hf.dtypes import loaded_dtypes, take_dtypes_
 from mono_quant.hf.encoders import Encoder, encoder_of
 from mono_quant.hf.models import load_as_stored, model_class, skeleton
 from mono_quant.hf.names import Fit, fit, grouped, on_meta
-from mono_quant.hf.sentence import (
-    Around,
-    around,
-    core_class,
-    first_dtype,
-    held_around,
-    settings_of,
-    skeleton_around,
-)
+from mono_quant.hf.sentence import core_class, settings_of
 from mono_quant.io.disk.allowed import BUFFERS, is_allowed
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import MANIFEST, README, REPORT

@@ -23,7 +23,8 @@ from mono_quant.errors import (
     UnsafeInputError,
     UnsupportedModelError,
 )
-from mono_quant.hf.encoders import encoder_of
+from mono_quant.hf.encoders import Encoder, encoder_of
+from mono_quant.hf.sentence import core_class
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,29 @@ def test_a_head_that_the_encoder_does_not_use_is_left_out(folder):
     assert heads
     with pytest.raises(CorruptCheckpointError, match=r"BertModel are missing: pooler\.dense"):
         mq.plan(folder)
+
+
+def test_the_encoder_decides_which_class_it_has_inside(folder):
+    put("config.json", architectures=["BertForMaskedLM"])(folder)
+    assert type(mq.quantize(folder, fidelity=False).model[0].auto_model) is hf.BertModel
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "named", "expected"),
+    [
+        (hf.T5Config(), "feature-extraction", hf.T5ForConditionalGeneration, hf.T5EncoderModel),
+        (hf.BartConfig(), "feature-extraction", hf.BartForConditionalGeneration, hf.BartModel),
+        (hf.FunnelConfig(), "feature-extraction", hf.FunnelBaseModel, hf.FunnelBaseModel),
+        (hf.BertConfig(), "fill-mask", hf.BertModel, hf.BertForMaskedLM),
+        (hf.BertConfig(), "sequence-classification", hf.BertModel, hf.BertForSequenceClassification),
+        (hf.Qwen3Config(), "text-generation", hf.Qwen3ForCausalLM, hf.Qwen3ForCausalLM),
+        (hf.BertConfig(), "retrieval", hf.BertForPreTraining, hf.BertForPreTraining),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_task_has_a_class(config, task, named, expected):
+    """The choice of sentence-transformers, in the room `base.modules.transformer`."""
+    assert core_class(config, Encoder("SentenceTransformer", task, ()), named) is expected
 
 
 @pytest.mark.parametrize(
