@@ -142,16 +142,27 @@ def _declarations(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple
 def _with_heads(model: nn.Module, layers: list[Layer]) -> list[Layer]:
     """Mark the output embeddings, and the last layer below every name that heads have."""
     heads = {name for name, module in model.named_modules() if _is_output(model, module)}
-    last: dict[tuple[str, ...], str] = {}
-    for layer in layers:
-        parts = layer.name.split(".")
-        for i, part in enumerate(parts):
-            pooled = part == "pooler" and parts[i + 1 :] == ["dense"]
-            if part in _HEADS or pooled or (part == "head" and i == 0):
-                last[tuple(parts[: i + 1])] = layer.name
-                break
+    last = {_head_of(layer.name): layer.name for layer in layers}
+    last.pop((), None)
     heads |= set(last.values())
     return [replace(x, defaults=x.defaults | {"head"}) if x.name in heads else x for x in layers]
+
+
+def _head_of(name: str) -> tuple[str, ...]:
+    """Return the name of the head that a layer belongs to; empty when it is in none.
+
+    What has the name of a head inside a numbered block (the `proj_out` of an attention) is one of many steps on the way.
+    """
+    parts = name.split(".")
+    # the number of a part of an `nn.Sequential` that is the whole model is no block's: its last part makes the output
+    inner = parts[1:] if parts[0].isdigit() else parts
+    for i, part in enumerate(inner):
+        pooled = part == "pooler" and inner[i + 1 :] == ["dense"]
+        if part in _HEADS or pooled or (part == "head" and parts[0] == part):
+            return tuple(inner[: i + 1])
+        if part.isdigit():
+            break
+    return ()
 
 
 def _is_output(model: nn.Module, module: nn.Module) -> bool:
