@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mono_quant.api import on_load
+from mono_quant.api import diffusion_on_load, on_load
 from mono_quant.api.on_load import enable
 from mono_quant.api.result import QuantizedModel
 from mono_quant.api.verbs import (
@@ -40,6 +40,7 @@ __all__ = [  # noqa: F822
 
 when_imported("transformers.quantizers.auto", on_load.register)
 when_imported("sentence_transformers.base.model", marks.mark_encoders_)
+when_imported("diffusers.quantizers.auto", diffusion_on_load.register)
 
 
 def __getattr__(name: str) -> Any:

@@ -40,9 +40,9 @@ ROOMS = {
     "convert": [
         ["computed", "snapshot"],
         ["stored", "untouched"],
-        ["forwards", "recurrent", "probes"],
-        ["int8_layers", "half_layers", "fidelity", "surgery"],
-        ["int8_recurrent"],
+        ["forwards", "recurrent", "probes", "filling"],
+        ["int8_layers", "half_layers", "fidelity", "surgery", "diffusion_probes"],
+        ["int8_recurrent", "savers"],
         ["contract", "halves"],
         ["kept"],
         ["int8", "half"],
@@ -54,8 +54,10 @@ ROOMS = {
         ["dtypes", "compressed_tensors", "adapters"],
         ["quantizer"],
         ["models"],
-        ["state", "sentence", "described", "floats"],
-        ["remedies", "marks"],
+        ["state", "sentence", "described"],
+        ["remedies", "diffusion"],
+        ["floats"],
+        ["marks"],
     ],
     "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"]],
     "artifact": [
@@ -67,7 +69,7 @@ ROOMS = {
         ["inspection", "publishing"],
         ["keeping"],
     ],
-    "api": [["result"], ["recipe"], ["delivery", "on_load"], ["verbs"]],
+    "api": [["result"], ["recipe"], ["delivery", "on_load"], ["verbs", "diffusion_on_load"]],
     "apps": [["cli"]],
 }
 # From outside, arithmetic is one room: only its definitions may be named beside it.

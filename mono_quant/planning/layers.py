@@ -23,13 +23,29 @@ from mono_quant.planning.kinds import (
     weights_of,
 )
 from mono_quant.planning.rules import Layer
-from mono_quant.planning.walk import below, is_transformers_model, module_aliases, owners_of, tensor_names
+from mono_quant.planning.walk import (
+    below,
+    is_diffusers_model,
+    is_transformers_model,
+    module_aliases,
+    owners_of,
+    tensor_names,
+)
 
 # What a model made of portable layers holds beside them, and can keep in float at a small price.
 _COSTLY_KINDS = frozenset({"conv1d", "conv2d", "attention"}) | RECURRENT_KINDS
 # Where a transformers model lists what needs float32: against float16 alone, and against any other dtype.
 DECLARATIONS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-_HEADS = frozenset({"lm_head", "classifier", "score", "qa_outputs", "proj_out", "classification_head"})
+_HEADS = frozenset({
+    "lm_head",
+    "classifier",
+    "score",
+    "qa_outputs",
+    "proj_out",
+    # of DiT, behind the one that makes scales and shifts
+    "proj_out_2",
+    "classification_head",
+})
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
@@ -136,7 +152,12 @@ def _declarations(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple
         # a model has taken over the declarations of those inside it
         if names and not any(below(prefix, outer) for outer in covered):
             covered.append(prefix)
-            yield prefix, re.compile("|".join(f"({n.replace('*', '.*')})" for n in sorted(names)))
+            yield prefix, re.compile("|".join(_expression(module, name) for name in sorted(names)))
+
+
+def _expression(module: nn.Module, name: str) -> str:
+    # diffusers names a part of the dotted name, transformers anything in it
+    return rf"(^|\.){re.escape(name)}(\.|$)" if is_diffusers_model(module) else f"({name.replace('*', '.*')})"
 
 
 def _with_heads(model: nn.Module, layers: list[Layer]) -> list[Layer]:

@@ -293,7 +293,14 @@ def test_in_a_sequence_of_whole_models_the_last_head_is_the_output():
 
 @pytest.mark.parametrize(
     ("name", "heads"),
-    [("flux", {"proj_out"}), ("sd3", {"proj_out"}), ("wan", {"proj_out"}), ("unet", set()), ("vae", set())],
+    [
+        ("dit", {"proj_out_2"}),
+        ("flux", {"proj_out"}),
+        ("sd3", {"proj_out"}),
+        ("wan", {"proj_out"}),
+        ("unet", set()),
+        ("vae", set()),
+    ],
 )
 def test_of_a_diffusion_model_only_the_outermost_projection_is_a_head(name, heads):
     assert {n for n, r in rules(diffusion.build(name)).items() if "head" in r} == heads

@@ -1,10 +1,11 @@
 """Tiny random models of diffusers."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.support.models import seeded
@@ -57,7 +58,7 @@ def unet() -> nn.Module:
     blocks = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (32, 64),
+        "block_out_channels": (16, 32),
     }
     sizes = {"sample_size": 8, "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 8}
     return diffusers.UNet2DConditionModel(**blocks, **sizes, norm_num_groups=8)
@@ -67,12 +68,12 @@ def vae() -> nn.Module:
     blocks = {
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (32, 64),
+        "block_out_channels": (16, 32),
     }
     return diffusers.AutoencoderKL(**blocks, layers_per_block=1, norm_num_groups=8, sample_size=16)
 
 
-MODELS: Mapping[str, Callable[[], nn.Module]] = {
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "dit": dit,
     "flux": flux,
     "sd3": sd3,
@@ -83,11 +84,11 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, **changes: Any) -> nn.Module:
     """Return the same model every time; what starts as zero (gates, last layers) is random, so that errors show."""
 
     def make() -> nn.Module:
-        model = MODELS[name]()
+        model = MODELS[name](**changes)
         for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.05)
@@ -96,5 +97,5 @@ def build(name: str) -> nn.Module:
     return seeded(make).eval()
 
 
-def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
