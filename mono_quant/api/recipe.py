@@ -11,6 +11,7 @@ from torch import nn
 from mono_quant.api.result import QuantizedModel
 from mono_quant.artifact.keeping import keep_
 from mono_quant.convert.contract import Decisions, Outcome, Progress, Scheme, Task, device_of
+from mono_quant.convert.diffusion_probes import make_diffusion_probe
 from mono_quant.convert.fidelity import Output, run
 from mono_quant.convert.int8 import keep_unfinite
 from mono_quant.convert.probes import Probe, ProbeError, given_probe, make_probe
@@ -187,7 +188,8 @@ def _reference(
             probe, model = given_probe(given), original.model
         else:
             model = original.core
-            probe = make_probe(model, _processor(work))
+            is_diffusion = work.kind == "diffusers"
+            probe = make_diffusion_probe(model) if is_diffusion else make_probe(model, _processor(work))
         return (probe, _run(original, model, probe, written)), ""
     except ProbeError as e:
         if request.fidelity is True or given is not None:

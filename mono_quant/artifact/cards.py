@@ -31,6 +31,13 @@ _UNPACKED = (
     "It turns the weights back into float: they take the memory of the original then, and activations are not rounded, so outputs "
     "differ a little from mono_quant's."
 )
+# What a pipeline of diffusers calls a model of a class.
+_SLOTS = (
+    ("ControlNet", "controlnet"),
+    ("UNet", "unet"),
+    ("Autoencoder", "vae"),
+    ("Transformer", "transformer"),
+)
 # Characters of a gated repository's terms.
 _MAX_TERMS = 100_000
 
@@ -43,7 +50,7 @@ class CardFacts:
         report: of the conversion.
         origin: of the model.
         layout: `compressed-tensors`, `mono_quant` or `plain`.
-        kind: `module`, `transformers` or `sentence_transformer`.
+        kind: `module`, `transformers`, `diffusers` or `sentence_transformer`.
         settings: options of the request that differ from the defaults.
         versions: of mono_quant, torch and transformers.
         has_tokenizer: the folder brings a tokenizer.
@@ -184,6 +191,8 @@ def library_of(facts: CardFacts) -> str:
     """Return the library whose own loader really loads the model."""
     if facts.kind == "sentence_transformer":
         return "mono_quant" if facts.layout == "mono_quant" else "sentence-transformers"
+    if facts.kind == "diffusers":
+        return "diffusers" if facts.layout == "plain" else "mono_quant"
     fused = any(row.kind == "experts" and row.action == "quantized" for row in facts.report.rows)
     return (
         "transformers"
@@ -347,6 +356,13 @@ def _loading_lines(facts: CardFacts) -> list[str]:
             "",
             f'model = mono_quant.load("{where}")',
             encoder_call(facts.encoder),
+        ]
+    elif facts.kind == "diffusers":
+        slot = next((slot for word, slot in _SLOTS if word in facts.origin.name), "component")
+        body = [
+            "import mono_quant",
+            "",
+            f'model = mono_quant.load("{where}")  # for a pipeline: DiffusionPipeline.from_pretrained(..., {slot}=model)',
         ]
     else:
         takes = f"  # takes {' and '.join(facts.inputs)}" if facts.inputs else ""

@@ -50,7 +50,7 @@ class Manifest:
 
     Attributes:
         class_name: of the converted model.
-        kind: `module`, `transformers` or `sentence_transformer`.
+        kind: `module`, `transformers`, `diffusers` or `sentence_transformer`.
         layout: `compressed-tensors`, `mono_quant` or `plain`.
         dtype: `int8` or `fp16`.
         tensors: the int8 codes, by name in the file.
@@ -231,7 +231,8 @@ def card_facts(
     subject: Subject, report: QuantReport, config: QuantizationConfig, layout: str, has_tokenizer: bool
 ) -> CardFacts:
     """Gather what the card of a converted model is made from."""
-    packages = ["torch"] if subject.kind == "module" else ["torch", "transformers"]
+    library = {"module": (), "diffusers": ("diffusers",)}.get(subject.kind, ("transformers",))
+    packages = ["torch", *library]
     versions = {"mono_quant": __version__} | {name: metadata.version(name) for name in packages}
     if subject.kind == "sentence_transformer":
         versions["sentence-transformers"] = metadata.version("sentence-transformers")

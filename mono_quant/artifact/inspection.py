@@ -12,6 +12,7 @@ from mono_quant.artifact import loading
 from mono_quant.artifact.facts import Manifest, read_report
 from mono_quant.artifact.tensors import read_tensors
 from mono_quant.errors import CorruptCheckpointError, MissingFileError, SourceNotFoundError, Words
+from mono_quant.hf.diffusion import CLASS
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import MANIFEST, REPORT
 from mono_quant.io.hub.repo import download, resolve
@@ -189,7 +190,7 @@ def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
     block, classes = config.get("quantization_config"), config.get("architectures")
     facts: dict[str, Any] = {
         "folder": path.name,
-        "class": ", ".join(map(str, classes)) if isinstance(classes, list) else "",
+        "class": ", ".join(map(str, classes)) if isinstance(classes, list) else str(config.get(CLASS, "")),
         "kind": None,
         "dtype": None,
         "layout": block.get("quant_method") if isinstance(block, dict) else None,

@@ -11,6 +11,7 @@ from mono_quant.artifact.facts import Manifest, read_report
 from mono_quant.artifact.loading import loaded_subject
 from mono_quant.artifact.publishing import publish
 from mono_quant.artifact.saving import MAX_SHARD_SIZE, save, save_beside
+from mono_quant.convert.savers import refuse_savers_
 from mono_quant.errors import MissingFileError
 from mono_quant.hf.marks import mark_
 from mono_quant.hf.sentence import is_encoder, transformer_in
@@ -86,15 +87,17 @@ class Keeper:
 def keep_(
     subject: Subject, dtype: str, report: QuantReport | None = None, config: QuantizationConfig | None = None
 ) -> None:
-    """Let a converted model of transformers, or a SentenceTransformer, save and push itself.
+    """Let a converted model of transformers or diffusers, or a SentenceTransformer, save and push itself; others refuse.
 
     Args:
         subject: the model and what belongs to it.
         dtype: `int8` or `fp16`.
         report, config: of the conversion; None where they are in `subject.folder`.
     """
-    if is_transformers_model(subject.core):
+    if subject.kind == "diffusers" or is_transformers_model(subject.core):
         mark_(subject.model, subject.core, dtype, Keeper(replace(subject, model=nn.Module()), report, config))
+    else:
+        refuse_savers_(subject.model)
 
 
 def keep_loaded_(folder: Path, model: nn.Module, manifest: Manifest | None) -> None:

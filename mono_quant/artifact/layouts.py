@@ -18,7 +18,9 @@ from mono_quant.planning.report import QuantReport
 from mono_quant.planning.walk import common_dtype
 
 PLAIN = "plain"
-KINDS = ("module", "transformers", "sentence_transformer")
+KINDS = ("module", "transformers", "diffusers", "sentence_transformer")
+# Kinds whose tensors have one name in memory and in the file, and whose config says no dtype.
+IN_OWN_NAMES = ("module", "diffusers")
 LAYOUTS = (STANDARD, FORMAT, PLAIN)
 
 
@@ -26,7 +28,7 @@ def layout_of(kind: str, report: QuantReport, ranks: Iterable[int], obstacle: st
     """Return the layout that a converted model needs.
 
     Args:
-        kind: of the source: `module`, `transformers` or `sentence_transformer`.
+        kind: of the source, one of `KINDS`.
         report: of the conversion.
         ranks: number of dimensions of each tensor that holds int8 codes in the file.
         obstacle: why transformers cannot load the standard layout of this model; empty when it can.
@@ -36,7 +38,7 @@ def layout_of(kind: str, report: QuantReport, ranks: Iterable[int], obstacle: st
     portable = not obstacle and all(row.kind in PORTABLE_KINDS for row in report.quantized)
     # experts that lie in one tensor in the file, too, have no standard form
     portable = portable and all(rank == 2 for rank in ranks)
-    return STANDARD if portable and kind != "module" else FORMAT
+    return STANDARD if portable and kind not in IN_OWN_NAMES else FORMAT
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:

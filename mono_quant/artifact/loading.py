@@ -13,6 +13,7 @@ from mono_quant.artifact.buffers import read_values, restore_
 from mono_quant.artifact.facts import Manifest
 from mono_quant.artifact.layouts import PLAIN
 from mono_quant.artifact.tensors import ZERO_POINT, check_zero_point, read_tensors
+from mono_quant.convert.filling import fill_, misfit
 from mono_quant.convert.half import compute_in_float_
 from mono_quant.convert.int8 import install_
 from mono_quant.convert.int8_layers import Int8Module
@@ -27,6 +28,7 @@ from mono_quant.errors import (
 from mono_quant.hf.around import around, fill_around_
 from mono_quant.hf.compressed_tensors import STANDARD, check_ct, ct_differences
 from mono_quant.hf.configs import dtype_of, set_generation_
+from mono_quant.hf.diffusion import diffusion_class, load_diffusion
 from mono_quant.hf.encoders import encoder_of
 from mono_quant.hf.methods import method_of, way_out
 from mono_quant.hf.models import load_as_stored, load_int8, model_class
@@ -90,6 +92,8 @@ def _load_own(
     if model is not None:
         raise ConfigError(f"{folder} holds a {manifest.class_name} that builds itself; leave out model=")
     raw = read_json_object(folder / "config.json")
+    if manifest.kind == "diffusers":
+        return _load_diffusion(folder, raw, manifest)
     with open_checkpoint(folder) as checkpoint:
         check_proportion(folder, raw, _shapes(checkpoint))
         cls, config = model_class(raw, folder, trust_remote_code=False)
@@ -113,6 +117,16 @@ def _encoder(folder: Path, raw: Mapping[str, Any], core: nn.Module) -> nn.Module
     whole = around(folder, core, encoder, torch.float32)
     fill_around_(whole, folder, encoder)
     return whole
+
+
+def _load_diffusion(folder: Path, raw: Mapping[str, Any], manifest: Manifest) -> nn.Module:
+    with open_checkpoint(folder) as checkpoint:
+        check_proportion(folder, raw, _shapes(checkpoint))
+        tensors = read_tensors(checkpoint, manifest)
+    if manifest.layout == PLAIN:
+        _refuse_codes(folder, tensors)
+    model = load_diffusion(diffusion_class(raw, folder), raw, tensors, str(folder))
+    return _settled(model, model, folder, manifest, torch.float32)
 
 
 def _shapes(checkpoint: Checkpoint) -> Shapes:
@@ -183,39 +197,18 @@ def _load_plain(
             f"architecture that was saved"
         )
     install_(built, sorted({owners[name] for name in codes}))
-    _fill_plain(built, tensors, folder)
+    _fill(built, tensors, folder)
     return _settled(built, built, folder, manifest, torch.float32)
 
 
-def _fill_plain(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    expected = model.state_dict(keep_vars=True)
-    by_identity: dict[int, str] = {}
-    for name, tensor in expected.items():
-        first = by_identity.setdefault(id(tensor), name)
-        if name not in tensors and first in tensors:
-            tensors[name] = tensors[first]
-    missing, left = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    wrong = [n for n in expected if n in tensors and not _fits(tensors[n], expected[n])]
-    if missing or left or wrong:
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    found = misfit(model, tensors)
+    if found.missing or found.left or found.wrong:
         raise CorruptCheckpointError(
-            f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, left over {left[:3]}, "
-            f"other shape {wrong[:3]}; pass the same architecture that was saved"
+            f"{folder} does not fit {type(model).__name__}: missing {found.missing[:3]}, left over {found.left[:3]}, "
+            f"other shape {found.wrong[:3]}; pass the same architecture that was saved"
         )
-    fresh: dict[int, nn.Parameter] = {}
-    for name, old in expected.items():
-        if old.is_meta:
-            owner, _, last = name.rpartition(".")
-            # one Parameter for all names it has, so that ties stay ties
-            new = fresh.setdefault(id(old), nn.Parameter(tensors[name], requires_grad=old.requires_grad))
-            vars(new).update(vars(old))
-            model.get_submodule(owner)._parameters[last] = new
-        else:
-            old.data = tensors[name]
-
-
-def _fits(stored: Tensor, expected: Tensor) -> bool:
-    same_kind = stored.is_floating_point() == expected.is_floating_point()
-    return stored.shape == expected.shape and same_kind
+    fill_(model, tensors)
 
 
 def _load_foreign(folder: Path) -> nn.Module:

@@ -15,6 +15,7 @@ from mono_quant.artifact.facts import Manifest, read_card_facts
 from mono_quant.artifact.merging import foresee, merge_card, renew
 from mono_quant.artifact.proposal import proposal
 from mono_quant.artifact.tensors import read_tensors
+from mono_quant.convert.int8_layers import tensors_of
 from mono_quant.errors import (
     ConfigError,
     CorruptCheckpointError,
@@ -236,7 +237,7 @@ def _differing(
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**model.state_dict(), **unsaved_buffers(model)}
+    return {**tensors_of(model), **unsaved_buffers(model)}
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -14,17 +14,18 @@ from mono_quant.artifact.buffers import buffers_of, write_values
 from mono_quant.artifact.cards import CardFacts, render
 from mono_quant.artifact.changes import as_it_is
 from mono_quant.artifact.facts import Manifest, StoredCodes, card_facts
-from mono_quant.artifact.layouts import PLAIN, float_dtype, layout_of
+from mono_quant.artifact.layouts import IN_OWN_NAMES, PLAIN, float_dtype, layout_of
 from mono_quant.artifact.merging import foresee, merge_card
-from mono_quant.convert.int8_layers import Int8Module, narrow_scales
+from mono_quant.convert.int8_layers import Int8Module, narrow_scales, tensors_of
 from mono_quant.convert.kept import read_dtypes
 from mono_quant.errors import MonoQuantError, OutputExistsError, UnsupportedModelError
+from mono_quant.hf import diffusion, models
 from mono_quant.hf.adapters import refuse_adapters
 from mono_quant.hf.around import is_as_filed
 from mono_quant.hf.compressed_tensors import STANDARD, ct_block
 from mono_quant.hf.configs import clean_config, config_to_write
+from mono_quant.hf.diffusion import STEM, check_diffusion, config_of
 from mono_quant.hf.encoders import encoder_of
-from mono_quant.hf.models import builds_itself
 from mono_quant.hf.names import standard_obstacle
 from mono_quant.hf.remedies import check_described
 from mono_quant.hf.sentence import check_modules, settings_of, write_modules
@@ -38,6 +39,7 @@ from mono_quant.io.hub.metadata import MAX_CARD_BYTES
 from mono_quant.io.tensors.shards import write_checkpoint
 from mono_quant.io.tensors.tensor_file import TensorEntry
 from mono_quant.planning.config import QuantizationConfig
+from mono_quant.planning.kinds import flattened
 from mono_quant.planning.report import QuantReport, dtype_name
 from mono_quant.planning.walk import is_transformers_model
 from mono_quant.sources.origin import Origin
@@ -116,13 +118,17 @@ def _save(
     report = as_it_is(report, subject.model)
     state = state_of(subject, report)
     layout = _layout(subject, report, state)
-    if subject.kind != "module":
+    if subject.kind == "diffusers":
+        check_diffusion(subject.core, state)
+    elif subject.kind != "module":
         _check_described(subject, state, layout)
     dtype = read_dtype(subject, layout)
     buffers = buffers_of(subject.core, dtype)
     with opened as folder:
         table = _write_tensors(folder, subject, state, layout, max_shard_size)
-        if is_transformers_model(subject.core):
+        if subject.kind == "diffusers":
+            folder.write_json("config.json", config_of(subject.core) | _own_method(layout))
+        elif is_transformers_model(subject.core):
             _write_configs(folder, subject, state, layout)
         _write_side_files(folder, subject)
         write_values(folder, buffers.values)
@@ -204,7 +210,7 @@ def render_card(subject: Subject, report: QuantReport, config: QuantizationConfi
 
 def _as_saved(subject: Subject) -> Subject:
     """Return the subject in the form it is saved in: what only the user's code can build is a plain module."""
-    if subject.kind == "module" or builds_itself(subject.core):
+    if subject.kind == "module" or _builds_itself(subject):
         return subject
     if subject.kind == "sentence_transformer":
         raise UnsupportedModelError(
@@ -212,6 +218,12 @@ def _as_saved(subject: Subject) -> Subject:
             f"{type(subject.core).__name__} that is this one; quantize model[0].auto_model by itself"
         )
     return replace(subject, kind="module")
+
+
+def _builds_itself(subject: Subject) -> bool:
+    if subject.kind == "diffusers":
+        return diffusion.builds_itself(subject.core)
+    return models.builds_itself(subject.core)
 
 
 def _check_described(subject: Subject, state: Mapping[str, Tensor], layout: str) -> None:
@@ -229,7 +241,7 @@ def _check_described(subject: Subject, state: Mapping[str, Tensor], layout: str)
 
 
 def _layout(subject: Subject, report: QuantReport, state: Mapping[str, Tensor]) -> str:
-    obstacle = "" if subject.kind == "module" else standard_obstacle(subject.core)
+    obstacle = "" if subject.kind in IN_OWN_NAMES else standard_obstacle(subject.core)
     ranks = (tensor.dim() for tensor in state.values() if tensor.dtype == torch.int8)
     return layout_of(subject.kind, report, ranks, obstacle)
 
@@ -242,9 +254,9 @@ def state_of(subject: Subject, report: QuantReport) -> dict[str, Tensor]:
     asked = _narrowed(subject, report)
     halves = {n: torch.float16 for n, row in rows.items() if row.dtype_after == "float16" and n not in asked}
     halves |= {name: getattr(torch, rows[name].dtype_after) for name in narrowed_in(subject, report)}
-    if subject.kind == "module":
+    if subject.kind in IN_OWN_NAMES:
         first: dict[tuple[int, torch.Size], str] = {}
-        state = subject.model.state_dict()
+        state = tensors_of(subject.model)
         for name, tensor in list(state.items()):
             if not isinstance(tensor, Tensor):
                 raise UnsupportedModelError(
@@ -291,11 +303,11 @@ def _write_tensors(
         if is_code and scale is not None:
             table[name] = StoredCodes(tuple(tensor.shape), name in transposed, tuple(scale.shape))
         if is_code and layout == FORMAT:
-            rows = tensor.t() if name in transposed else tensor
-            entries.append(_entry(name, (tensor.numel(),), torch.int8, _flat(rows)))
+            kind = "transposed_linear" if name in transposed else "linear"
+            entries.append(_entry(name, (tensor.numel(),), torch.int8, _flat(tensor, kind)))
         else:
             entries.append(_entry(name, tuple(tensor.shape), tensor.dtype, _as_is(tensor)))
-    write_checkpoint(folder, entries, max_shard_size)
+    write_checkpoint(folder, entries, max_shard_size, STEM if subject.kind == "diffusers" else "model")
     return table
 
 
@@ -303,8 +315,8 @@ def _entry(name: str, shape: tuple[int, ...], dtype: torch.dtype, get: Callable[
     return TensorEntry(name, dtype, shape, get)
 
 
-def _flat(rows: Tensor) -> Callable[[], Tensor]:
-    return lambda: rows.detach().cpu().contiguous().view(-1)
+def _flat(codes: Tensor, kind: str) -> Callable[[], Tensor]:
+    return lambda: flattened(codes.detach().cpu(), kind)
 
 
 def _as_is(tensor: Tensor) -> Callable[[], Tensor]:
@@ -315,8 +327,8 @@ def read_dtype(subject: Subject, layout: str) -> torch.dtype:
     """Return what a float weight of a saved model is read as, unless it says otherwise for itself."""
     if layout == PLAIN:
         return torch.float16
-    # a plain module has no config to say it in
-    return torch.float32 if subject.kind == "module" else float_dtype(subject.core)
+    # a plain module has no config to say it in, and that of diffusers names no dtype
+    return torch.float32 if subject.kind in IN_OWN_NAMES else float_dtype(subject.core)
 
 
 def _write_configs(folder: OutputFolder, subject: Subject, state: Mapping[str, Tensor], layout: str) -> None:
@@ -334,9 +346,14 @@ def _config_json(subject: Subject, config: Any, state: Mapping[str, Tensor], lay
     data["architectures"] = [type(core).__name__]
     if layout == STANDARD:
         data["quantization_config"] = ct_block(core, state)
-    elif layout == FORMAT:
-        data["quantization_config"] = {"quant_method": FORMAT, "format_version": FORMAT_VERSION}
-    return data
+    return data | _own_method(layout)
+
+
+def _own_method(layout: str) -> dict[str, Any]:
+    """Return what a `config.json` says of codes that only mono_quant reads."""
+    if layout != FORMAT:
+        return {}
+    return {"quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION}}
 
 
 def _write_side_files(folder: OutputFolder, subject: Subject) -> None:

@@ -13,6 +13,7 @@ from mono_quant.errors import (
 )
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.tensors.checkpoint import Checkpoint
+from mono_quant.planning.kinds import unflattened
 
 ZERO_POINT = ".weight_zero_point"
 
@@ -43,7 +44,7 @@ def shaped_codes(folder: Path, name: str, stored: Tensor | None, promised: Store
         )
     if not flat:
         return stored
-    return stored.view(shape[1], shape[0]).t() if promised.transposed else stored.view(shape)
+    return unflattened(stored, shape, "transposed_linear" if promised.transposed else "linear")
 
 
 def checked_scale(folder: Path, name: str, scale: Tensor | None, shape: tuple[int, ...]) -> Tensor:

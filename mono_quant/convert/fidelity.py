@@ -116,7 +116,7 @@ def digits(value: float) -> float | None:
 
 
 def _pick(raw: Any) -> tuple[str, Tensor]:
-    for name in ("logits", "last_hidden_state", "start_logits", "sentence_embedding"):
+    for name in ("logits", "last_hidden_state", "start_logits", "sentence_embedding", "sample"):
         value = raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
         if isinstance(value, Tensor) and value.is_floating_point():
             return name, value

@@ -3,9 +3,11 @@
 Each keeps its codes under the name and in the shape of the float parameter it replaces (`weight`, int8) with the
 scales beside it (`weight_scale`, fp32 [N, 1]), as plain Parameters without gradient. Reading the attribute
 `.weight` gives the dequantized weight, so that code which looks at a layer's weight, its dtype or its device
-keeps working, and refuses writes, which would be lost; the codes are in the state dict, and in `codes("weight")`.
-A layer is an instance of the float class whose place it takes, where it can do all that one does: libraries that look
-for `nn.Linear` (PEFT, diffusers) find it. `forward` writes no attribute.
+keeps working, and refuses writes, which would be lost; the codes are in `codes("weight")`, and in the state dict.
+There they lie flat, in one dimension, row after row: whoever fills a float layer from a state dict stops at the shape, where
+codes in the shape of the weight would be taken for weights. Both forms are loaded. A layer is an instance of the float class
+whose place it takes, where it can do all that one does: libraries that look for `nn.Linear` (PEFT, diffusers) find it.
+`forward` writes no attribute.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +21,7 @@ from mono_quant.convert.forwards import AttentionForward, ConvForward, ExpertsFo
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import FrozenWeightError
 from mono_quant.kernels.weights import RowCodes, dequantize_rows, stored_scale
-from mono_quant.planning.kinds import as_rows, from_rows, rows_of
+from mono_quant.planning.kinds import as_rows, flattened, from_rows, rows_of, unflattened
 
 
 class Int8Module(StoredModule):
@@ -30,9 +32,12 @@ class Int8Module(StoredModule):
     """
 
     kind: str
+    # of the float weights
+    _shapes: dict[str, torch.Size]
 
     def _put(self, name: str, shape: torch.Size, encoded: RowCodes | None) -> None:
         """Register codes and scales for the float parameter `name` of `shape`; on meta without `encoded`."""
+        vars(self).setdefault("_shapes", {})[name] = shape
         scales = (*rows_of(shape, self.kind), 1)
         if encoded is None:
             matrix = torch.empty(shape, dtype=torch.int8, device="meta")
@@ -54,7 +59,17 @@ class Int8Module(StoredModule):
         """Put codes that were assigned from outside into the memory order of the kernels."""
         for name, codes in self._parameters.items():
             if codes is not None and f"{name}_scale" in self._parameters:
-                codes.data = self._in_kernel_order(codes.data)
+                codes.data = self._in_kernel_order(self._shaped(name, codes.data))
+
+    def stored(self, name: str) -> Tensor:
+        """Return the parameter `name` as it lies in memory; codes in the shape of the float weight."""
+        return self._shaped(name, super().stored(name))
+
+    def _shaped(self, name: str, held: Tensor) -> Tensor:
+        # flat where tensors of a state dict are swapped in: by functional_call, or by accelerate after offloading
+        shape = self._shapes.get(name)
+        is_flat = shape is not None and held.shape == (shape.numel(),)
+        return unflattened(held, shape, self.kind) if shape is not None and is_flat else held
 
     def codes(self, name: str = "weight") -> Tensor:
         """Return the int8 matrix [N, K] behind the parameter `name`."""
@@ -73,21 +88,22 @@ class Int8Module(StoredModule):
         codes = self.stored(name)
         # while a loader fills the layer, one of the two may be there already
         if codes.is_meta or self.scale(name).is_meta:
-            return torch.empty(codes.shape, dtype=self.float_dtype, device="meta")
+            return torch.empty(self._shape_elsewhere(name), dtype=self.float_dtype, device="meta")
         return self.dequantize(name)
+
+    def _shape_elsewhere(self, name: str) -> torch.Size:
+        """Return the shape of a weight that accelerate holds while it is offloaded: it puts back what has the same alone."""
+        hook = vars(self).get("_hf_hook")
+        for part in getattr(hook, "hooks", (hook,)):
+            elsewhere = getattr(part, "weights_map", None)
+            if elsewhere is not None and name in elsewhere:
+                shape: torch.Size = elsewhere[name].shape
+                return shape
+        return self._shapes[name]
 
     def _product(self, x: Tensor, name: str, rows: int | slice, bias: Tensor | None) -> Tensor:
         codes = int8_values(self.stored(name)[rows])
         return kernels.int8_linear(x, codes, self.scale(name)[rows], bias)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Set a parameter; codes may come flat, as files of ours hold them."""
-        if param is not None and name in self.held and param.dim() == 1 and name in self._parameters:
-            shape = self.stored(name).shape
-            if param.numel() == shape.numel():
-                rows = param.data.view(rows_of(shape, self.kind).numel(), -1)
-                param = nn.Parameter(from_rows(rows, shape, self.kind), requires_grad=False)
-        super().register_parameter(name, param)
 
     def _stored_names(self) -> tuple[str, ...]:
         return (*self.held, *(f"{name}_scale" for name in self.held))
@@ -95,12 +111,31 @@ class Int8Module(StoredModule):
     def _misfit(self, name: str, param: Tensor) -> str:
         # scales come in the dtype of their checkpoint
         is_scale = name not in self.held and param.is_floating_point()
-        return super()._misfit(name, param.float() if is_scale else param)
+        return super()._misfit(name, param.float() if is_scale else self._shaped(name, param))
 
     def _settled(self, name: str, param: nn.Parameter) -> nn.Parameter:
         if name not in self.held and param.dtype != torch.float32:
             param = nn.Parameter(param.detach().float(), requires_grad=False)
+        shaped = self._shaped(name, param.detach())
+        if shaped.shape != param.shape:
+            tags = vars(param)
+            param = nn.Parameter(self._in_kernel_order(shaped), requires_grad=False)
+            vars(param).update(tags)
         return super()._settled(name, param)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in () if keep_vars else self._shapes:
+            destination[prefix + name] = flattened(destination[prefix + name], self.kind)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        given = dict(state_dict)
+        for name, shape in self._shapes.items():
+            codes = given.get(prefix + name)
+            if codes is not None and codes.shape == (shape.numel(),):
+                # an order of its own, as it may be assigned
+                given[prefix + name] = self._in_kernel_order(unflattened(codes, shape, self.kind))
+        super()._load_from_state_dict(given, prefix, *rest)
 
     def _state_problems(self, given: Mapping[str, Tensor], assign: bool) -> Iterator[str]:
         for name in self.held:
@@ -126,6 +161,12 @@ class Int8Module(StoredModule):
                 # a scale in half precision would move every weight of its row
                 after.data = before.to(after.device)
         return self
+
+
+def tensors_of(model: nn.Module) -> dict[str, Any]:
+    """Return what is in the state dict of a model, with int8 codes in the shape of the float weight instead of flat."""
+    state = model.state_dict(keep_vars=True)
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def narrow_scales(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -54,9 +54,9 @@ def differences(model: Any, state: Mapping[str, Tensor], raw: Mapping[str, Any])
     found = fit(built, floats_of(state, codes))
     others = [
         *_codes_without_layer(built, found, codes),
-        *_other_layers(model, built),
-        *_lost_buffers(model, built),
-        *_shared_codes(model, built),
+        *other_layers(model, built, "transformers."),
+        *lost_buffers(model, built),
+        *shared_codes(model, built),
     ]
     sentences = [*found.wrong, *found.integers, *others]
     if found.left:
@@ -99,19 +99,19 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return is_equal and torch.equal(a, b)
 
 
-def _other_layers(model: nn.Module, built: nn.Module) -> Iterator[str]:
-    """Name layers of another class; those of transformers' own files may depend on more than the config."""
+def other_layers(model: nn.Module, built: nn.Module, home: str) -> Iterator[str]:
+    """Name layers of another class; those of the library's own files (in `home`) may depend on more than the config."""
     there = dict(built.named_modules())
     for name, module in model.named_modules():
         if name not in there or isinstance(module, StoredModule):
             continue
         own, other = (parametrize.type_before_parametrizations(m) for m in (module, there[name]))
         idle = own is nn.Identity and "Drop" in other.__name__
-        if own is not other and not own.__module__.startswith("transformers.") and not idle:
+        if own is not other and not own.__module__.startswith(home) and not idle:
             yield f"{name} is a {own.__name__} and would be a {other.__name__}"
 
 
-def _lost_buffers(model: nn.Module, built: nn.Module) -> Iterator[str]:
+def lost_buffers(model: nn.Module, built: nn.Module) -> Iterator[str]:
     """Name buffers outside the state that the skeleton does not have, so that loading has no place for them."""
     there = {*dict(built.named_buffers()), *model.state_dict()}
     for name, buffer in model.named_buffers():
@@ -119,7 +119,7 @@ def _lost_buffers(model: nn.Module, built: nn.Module) -> Iterator[str]:
             yield f"the buffer {name} would be lost"
 
 
-def _shared_codes(model: nn.Module, built: nn.Module) -> Iterator[str]:
+def shared_codes(model: nn.Module, built: nn.Module) -> Iterator[str]:
     """Name int8 layers that are one and would be two: float weights may lie in the file twice, codes are counted once."""
     there = dict(built.named_modules(remove_duplicate=False))
     first: dict[int, str] = {}

@@ -9,15 +9,16 @@ from mono_quant.convert.half import remove_casts_
 from mono_quant.convert.stored import StoredModule
 from mono_quant.convert.surgery import put_, relink_
 from mono_quant.hf.adapters import refuse_adapters
+from mono_quant.hf.diffusion import config_of, diffusion_skeleton
 from mono_quant.hf.models import skeleton
-from mono_quant.planning.walk import module_aliases
+from mono_quant.planning.walk import is_diffusers_model, module_aliases
 
 
 def dequantize_(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Put float layers of its own classes in the place of converted ones, in place.
 
     Args:
-        model: a converted transformers model.
+        model: a converted model of transformers or diffusers.
         dtype: of the weights; None for the one that they read as.
 
     Returns:
@@ -27,7 +28,11 @@ def dequantize_(model: Any, dtype: torch.dtype | None = None) -> Any:
         AdapterAttachedError: adapters are attached to it.
     """
     refuse_adapters(model)
-    bare = skeleton(type(model), model.config, torch.float32, type(model).__name__)
+    name = type(model).__name__
+    if is_diffusers_model(model):
+        bare = diffusion_skeleton(type(model), config_of(model), name)
+    else:
+        bare = skeleton(type(model), model.config, torch.float32, name)
     aliases = module_aliases(model)
     replaced: dict[nn.Module, nn.Module] = {}
     inside: tuple[str, ...] = ()

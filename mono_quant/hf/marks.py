@@ -34,6 +34,7 @@ _WITHOUT_EFFECT = {
     "safe_serialization": (True, None),
     "create_model_card": (True, False),
     "variant": (None,),
+    "use_flashpack": (False,),
     "distributed_checkpoint": (False,),
     "model_name": None,
     "train_datasets": None,
@@ -272,9 +273,12 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
                 )
             return self.keeper
 
-        def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-            # that of a config, which may have its name
-            return dequantize_(model, parse_float(dtype))
+        def dequantize(self, model: Any, dtype: Any = None) -> Any:
+            """Make the model float again; without `dtype`, in the one that its config names, or that its weights read as."""
+            # a config of diffusers names none
+            dequantize_(model, parse_float(dtype or getattr(model.config, "dtype", None)))
+            unmark_(model)
+            return model
 
         def remove_quantization_config(self, model: Any) -> None:
             unmark_(model)

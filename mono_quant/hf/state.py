@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mono_quant.convert.int8_layers import narrow_scales
+from mono_quant.convert.int8_layers import narrow_scales, tensors_of
 from mono_quant.hf.models import quiet
 from mono_quant.hf.names import SCALE, scales_follow, unmergeable
 
@@ -47,7 +47,7 @@ def checkpoint_state(model: nn.Module, halves: Mapping[str, torch.dtype] | None 
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    state = model.state_dict()
+    state = tensors_of(model)
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     for target, origin in getattr(model, "all_tied_weights_keys", {}).items():

@@ -122,6 +122,16 @@ def from_rows(matrix: Tensor, shape: torch.Size | tuple[int, ...], kind: str) ->
     return matrix.t() if kind == "transposed_linear" else matrix.view(shape)
 
 
+def flattened(weight: Tensor, kind: str) -> Tensor:
+    """Return the values of a weight in one dimension, row after row; a view where its memory allows."""
+    return as_rows(weight, kind).reshape(-1)
+
+
+def unflattened(flat: Tensor, shape: torch.Size | tuple[int, ...], kind: str) -> Tensor:
+    """Return the weight of `shape` that `flattened` made flat."""
+    return from_rows(flat.view(rows_of(torch.Size(shape), kind).numel(), -1), shape, kind)
+
+
 def matrix_shape(module: nn.Module, kind: str) -> tuple[int, int]:
     """Return how many rows the weights of a layer have together, and the length of the longest."""
     # not `get_parameter`: the weight of a normed or pruned layer is an attribute

@@ -23,13 +23,29 @@ from mono_quant.planning.kinds import (
     weights_of,
 )
 from mono_quant.planning.rules import Layer
-from mono_quant.planning.walk import below, is_transformers_model, module_aliases, owners_of, tensor_names
+from mono_quant.planning.walk import (
+    below,
+    is_diffusers_model,
+    is_transformers_model,
+    module_aliases,
+    owners_of,
+    tensor_names,
+)
 
 # What a model made of portable layers holds beside them, and can keep in float at a small price.
 _COSTLY_KINDS = frozenset({"conv1d", "conv2d", "attention"}) | RECURRENT_KINDS
 # Where a transformers model lists what needs float32: against float16 alone, and against any other dtype.
 DECLARATIONS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-_HEADS = frozenset({"lm_head", "classifier", "score", "qa_outputs", "proj_out", "classification_head"})
+_HEADS = frozenset({
+    "lm_head",
+    "classifier",
+    "score",
+    "qa_outputs",
+    "proj_out",
+    # of DiT, behind the one that makes scales and shifts
+    "proj_out_2",
+    "classification_head",
+})
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
@@ -136,22 +152,38 @@ def _declarations(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple
         # a model has taken over the declarations of those inside it
         if names and not any(below(prefix, outer) for outer in covered):
             covered.append(prefix)
-            yield prefix, re.compile("|".join(f"({n.replace('*', '.*')})" for n in sorted(names)))
+            yield prefix, re.compile("|".join(_expression(module, name) for name in sorted(names)))
+
+
+def _expression(module: nn.Module, name: str) -> str:
+    # diffusers names a part of the dotted name, transformers anything in it
+    return rf"(^|\.){re.escape(name)}(\.|$)" if is_diffusers_model(module) else f"({name.replace('*', '.*')})"
 
 
 def _with_heads(model: nn.Module, layers: list[Layer]) -> list[Layer]:
     """Mark the output embeddings, and the last layer below every name that heads have."""
     heads = {name for name, module in model.named_modules() if _is_output(model, module)}
-    last: dict[tuple[str, ...], str] = {}
-    for layer in layers:
-        parts = layer.name.split(".")
-        for i, part in enumerate(parts):
-            pooled = part == "pooler" and parts[i + 1 :] == ["dense"]
-            if part in _HEADS or pooled or (part == "head" and i == 0):
-                last[tuple(parts[: i + 1])] = layer.name
-                break
+    last = {_head_of(layer.name): layer.name for layer in layers}
+    last.pop((), None)
     heads |= set(last.values())
     return [replace(x, defaults=x.defaults | {"head"}) if x.name in heads else x for x in layers]
+
+
+def _head_of(name: str) -> tuple[str, ...]:
+    """Return the name of the head that a layer belongs to; empty when it is in none.
+
+    What has the name of a head inside a numbered block (the `proj_out` of an attention) is one of many steps on the way.
+    """
+    parts = name.split(".")
+    # the number of a part of an `nn.Sequential` that is the whole model is no block's: its last part makes the output
+    inner = parts[1:] if parts[0].isdigit() else parts
+    for i, part in enumerate(inner):
+        pooled = part == "pooler" and inner[i + 1 :] == ["dense"]
+        if part in _HEADS or pooled or (part == "head" and parts[0] == part):
+            return tuple(inner[: i + 1])
+        if part.isdigit():
+            break
+    return ()
 
 
 def _is_output(model: nn.Module, module: nn.Module) -> bool:

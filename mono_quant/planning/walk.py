@@ -26,6 +26,13 @@ def is_transformers_model(model: nn.Module) -> bool:
     )
 
 
+def is_diffusers_model(model: nn.Module) -> bool:
+    """True for a model of diffusers, or a class of somebody's own made from one, without importing diffusers."""
+    return any(
+        c.__name__ == "ModelMixin" and c.__module__.startswith("diffusers.") for c in type(model).mro()
+    )
+
+
 def own_floats(module: nn.Module) -> dict[str, Tensor]:
     """Return the float parameters and saved float buffers that a module itself owns.
 

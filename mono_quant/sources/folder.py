@@ -1,9 +1,9 @@
-"""A folder of a transformers model becomes a source, with its weights or as a skeleton for a plan."""
+"""A folder of a transformers or diffusers model becomes a source, with its weights or as a skeleton for a plan."""
 
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mono_quant.convert.arrival import Arrival, unfinite
+from mono_quant.convert.filling import fill_
 from mono_quant.errors import (
     CorruptCheckpointError,
     Option,
@@ -21,6 +22,14 @@ from mono_quant.errors import (
 )
 from mono_quant.hf.around import Around, around, first_dtype, held_around, skeleton_around
 from mono_quant.hf.configs import set_generation_
+from mono_quant.hf.diffusion import (
+    CLASS,
+    checkpoint_names,
+    diffusion_class,
+    diffusion_skeleton,
+    fit_diffusion,
+    read_diffusion,
+)
 from mono_quant.hf.dtypes import loaded_dtypes, take_dtypes_
 from mono_quant.hf.encoders import Encoder, encoder_of
 from mono_quant.hf.models import load_as_stored, model_class, skeleton
@@ -57,9 +66,10 @@ class _Skeleton:
     """A model on meta that a checkpoint fits, and how to make the real one.
 
     Attributes:
+        kind: `transformers` or `diffusers`.
         model: with every tensor in the dtype of the checkpoint.
         raw: the `config.json`.
-        config: of the model.
+        config: of a transformers model.
         dtype: of most of the checkpoint.
         dtypes: that transformers would give the float tensors.
         sources: the names in the checkpoint that a tensor is made of, by its name in the model.
@@ -68,6 +78,7 @@ class _Skeleton:
         encoder: of sentence-transformers, that the model is the transformer of.
     """
 
+    kind: str
     model: nn.Module
     raw: Mapping[str, Any]
     config: Any
@@ -116,8 +127,11 @@ def _stored(subject: Subject, bare: _Skeleton, checkpoint: Checkpoint) -> Stored
     folder, prefix = checkpoint.folder, f"{subject.core_name}." if subject.core_name else ""
 
     def fill(arrival: Arrival | None) -> nn.Module:
+        cls = type(bare.model)
+        if bare.kind == "diffusers":
+            return read_diffusion(cls, bare.raw, checkpoint, str(folder), arrival)
         model = load_as_stored(
-            type(bare.model), bare.config, checkpoint.stored(), str(folder), bare.dtype, arrival=arrival
+            cls, bare.config, checkpoint.stored(), str(folder), bare.dtype, arrival=arrival
         )
         set_generation_(model, folder)
         if bare.encoder is None:
@@ -148,6 +162,8 @@ def from_headers(folder: Path, access: Access, shapes: Shapes, others: Around) -
 def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shapes) -> _Skeleton:
     check_float(folder, shapes)
     check_proportion(folder, raw, shapes)
+    if CLASS in raw:
+        return _diffusion_skeleton(folder, raw, shapes)
     cls, config = model_class(raw, folder, access.trust_remote_code)
     encoder = encoder_of(folder, raw)
     if encoder is not None:
@@ -157,13 +173,42 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shap
     model = skeleton(cls, config, dtype, str(folder))
     found = fit(model, on_meta(shapes))
     _refuse_misfit(found, cls.__name__, folder)
-    notes = []
-    if found.left:
-        notes.append(f"left out, because no layer of {cls.__name__} uses them: {grouped(found.left)}")
     dtypes = loaded_dtypes(model, dtype)
     take_dtypes_(model, dtype, {name: tensor.dtype for name, tensor in found.placed.tensors.items()})
     has_code = access.trust_remote_code and bool(raw.get("auto_map"))
-    return _Skeleton(model, raw, config, dtype, dtypes, found.placed.sources, notes, has_code, encoder)
+    notes = _left_out(model, found.left)
+    return _Skeleton(
+        "transformers", model, raw, config, dtype, dtypes, found.placed.sources, notes, has_code, encoder
+    )
+
+
+def _diffusion_skeleton(folder: Path, raw: Mapping[str, Any], shapes: Shapes) -> _Skeleton:
+    model = diffusion_skeleton(diffusion_class(raw, folder), raw, str(folder))
+    tensors, names = on_meta(shapes), checkpoint_names(model, shapes)
+    held = {name: tensors[key] for name, key in names.items()}
+    left = fit_diffusion(model, held, str(folder))
+    kept = {name: tensor for name, tensor in held.items() if name not in left}
+    fill_(model, kept)
+    dtype = common_dtype((tensor.dtype, tensor.numel()) for tensor in kept.values())
+    sources = {name: (names[name],) for name in kept}
+    return _Skeleton(
+        "diffusers",
+        model,
+        raw,
+        None,
+        dtype,
+        {},
+        sources,
+        _left_out(model, left),
+        has_code=False,
+        encoder=None,
+    )
+
+
+def _left_out(model: nn.Module, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"left out, because no layer of {type(model).__name__} uses them: {grouped(names)}"]
 
 
 def _refuse_misfit(found: Fit, name: str, folder: Path) -> None:
@@ -195,7 +240,7 @@ def _of_folder(folder: Path, bare: _Skeleton, others: Around) -> Source:
     """
     subject = Subject(
         bare.model,
-        "transformers",
+        bare.kind,
         folder=folder,
         config=bare.raw,
         side_files=find_side_files(folder),
@@ -208,17 +253,19 @@ def _of_folder(folder: Path, bare: _Skeleton, others: Around) -> Source:
     return Source(subject, owned=True, dtypes=bare.dtypes, notes=bare.notes)
 
 
-def loaded_from(model: Any, folder: Path | None) -> Source:
-    """Make a source of a model that transformers reads by itself.
+def loaded_from(model: Any, folder: Path | None, kind: str = "transformers") -> Source:
+    """Make a source of a model that its library reads by itself.
 
     Args:
         model: built like it; on meta.
         folder: that the weights are read from; None where they come from memory.
+        kind: `transformers` or `diffusers`.
     """
     name = type(model).__name__
     if folder is None:
-        return Source(Subject(model, "transformers", origin=Origin(name)))
-    known_as, commit = str(model.config.name_or_path), getattr(model.config, "_commit_hash", None)
+        return Source(Subject(model, kind, origin=Origin(name)))
+    known_as = str(getattr(model.config, "name_or_path", ""))
+    commit = getattr(model.config, "_commit_hash", None)
     origin = _local_origin(name, folder)
     if commit is not None and is_repo_id(known_as) and not Path(known_as).is_dir():
         origin = replace(origin, repo_id=known_as, sha=commit)
@@ -228,7 +275,7 @@ def loaded_from(model: Any, folder: Path | None) -> Source:
     raw = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else None
     subject = Subject(
         model,
-        "transformers",
+        kind,
         folder=folder,
         config=raw,
         side_files=find_side_files(folder),

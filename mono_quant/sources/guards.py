@@ -1,7 +1,7 @@
 """What cannot be converted as it is given: one typed error each, saying what to do instead."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,15 @@ from mono_quant.planning.walk import is_transformers_model
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
+# The file that lists the parts of a diffusers pipeline.
+PIPELINE = "model_index.json"
+
 _SIZES = re.compile(
     r"hidden_size|intermediate_size|vocab_size|d_model|d_ff|d_kv|n_embd|n_inner|.*ffn_dim|dim|embed_dim|head_dim|"
-    r"n_head|num_(.*_)?heads|num_labels|.*_head_dim"
+    r"n_head|num_(.*_)?heads|num_labels|.*_head_dim|.*_channels|sample_size|.*_embed_dim"
 )
 _DEPTHS = re.compile(
-    r"num_hidden_layers|num_layers|n_layers?|.*_layers|num_experts|num_local_experts|n_routed_experts"
+    r"num_hidden_layers|num_layers|n_layers?|.*_layers|num_experts|num_local_experts|n_routed_experts|.*layers_per_block"
 )
 
 
@@ -138,9 +141,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterAttachedError(
             f"{folder} holds a PEFT adapter; merge it into its base model first and pass the result"
         )
-    if "model_index.json" in names:
+    if PIPELINE in names:
         raise UnsupportedModelError(
-            f"{folder} is a diffusers pipeline; load it with diffusers and quantize a component, e.g. quantize(pipe.unet)"
+            pipeline_text(str(folder), sorted(p.parent.name for p in folder.glob("*/config.json")))
+            + " The folder of one model in it can be given, too"
         )
     if "config.json" not in names:
         if not any(n.endswith(".safetensors") for n in names):
@@ -150,16 +154,27 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"load the model yourself and pass the object"
         )
     raw = read_json_object(folder / "config.json")
-    if "_class_name" in raw:
-        raise UnsupportedModelError(
-            f"{folder} is a diffusers {raw['_class_name']}; load it with diffusers and pass the object"
-        )
     method = method_of(raw, names)
     if method:
         ours = method == FORMAT or method == STANDARD and not ct_problems(raw["quantization_config"])
         remedy = f"use load({str(folder)!r}) to run it" if ours else way_out(method)
         raise AlreadyQuantizedError(f"{folder} is quantized already (quant_method {method!r}); {remedy}")
     return raw
+
+
+def pipeline_text(subject: str, parts: Sequence[str]) -> str:
+    """Say what to do with a pipeline of diffusers, which is several models.
+
+    Args:
+        subject: what it is called.
+        parts: names of the models in it.
+    """
+    part = next((p for p in ("transformer", "unet", "prior", *parts) if p in parts), "transformer")
+    return (
+        f"{subject} is a diffusers pipeline of several models ({', '.join(parts) or 'none'}). Convert those that do the work, and run "
+        f"it with them: result = quantize(pipe.{part}); pipe.{part} = result.model. Each is saved by itself: result.save(folder), and "
+        f"comes back with pipe.{part} = load(folder)."
+    )
 
 
 def _refuse_file(path: Path) -> None:
@@ -222,4 +237,7 @@ def check_proportion(folder: Path, raw: Mapping[str, Any], shapes: Shapes) -> No
 def _integers(value: Any, key: str = "") -> list[tuple[str, int]]:
     if isinstance(value, Mapping):
         return [found for k, v in value.items() for found in _integers(v, str(k))]
+    if isinstance(value, (list, tuple)):
+        # in a list, a number below zero counts from the end
+        return [(k, n) for v in value for k, n in _integers(v, key) if n >= 0]
     return [(key, value)] if isinstance(value, int) and not isinstance(value, bool) else []

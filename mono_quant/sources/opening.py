@@ -26,9 +26,9 @@ from mono_quant.io.hub.client import is_repo_id
 from mono_quant.io.hub.repo import download, resolve
 from mono_quant.io.phases import phase
 from mono_quant.io.text import looks_like_token
-from mono_quant.planning.walk import is_transformers_model
+from mono_quant.planning.walk import is_diffusers_model, is_transformers_model
 from mono_quant.sources.folder import from_folder, preview_folder
-from mono_quant.sources.guards import check_module
+from mono_quant.sources.guards import check_module, pipeline_text
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.remote import from_hub, preview_hub
 from mono_quant.sources.source import ACCESS, Access, Preview, Source, Subject
@@ -63,6 +63,9 @@ def open_source(
                 opened = from_folder(Path(source), access, weights)
         opened.subject.processor = processor
         return opened
+    if any(c.__name__ == "DiffusionPipeline" for c in type(source).__mro__):
+        parts = [n for n, part in source.components.items() if isinstance(part, nn.Module)]
+        raise UnsupportedModelError(pipeline_text(f"the {type(source).__name__}", parts))
     if isinstance(source, Mapping):
         raise StateDictError(
             f"the {type(source).__name__} with {len(source)} entries is weights without the architecture they belong to; "
@@ -192,4 +195,5 @@ def _from_module(model: nn.Module, processor: Any) -> Source:
         origin = Origin(type(core).__name__)
         return Source(Subject(model, "sentence_transformer", name, processor=processor, origin=origin))
     kind = "transformers" if is_transformers_model(model) else "module"
+    kind = "diffusers" if is_diffusers_model(model) else kind
     return Source(Subject(model, kind, processor=processor, origin=Origin(type(model).__name__)))

@@ -4,9 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from mono_quant.errors import (
-    HubOfflineError,
-)
+from mono_quant.errors import HubOfflineError, UnsupportedModelError
 from mono_quant.hf.encoders import is_encoder_file
 from mono_quant.io.disk.allowed import BUFFERS, is_allowed
 from mono_quant.io.hub.client import Hub
@@ -15,7 +13,7 @@ from mono_quant.io.phases import phase
 from mono_quant.io.tensors.headers import Span, parse_header_bytes
 from mono_quant.io.tensors.pickles import PICKLES
 from mono_quant.sources.folder import from_folder, from_headers, is_side_file
-from mono_quant.sources.guards import Shapes, refuse_pickles
+from mono_quant.sources.guards import PIPELINE, Shapes, pipeline_text, refuse_pickles
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Access, Preview, Source
 
@@ -23,6 +21,11 @@ from mono_quant.sources.source import Access, Preview, Source
 def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
     facts = resolve(repo_id, revision=access.revision, hub=access.client)
     names = {f.path for f in facts.files}
+    if PIPELINE in names:
+        parts = sorted(
+            n.removesuffix("/config.json") for n in names if n.count("/") == 1 and n.endswith("/config.json")
+        )
+        raise UnsupportedModelError(pipeline_text(f"{repo_id} at {facts.sha[:12]}", parts))
     safe = any(n.endswith(".safetensors") for n in names)
     if access.client.is_offline and not safe and not any(PICKLES.fullmatch(n) for n in names):
         raise HubOfflineError(

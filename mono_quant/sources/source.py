@@ -21,7 +21,7 @@ class Subject:
 
     Attributes:
         model: the module; on meta for a plan, and while its weights are in their files.
-        kind: `module`, `transformers` or `sentence_transformer`, which stands for every encoder of sentence-transformers.
+        kind: `module`, `transformers`, `diffusers` or `sentence_transformer`, which stands for every encoder of sentence-transformers.
         core_name: name of the part of `model` that is converted: the transformer inside a SentenceTransformer; empty for the
             whole.
         folder: where its files are; None for a model in memory.

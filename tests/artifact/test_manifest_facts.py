@@ -64,7 +64,7 @@ def test_what_should_be_a_word_and_is_none_is_named(key):
         Manifest.parse(MANIFEST.to_dict() | {key: 3}, FOLDER)
 
 
-@pytest.mark.parametrize("change", [{"kind": "diffusers"}, {"layout": "gguf"}])
+@pytest.mark.parametrize("change", [{"kind": "jax"}, {"layout": "gguf"}])
 def test_a_word_of_a_later_version_is_told_with_the_version(change):
     with pytest.raises(FormatVersionError, match=r"does not know; update mono_quant"):
         Manifest.parse(MANIFEST.to_dict() | change, FOLDER)

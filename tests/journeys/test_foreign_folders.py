@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mono_quant
+from mono_quant.convert.int8_layers import tensors_of
 from mono_quant.errors import AlreadyQuantizedError, CorruptCheckpointError, UnsupportedModelError
 
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
@@ -102,7 +103,7 @@ def theirs(name, folder):
 def ours(name, folder):
     model = mono_quant.load(folder)
     codes = load_file(folder / "model.safetensors")
-    held = {n: t for n, t in model.state_dict().items() if t.dtype == torch.int8}
+    held = {n: t for n, t in tensors_of(model).items() if t.dtype == torch.int8}
     assert held and all(torch.equal(t, codes[n]) for n, t in held.items())
     return run(model, FAMILIES[name].inputs())
 

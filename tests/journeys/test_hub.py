@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusion
 import huggingface_hub
 import pytest
 import torch
@@ -23,6 +24,7 @@ from safetensors.torch import load as load_bytes
 import mono_quant
 from mono_quant import errors
 from mono_quant.apps import commands
+from mono_quant.convert.int8_layers import tensors_of
 from mono_quant.io.hub.client import Hub
 from mono_quant.sources.source import Access
 
@@ -83,6 +85,28 @@ def cli(
     assert ANN not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def test_a_model_of_diffusers_goes_to_the_hub_and_back_and_a_pipeline_is_told_apart(
+    server: LoopbackHub,
+) -> None:
+    model = diffusion.build("dit")
+    server.add_repo("org/dit", files_of(model))
+    planned = mono_quant.plan("org/dit", token=ANN)
+    result = mono_quant.quantize_from_hub("org/dit", token=ANN, push_to="ann/dit-int8")
+    assert [(r.name, r.action) for r in planned.rows] == [(r.name, r.action) for r in result.report.rows]
+    loaded = mono_quant.load("ann/dit-int8", token=ANN)
+    expected = tensors_of(mono_quant.dynamic_quantize(model)[0])
+    assert all(torch.equal(t, expected[n]) for n, t in tensors_of(loaded).items())
+    assert "diffusion_pytorch_model.safetensors" in server.repo("ann/dit-int8").files()
+    assert mono_quant.inspect("ann/dit-int8", token=ANN).facts["class"] == "DiTTransformer2DModel"
+    parts = {f"{part}/{name}": data for part in ("unet", "vae") for name, data in files_of(model).items()}
+    server.add_repo("org/pipe", parts | {"model_index.json": b"{}"})
+    for verb in (mono_quant.plan, mono_quant.quantize_from_hub):
+        with pytest.raises(
+            errors.UnsupportedModelError, match=r"org/pipe at .*\(unet, vae\).*quantize\(pipe\.unet\)"
+        ):
+            verb("org/pipe", token=ANN)
 
 
 def test_id_to_int8_to_hub_and_back_bit_for_bit(server: LoopbackHub, tmp_path: Path) -> None:

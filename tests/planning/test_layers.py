@@ -1,5 +1,6 @@
 """What counts as a layer: exact names, kinds, sizes, default rules and reasons, on plain and transformers models."""
 
+import diffusion
 import pytest
 import torch
 import transformers as hf
@@ -278,6 +279,42 @@ def test_a_layer_with_the_name_of_a_head_is_one(name):
 def test_the_last_layer_below_a_head_is_the_head():
     head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     assert rules(stack(classifier=head)) == {"classifier.2": {"head"}}
+
+
+def test_the_projection_of_a_block_is_no_head_and_that_of_the_whole_model_is():
+    blocks = nn.ModuleList(nn.ModuleDict({"proj_out": nn.Linear(8, 8)}) for _ in range(2))
+    assert rules(stack(blocks=blocks, proj_out=nn.Linear(8, 2))) == {"proj_out": {"head"}}
+
+
+def test_in_a_sequence_of_whole_models_the_last_head_is_the_output():
+    model = nn.Sequential(stack(classifier=nn.Linear(8, 8)), stack(classifier=nn.Linear(8, 8)))
+    assert rules(model) == {"1.classifier": {"head"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("dit", {"proj_out_2"}),
+        ("flux", {"proj_out"}),
+        ("sd3", {"proj_out"}),
+        ("wan", {"proj_out"}),
+        ("unet", set()),
+        ("vae", set()),
+    ],
+)
+def test_of_a_diffusion_model_only_the_outermost_projection_is_a_head(name, heads):
+    assert {n for n, r in rules(diffusion.build(name)).items() if "head" in r} == heads
+
+
+def test_the_router_of_a_block_is_called_one():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_sparse_encoder_layers": 1}
+    config = hf.SwitchTransformersConfig(
+        vocab_size=32, **sizes, num_layers=1, num_decoder_layers=1, num_experts=2
+    )
+    with torch.device("meta"):
+        model = hf.SwitchTransformersForConditionalGeneration(config)
+    found = rules(model, "router.classifier")
+    assert found and set.union(*found.values()) == {"router"}
 
 
 def test_the_pooler_is_kept_and_a_head_of_attention_is_not_an_output():

@@ -8,13 +8,13 @@ import re
 # The folder of the buffers that belong to no checkpoint.
 BUFFERS = "mono_quant_buffers"
 
-_WEIGHTS = r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
+_WEIGHTS = r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors|(diffusion_pytorch_)?model\.safetensors\.index\.json"
 _BUFFERS = rf"{BUFFERS}/model\.safetensors"
 
 ALLOWED = (
     # the model's description
     r"config\.json|generation_config\.json",
-    # our weights and their index; a pickle can run code when it is read
+    # our weights and their index, as transformers and diffusers call them; a pickle can run code when it is read
     _WEIGHTS,
     # our manifest and report, the card
     r"mono_quant\.json|mono_quant_report\.json|README\.md",

@@ -12,12 +12,15 @@ from mono_quant.io.tensors.tensor_file import TensorEntry, file_image
 from mono_quant.io.text import printable
 
 
-def plan_shards(sizes: Mapping[str, int], max_shard_size: int | str) -> dict[str, list[str]]:
+def plan_shards(
+    sizes: Mapping[str, int], max_shard_size: int | str, stem: str = "model"
+) -> dict[str, list[str]]:
     """Decide which tensor goes into which file, in the order given.
 
     Args:
         sizes: tensor name -> bytes.
         max_shard_size: bytes, or text such as "5GB"; a larger tensor gets a file of its own.
+        stem: of the file names.
 
     Returns:
         File name -> tensor names: `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on.
@@ -31,7 +34,7 @@ def plan_shards(sizes: Mapping[str, int], max_shard_size: int | str) -> dict[str
         split = split_state_dict_into_shards_factory(
             dict(sizes),
             get_storage_size=int,
-            filename_pattern="model{suffix}.safetensors",
+            filename_pattern=f"{stem}{{suffix}}.safetensors",
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
@@ -39,18 +42,18 @@ def plan_shards(sizes: Mapping[str, int], max_shard_size: int | str) -> dict[str
             f"max_shard_size is {printable(max_shard_size)}; give a number of bytes, or text such as '5GB'"
         ) from error
     found: dict[str, list[str]] = split.filename_to_tensors
-    return found or {"model.safetensors": []}
+    return found or {f"{stem}.safetensors": []}
 
 
 def write_checkpoint(
-    folder: OutputFolder, entries: Sequence[TensorEntry], max_shard_size: int | str
+    folder: OutputFolder, entries: Sequence[TensorEntry], max_shard_size: int | str, stem: str = "model"
 ) -> dict[str, list[str]]:
     """Write tensors into shards, one tensor at a time, and the index if there is more than one.
 
     Args:
         folder: the folder under construction.
         entries: the tensors, in the order in which they fill the shards.
-        max_shard_size: see `plan_shards`.
+        max_shard_size, stem: see `plan_shards`.
 
     Returns:
         The plan that was written: file name -> tensor names.
@@ -63,7 +66,7 @@ def write_checkpoint(
     if len(by_name) != len(entries):
         raise OutputError(f"{len(entries) - len(by_name)} tensors share a name with another; rename them")
     sizes = {entry.name: entry.nbytes for entry in entries}
-    plan = plan_shards(sizes, max_shard_size)
+    plan = plan_shards(sizes, max_shard_size, stem)
     done, total = 0, sum(sizes.values())
     with phase("Saving") as went:
 
@@ -75,7 +78,7 @@ def write_checkpoint(
         for file, names in plan.items():
             write_tensors(folder, file, [by_name[name] for name in names], wrote)
     if len(plan) > 1:
-        write_index(folder, {name: file for file, names in plan.items() for name in names}, total)
+        write_index(folder, {name: file for file, names in plan.items() for name in names}, total, stem)
     return plan
 
 
@@ -107,10 +110,12 @@ def _told(chunks: Iterable[bytes | memoryview], wrote: Callable[[int], None]) ->
         wrote(len(chunk))
 
 
-def write_index(folder: OutputFolder, weight_map: Mapping[str, str], total_size: int) -> None:
+def write_index(
+    folder: OutputFolder, weight_map: Mapping[str, str], total_size: int, stem: str = "model"
+) -> None:
     """Write which file holds which tensor."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
-    folder.write_json(index_name("model"), index)
+    folder.write_json(index_name(stem), index)
 
 
 def index_name(stem: str) -> str:
