@@ -18,6 +18,7 @@ import mono_quant as mq
 from mono_quant.errors import (
     AdapterAttachedError,
     CorruptCheckpointError,
+    MissingDependencyError,
     PickleOnlyError,
     RemoteCodeError,
     UnsafeInputError,
@@ -172,6 +173,15 @@ def test_a_head_that_the_encoder_does_not_use_is_left_out(folder):
     assert heads
     with pytest.raises(CorruptCheckpointError, match=r"BertModel are missing: pooler\.dense"):
         mq.plan(folder)
+
+
+def test_without_the_library_it_is_asked_for(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    for verb in (mq.plan, mq.quantize):
+        with pytest.raises(
+            MissingDependencyError, match=r"is a SentenceTransformer.*pip install sentence-transformers"
+        ):
+            verb(folder)
 
 
 def test_the_encoder_decides_which_class_it_has_inside(folder):

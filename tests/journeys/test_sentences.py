@@ -198,6 +198,23 @@ def test_an_int8_checkpoint_of_others_is_the_encoder_that_it_describes(made: Mad
 
 
 @pytest.mark.parametrize("name", ["dense", "reranker", "splade"])
+def test_sentence_transformers_by_itself_computes_with_the_weights_that_the_codes_stand_for(
+    made: Made, name: str, tmp_path: Path
+) -> None:
+    model, folder = made(name)
+    out = mq.quantize(folder, **QUIET).save(tmp_path / "out")
+    stored = load_file(out / "model.safetensors")
+    expected = copy.deepcopy(model)
+    for key, tensor in expected[0].auto_model.state_dict().items():
+        if f"{key}_scale" in stored:
+            tensor.copy_(stored[key].float() * stored[f"{key}_scale"].float().view(-1, 1))
+    theirs = type(model)(str(out), device="cpu")
+    assert int8_layers(theirs) == 0
+    assert relative_error(answers(expected), answers(theirs)) < 1e-5
+    assert relative_error(answers(model), answers(theirs)) > 1e-7
+
+
+@pytest.mark.parametrize("name", ["dense", "reranker", "splade"])
 def test_plain_calls_of_sentence_transformers_run_int8_after_the_opt_in(
     made: Made, name: str, tmp_path: Path
 ) -> None:
