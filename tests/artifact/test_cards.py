@@ -81,7 +81,9 @@ def test_golden_metadata_says_what_report_and_manifest_say(folder: Path) -> None
     vanilla = (
         manifest["layout"] != "mono_quant" and manifest["kind"] == "transformers" and "moe" not in folder.name
     )
-    assert data["library_name"] == ("transformers" if vanilla else "mono_quant")
+    is_encoder = manifest["kind"] == "sentence_transformer"
+    library = "sentence-transformers" if is_encoder else "transformers" if vanilla else "mono_quant"
+    assert data["library_name"] == library
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda p: p.name)
