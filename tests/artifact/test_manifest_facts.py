@@ -26,10 +26,11 @@ MANIFEST = Manifest(
     Origin("Tiny", "org/tiny", "0" * 40),
     {"dtype": "int8"},
     {"torch": "2"},
-    ("input_ids",),
-    True,
-    torch.bfloat16,
-    {"config.json": {"size": 1, "sha256": "0"}},
+    inputs=("input_ids",),
+    generates=True,
+    encoder="CrossEncoder",
+    built=torch.bfloat16,
+    files={"config.json": {"size": 1, "sha256": "0"}},
     narrowed={"b.weight": torch.float32},
 )
 

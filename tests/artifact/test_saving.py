@@ -6,11 +6,11 @@ import shutil
 import pytest
 import tokenizers
 import torch
-import transformers
 import transformers as hf
 from models import FAMILIES, Cnn, Lstm, is_plain, relative_error, run, seeded, snapshot, tiny_llama
 from safetensors.torch import load_file
 from saved import EACH, INDEX, KINDS, MANIFEST, QUIET, WEIGHTS, factory, read, saved_once
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import mono_quant as mq
 from mono_quant.artifact import inspection
@@ -114,7 +114,7 @@ def small_bert():
     """With a tokenizer in memory, so that somebody else's writing is among the operations."""
     vocabulary = {word: i for i, word in enumerate(["[UNK]", "[PAD]", "a", "b"])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]"
     )
     return mq.quantize(FAMILIES["bert"].build(), processor=tokenizer, **QUIET)
@@ -216,7 +216,9 @@ def dinov2():
     [(granite, []), (qwen2_moe, ["experts"]), (llama4, []), (dinov2, [])],
     ids=["granite", "qwen2 without experts", "llama4", "dinov2"],
 )
-def test_what_transformers_cannot_load_beside_int8_is_written_in_our_own_layout(make, skip, tmp_path):
+def test_what_transformers_cannot_load_beside_int8_is_written_in_our_own_layout(
+    make, skip, tmp_path, monkeypatch
+):
     model = seeded(make).eval()
     result = mq.quantize(model, skip=skip, disable_defaults=["small"], **QUIET)
     folder = result.save(tmp_path / "out")
@@ -230,5 +232,10 @@ def test_what_transformers_cannot_load_beside_int8_is_written_in_our_own_layout(
     with torch.no_grad():
         ours, theirs, original = (m(**x)[0] for m in (result.model, loaded, model))
     assert torch.equal(ours, theirs) and relative_error(original, ours) < 0.05
+    # with mono_quant imported, transformers itself can; without, it stops at the shape
+    with torch.no_grad():
+        at_home = type(model).from_pretrained(folder)(**x)[0]
+    torch.testing.assert_close(at_home, theirs, rtol=0, atol=1e-6)
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "mono_quant")
     with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
         type(model).from_pretrained(folder)
