@@ -46,7 +46,7 @@ def test_shards_come_back_bit_for_bit(base, name, dtype, tmp_path):
         assert sum(sizes) <= limit or len(sizes) == 1
     assert torch.equal(run(mq.load(folder, model=factory(name)), inputs), run(result.model, inputs))
     if name == "llama":
-        theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+        theirs = hf.LlamaForCausalLM.from_pretrained(folder)
         assert relative_error(run(result.model, inputs), run(theirs, inputs)) < 0.05
 
 
