@@ -252,6 +252,8 @@ def test_reasons_and_notes_name_flags(run, source, saved):
         (("--dtype", "int4"), "--dtype is 'int4'; use 'int8' or 'fp16'"),
         (("--origin", "disk"), "--origin is 'disk'; use 'hub' or 'local'"),
         (("--on-nonfinite", "x"), "--on-nonfinite is 'x'; use one of 'error', 'keep'"),
+        (("--kept", "int4"), "--kept is 'int4'; use one of 'same', 'fp16', 'bf16'"),
+        (("--dtype", "fp16", "--kept", "bf16"), "--kept bf16 is about what int8 leaves in float"),
         (("--on-overflow", "x"), "--on-overflow is 'x'; use one of 'keep', 'error'"),
     ],
 )
