@@ -235,6 +235,9 @@ def test_reasons_and_notes_name_flags(run, source, saved):
     shown = run("inspect", "out")[1]
     assert "(fewer than --min-params 999999 weights)" in shown
     assert "min_params=" not in out + shown
+    command = ("quantize", source, "--output", "half", "--kept", "fp16", "--no-fidelity")
+    for out in (run(*command)[1], run("inspect", "half")[1]):
+        assert "embedding: int8 only on request (--embeddings); stored in float16 on request" in out
     # what a person wrote is theirs
     out = run("plan", source, "--skip", "re:(embeddings=True)?lm_head")[1]
     assert "skipped by the user: re:(embeddings=True)?lm_head" in out
