@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mono_quant.convert.contract import Outcome, Task
 from mono_quant.convert.halves import cast, hold_
 from mono_quant.convert.stored import StoredModule
-from mono_quant.errors import NonFiniteWeightError
+from mono_quant.errors import NonFiniteWeightError, Words
 from mono_quant.planning.config import HALVES
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.report import TensorReport, dtype_name
@@ -119,7 +119,7 @@ def _joined(
 ) -> Outcome:
     said = dict.fromkeys(found, f"stored in {dtype_name(_half(task))} on request") if found else {}
     reasons = {
-        name: f"{outcome.reasons.get(name, task.rows[name].reason)}; {what}"
+        name: Words(outcome.reasons.get(name, task.rows[name].reason), f"; {what}")
         for name, what in {**said, **problems}.items()
     }
     return Outcome({**outcome.done, **found}, {**outcome.reasons, **reasons})

@@ -165,7 +165,7 @@ def _check_class(file: Path, reference: Any, kind: str) -> None:
     if not isinstance(reference, str) or not _CLASS.fullmatch(reference):
         raise RemoteCodeError(
             f"{file} names the module {printable(reference)}, which is none of sentence-transformers'. Nothing of it was "
-            f"imported. Read its code; {_OBJECT.format(kind)} (trust_remote_code=True)"
+            f"imported. Read its code; {_OBJECT.format(kind)}"
         )
 
 

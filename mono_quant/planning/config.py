@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mono_quant.errors import ConfigError, Name
+from mono_quant.errors import ConfigError, Name, Option
 from mono_quant.planning.rules import Rules
 
 DTYPES = ("int8", "fp16")
@@ -109,7 +109,8 @@ class QuantizationConfig:
         _one_of("kept", self.kept, ("same", *HALVES))
         if self.dtype == "fp16" and self.kept == "bf16":
             raise ConfigError(
-                "kept='bf16' is about what int8 leaves in float; fp16 stores all that fits in float16. Leave it out"
+                Option("kept", "bf16"),
+                " is about what int8 leaves in float; fp16 stores all that fits in float16. Leave it out",
             )
         self.rules()
 

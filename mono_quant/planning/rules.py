@@ -204,10 +204,12 @@ def _too_few(weights: int) -> str:
 
 def reread(reason: str) -> str:
     """Return a reason as this module gave it, from the text that a report holds: with the options that it speaks of."""
-    asked = re.fullmatch(r"fewer than min_params=(\d+) weights", reason)
+    # what else became of a tensor follows the reason why it was kept
+    asked = re.fullmatch(r"fewer than min_params=(\d+) weights((?:; .*)?)", reason)
     if asked:
-        return _too_few(int(asked[1]))
-    return next((known for known in DEFAULTS.values() if known == reason), reason)
+        return Words(_too_few(int(asked[1])), asked[2])
+    known = next((known for known in DEFAULTS.values() if f"{reason}; ".startswith(f"{known}; ")), None)
+    return reason if known is None else Words(known, reason.removeprefix(known))
 
 
 def container_reason(names: Iterable[str], modules: Mapping[str, str], rules: Rules) -> str:

@@ -235,6 +235,9 @@ def test_reasons_and_notes_name_flags(run, source, saved):
     shown = run("inspect", "out")[1]
     assert "(fewer than --min-params 999999 weights)" in shown
     assert "min_params=" not in out + shown
+    command = ("quantize", source, "--output", "half", "--kept", "fp16", "--no-fidelity")
+    for out in (run(*command)[1], run("inspect", "half")[1]):
+        assert "embedding: int8 only on request (--embeddings); stored in float16 on request" in out
     # what a person wrote is theirs
     out = run("plan", source, "--skip", "re:(embeddings=True)?lm_head")[1]
     assert "skipped by the user: re:(embeddings=True)?lm_head" in out
@@ -252,6 +255,8 @@ def test_reasons_and_notes_name_flags(run, source, saved):
         (("--dtype", "int4"), "--dtype is 'int4'; use 'int8' or 'fp16'"),
         (("--origin", "disk"), "--origin is 'disk'; use 'hub' or 'local'"),
         (("--on-nonfinite", "x"), "--on-nonfinite is 'x'; use one of 'error', 'keep'"),
+        (("--kept", "int4"), "--kept is 'int4'; use one of 'same', 'fp16', 'bf16'"),
+        (("--dtype", "fp16", "--kept", "bf16"), "--kept bf16 is about what int8 leaves in float"),
         (("--on-overflow", "x"), "--on-overflow is 'x'; use one of 'keep', 'error'"),
     ],
 )

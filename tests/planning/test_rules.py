@@ -2,7 +2,7 @@
 
 import pytest
 
-from mono_quant.errors import ConfigError, PatternError, worded
+from mono_quant.errors import ConfigError, PatternError, Words, worded
 from mono_quant.planning.rules import DEFAULTS, MIN_PARAMS, MIN_ROW, Layer, Rules, reread, select, user_reason
 
 BIG = {"rows": 128, "depth": 128}
@@ -252,7 +252,8 @@ def test_rules_that_make_no_sense_are_refused(rules, message):
 
 
 def test_a_reason_read_from_a_report_speaks_of_its_options_again():
-    for given in (DEFAULTS["embedding"], user_reason(("b",), "X", 9, Rules(min_params=10))):
+    reasons = [DEFAULTS["embedding"], user_reason(("b",), "X", 9, Rules(min_params=10))]
+    for given in (*reasons, *(Words(reason, "; stored in float16 on request") for reason in reasons)):
         read = reread(str(given))
         assert read == given
         assert worded(read, lambda option: option.name.upper()) == worded(
@@ -261,6 +262,7 @@ def test_a_reason_read_from_a_report_speaks_of_its_options_again():
         assert worded(read, lambda option: option.name.upper()) != given
     for other in ("skipped by the user: fewer than min_params=10 weights", "bias", ""):
         assert reread(other) is other
+    assert reread(DEFAULTS["head"]) == DEFAULTS["head"]
 
 
 def test_user_reason_alone_ignores_sizes_it_does_not_know():
