@@ -114,9 +114,7 @@ def small_bert():
     """With a tokenizer in memory, so that somebody else's writing is among the operations."""
     vocabulary = {word: i for i, word in enumerate(["[UNK]", "[PAD]", "a", "b"])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer = hf.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]"
-    )
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]")
     return mq.quantize(FAMILIES["bert"].build(), processor=tokenizer, **QUIET)
 
 
