@@ -192,7 +192,8 @@ def test_a_checkpoint_of_compressed_tensors_with_int8_tables_loads_as_int8(tmp_p
         state = load_file(folder / "model.safetensors")
         held = {n: t for n, t in loaded.state_dict().items() if t.dtype == torch.int8}
         assert held.keys() == {f"{module}.weight" for module in codes_in(folder)}
-        assert all(torch.equal(t, state[n]) for n, t in held.items())
+        # flat in a state dict, so that no float model is filled with them
+        assert [n for n, t in held.items() if not torch.equal(t, state[n].flatten())] == []
         assert any(isinstance(m, Int8Embedding) for m in loaded.modules())
         theirs = type(FAMILIES["bert"].build()).from_pretrained(folder).eval()
         assert relative_error(run(theirs, inputs), run(loaded, inputs)) < 0.01
