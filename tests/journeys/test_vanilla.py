@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from models import FAMILIES, relative_error, seeded, transformer
 from roads import ROADS
-from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers import SentenceTransformer
 
 import mono_quant as mq
 from mono_quant.hf import compressed_tensors
@@ -83,12 +83,6 @@ def meant_(model, report):
     return model
 
 
-def cross_encoder():
-    return hf.BertForSequenceClassification(
-        hf.BertConfig(**transformer | {"vocab_size": 30522}, num_labels=1)
-    )
-
-
 def saved(model, folder, **options):
     result = mq.quantize(model, fidelity=False, **options)
     result.save(folder)
@@ -100,7 +94,7 @@ def outputs(tmp_path_factory, minilm):
     """By folder: what comes out there, and what float models with the same weights give here."""
     base, meant = tmp_path_factory.mktemp("vanilla"), {}
     with torch.no_grad():
-        for name in ROADS.keys() - {"sentence", "pipeline", "cross"}:
+        for name in ROADS.keys() - {"sentence", "pipeline"}:
             model = build(name)
             report = saved(model, base / name)
             meant[name] = ROADS[name](meant_(copy.deepcopy(model), report))
@@ -110,12 +104,6 @@ def outputs(tmp_path_factory, minilm):
         shutil.copytree(base / "sentence", base / "pipeline")
         tokens = encoder.tokenizer(roads.SENTENCES[:1], return_tensors="pt")
         meant["pipeline"] = whole[0].auto_model(**tokens).last_hidden_state
-        model = seeded(cross_encoder).eval()
-        report = saved(model, base / "cross", processor=encoder.tokenizer)
-        reference = tmp_path_factory.mktemp("meant")
-        meant_(model, report).save_pretrained(reference)
-        encoder.tokenizer.save_pretrained(reference)
-        meant["cross"] = ROADS["cross"](CrossEncoder(str(reference), device="cpu"))
     saved(FAMILIES["qwen3_moe"].build(), base / "llama-experts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compressed_tensors, "_WHILE_LOADING", {})

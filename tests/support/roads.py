@@ -17,7 +17,6 @@ import transformers as hf
 from torch import Tensor
 
 SENTENCES = ["The weather is lovely today.", "He drove to the stadium, and it was late."]
-PAIRS = [(SENTENCES[0], SENTENCES[1]), (SENTENCES[1], SENTENCES[1])]
 
 
 def _random(*shape: int, high: int = 0) -> Tensor:
@@ -66,7 +65,6 @@ ROADS: Mapping[str, Callable[[Any], Tensor]] = {
     "detr": lambda m: m(PIXELS).logits,
     "sentence": lambda m: m.encode(SENTENCES, convert_to_tensor=True),
     "pipeline": lambda m: m(SENTENCES[0], return_tensors=True)[0],
-    "cross": lambda m: m.predict(PAIRS, convert_to_tensor=True),
 }
 
 
@@ -74,8 +72,6 @@ def vanilla(name: str, folder: Path) -> Any:
     """Load a folder as its own library does."""
     if name == "sentence":
         return sentence_transformers.SentenceTransformer(str(folder), device="cpu")
-    if name == "cross":
-        return sentence_transformers.CrossEncoder(str(folder), device="cpu")
     if name == "pipeline":
         return hf.pipeline("feature-extraction", str(folder), device="cpu")
     cls = getattr(hf, json.loads((folder / "config.json").read_text())["architectures"][0])
