@@ -37,6 +37,7 @@ MODELS = {
     "conv1d of gpt2": lambda: seeded(gpt2),
     "experts": FAMILIES["mixtral"].build,
     "attention": FAMILIES["encoder"].build,
+    "recurrent": FAMILIES["lstm"].build,
     "diffusion": lambda: diffusion.build("dit"),
 }
 EVERY = pytest.mark.parametrize("name", MODELS)

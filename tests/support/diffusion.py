@@ -84,16 +84,21 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, **changes: Any) -> nn.Module:
+    """Return the same model every time."""
+    return enlivened(lambda: MODELS[name](**changes))
+
+
+def enlivened(make: Callable[[], nn.Module]) -> nn.Module:
     """Return the same model every time; what starts as zero (gates, last layers) is random, so that errors show."""
 
-    def make() -> nn.Module:
-        model = MODELS[name](**changes)
+    def made() -> nn.Module:
+        model = make()
         for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.05)
         return model
 
-    return seeded(make).eval()
+    return seeded(made).eval()
 
 
 def save(tensors: Mapping[str, Tensor], file: Path) -> None:
