@@ -80,7 +80,7 @@ def save(
     sources = [subject.folder] if subject.folder else []
     opened = new_folder(target, overwrite=overwrite, sources=sources, merges=[README])
     with at_rest(subject.model):
-        _save(opened, Path(target), subject, report, config, max_shard_size)
+        _save(opened, target, subject, report, config, max_shard_size)
     return Path(target)
 
 
@@ -103,12 +103,12 @@ def save_beside(
     """
     subject = _as_saved(subject)
     with at_rest(subject.model):
-        _save(shared_folder(target), Path(target), subject, report, config, max_shard_size)
+        _save(shared_folder(target), target, subject, report, config, max_shard_size)
 
 
 def _save(
     opened: AbstractContextManager[OutputFolder],
-    target: Path,
+    target: str | Path,
     subject: Subject,
     report: QuantReport,
     config: QuantizationConfig,
@@ -133,7 +133,7 @@ def _save(
         _write_side_files(folder, subject)
         write_values(folder, buffers.values)
         about = card_facts(subject, report, config, layout, "tokenizer_config.json" in folder.files)
-        folder.write_text(README, _card(target, about))
+        folder.write_text(README, _card(Path(target), about))
         folder.write_text(REPORT, report.to_json())
         folder.manifest |= Manifest(
             type(subject.core).__name__,
