@@ -276,7 +276,9 @@ def test_an_own_class_is_filled_by_load(make, dtype, tmp_path):
     assert torch.equal(run(result.model, inputs), run(loaded, inputs))
     check_loads(folder, Manifest.read(folder), result.model)
     loaded.save_pretrained(tmp_path / "other")
-    assert snapshot(tmp_path / "other") == snapshot(folder)
+    again, first = snapshot(tmp_path / "other"), snapshot(folder)
+    # the manifest has the dtype that the reader's code built the class in, which is the reader's
+    assert {n for n in first.keys() | again.keys() if first.get(n) != again.get(n)} <= {"mono_quant.json"}
 
 
 def test_a_part_that_transformers_does_not_name_is_filled_by_load(tmp_path):
