@@ -6,6 +6,7 @@
     python scripts/benchmark.py convert --cpu avx2
     python scripts/benchmark.py models --models minilm --batches 1 --stacks ours onnxruntime
     python scripts/benchmark.py sentences
+    python scripts/benchmark.py loading --gigabytes 2.2
 
 Competitors of one row run in turn, round after round, so that a disturbance hits all of them; the numbers are medians
 (`--best` takes minima, for a machine that is shared). `models` gives every stack a process of its own, or with `--rounds` several
@@ -22,6 +23,7 @@ from bench import plots
 from bench.cases import CASES
 from bench.conversion import run_convert
 from bench.limits import processor
+from bench.loading import WAYS, run_loading
 from bench.products import SHAPES, TOKENS, run_kernels
 from bench.restriction import NOTE, restrict, restricted
 from bench.sentences import COUNT, run_sentences
@@ -77,6 +79,14 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sentences", parents=[common])
     command.set_defaults(run=run_sentences, plot=plots.plot_sentences)
     command.add_argument("--count", type=count, default=COUNT)
+    command = commands.add_parser("loading", parents=[common])
+    command.set_defaults(run=run_loading, plot=plots.plot_loading)
+    command.add_argument("--gigabytes", type=float, default=2.2, help="of the float checkpoint")
+    command.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    command.add_argument("--rounds", type=count, default=3)
+    command.add_argument(
+        "--scratch", type=Path, help="folder for the checkpoints; the system's when not given"
+    )
     command = commands.add_parser("worker", parents=[common])
     command.set_defaults(run=run_worker)
     for name in ("--model", "--stack", "--reference"):

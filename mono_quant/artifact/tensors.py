@@ -77,7 +77,7 @@ def read_tensors(checkpoint: Checkpoint, manifest: Manifest | None) -> dict[str,
         manifest: of its folder; None for a foreign checkpoint, whose codes are those with scales beside them.
     """
     folder = checkpoint.folder
-    tensors = {name: checkpoint[name] for name in checkpoint}
+    tensors = checkpoint.read()
     if manifest is None:
         # checked before: they are zero
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(ZERO_POINT)}

@@ -179,3 +179,14 @@ def plot_sentences(result: Row, file: Path) -> None:
     axes[0][0].set_ylim(0.8, 1.0)
     axes[0][0].legend(frameon=False)
     figure.savefig(file, dpi=130)
+
+
+def plot_loading(result: Row, file: Path) -> None:
+    """Draw the memory and the time of every way, one bar each."""
+    rows = [row for row in result["rows"] if "skipped" not in row]
+    figure, axes = _figure(1, 2, (9, 3.6), _title(result))
+    for place, (key, label) in enumerate((("anonymous", "MiB that cannot be given back"), ("seconds", "s"))):
+        axes[0][place].barh([row["way"] for row in rows], [row[key] for row in rows])
+        axes[0][place].invert_yaxis()
+        axes[0][place].set_xlabel(label)
+    figure.savefig(file, dpi=130)

@@ -13,7 +13,8 @@ import os
 import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,8 @@ from mono_quant.io.text import SHOWN, listed, printable
 # The index of the largest known model has 9 MB, so it gets more room than other JSON.
 MAX_INDEX_BYTES = 64 << 20
 
+# As many as transformers uses.
+_READERS = 4
 # Bytes from which a tensor gets pages of its own.
 _OWN_MAPPING = 1 << 20
 
@@ -133,6 +136,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                 "fetch the file again"
             )
         return data.view(header.dtype).reshape(header.shape)
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """Read all tensors, several at a time; see `__getitem__`."""
+        with ThreadPoolExecutor(_READERS) as readers:
+            return dict(zip(self.headers, readers.map(self.__getitem__, self.headers), strict=True))
 
     def stored(self) -> dict[str, StoredTensor]:
         """Return all tensors, to be read when they are needed."""
@@ -319,6 +327,10 @@ def _empty(size: int, name: str) -> torch.Tensor:
             return torch.empty(size, dtype=torch.uint8)
         # goes back to the system when it is freed: among smaller things that stay, the heap would keep it
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # a kernel without large pages refuses, and small ones do
+            with suppress(OSError):
+                pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=torch.uint8)
     except (RuntimeError, MemoryError, OSError) as error:
         raise LimitExceededError(
