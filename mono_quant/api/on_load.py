@@ -215,10 +215,17 @@ def _classes() -> tuple[type[Any], type[Any]]:
             # of a checkpoint of ours: codes lie flat in it, and the layer gives them their shape
             owner, own = param_name.rpartition(".")[::2]
             module = model.get_submodule(owner)
-            return self.arrival is None and isinstance(module, Int8Module) and own in module.held
+            return (
+                self.arrival is None
+                and isinstance(module, Int8Module)
+                and own.removesuffix("_scale") in module.held
+            )
 
         def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
-            if self.arrival is not None and param_name in self.arrival.names:
+            coming = self.arrival is not None and param_name in self.arrival.names
+            owner, own = param_name.rpartition(".")[::2]
+            module = model.get_submodule(owner)
+            if coming or (isinstance(module, Int8Module) and own in module.held):
                 return 1
             return float(param.element_size())
 

@@ -111,11 +111,18 @@ class Int8Module(StoredModule):
     def _misfit(self, name: str, param: Tensor) -> str:
         # scales come in the dtype of their checkpoint
         is_scale = name not in self.held and param.is_floating_point()
-        return super()._misfit(name, param.float() if is_scale else self._shaped(name, param))
+        return super()._misfit(name, self._as_scale(name, param) if is_scale else self._shaped(name, param))
+
+    def _as_scale(self, name: str, param: Tensor) -> Tensor:
+        """Return scales as the layer holds them; some write them without their last dimension, which is one."""
+        shape = self.stored(name).shape
+        return (param.unsqueeze(-1) if param.shape == shape[:-1] else param).float()
 
     def _settled(self, name: str, param: nn.Parameter) -> nn.Parameter:
-        if name not in self.held and param.dtype != torch.float32:
-            param = nn.Parameter(param.detach().float(), requires_grad=False)
+        if name not in self.held and (param.dtype != torch.float32 or param.dim() != self.stored(name).dim()):
+            tags = vars(param)
+            param = nn.Parameter(self._as_scale(name, param.detach()), requires_grad=False)
+            vars(param).update(tags)
         shaped = self._shaped(name, param.detach())
         if shaped.shape != param.shape:
             tags = vars(param)

@@ -65,6 +65,9 @@ class StoredModule(nn.Module):
         stored = self.stored(name)
         if stored.dtype == self.float_dtype:
             return self._restore(name)
+        if stored.is_meta:
+            # there is nothing to write into, and a loader asks for the parameters of a skeleton
+            return nn.Parameter(self._restore(name), requires_grad=False)
         sources = [
             stored,
             *(p for n, p in self._parameters.items() if n == f"{name}_scale" and p is not None),

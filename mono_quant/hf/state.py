@@ -62,7 +62,16 @@ def checkpoint_state(model: nn.Module, halves: Mapping[str, torch.dtype] | None 
     with quiet():
         reverted = revert_weight_conversion(twin, {n: t for n, t in state.items() if n not in apart})
     # at last, so that scales which are merged have one dtype
-    return narrow_scales(model, {**reverted, **{name: state[name] for name in apart}})
+    return narrow_scales(model, _with_columns({**reverted, **{name: state[name] for name in apart}}))
+
+
+def _with_columns(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give scales their last dimension back, which is one: some releases of transformers lose it where they split experts."""
+    for name, codes in state.items():
+        scale = state.get(f"{name}{SCALE}") if codes.dtype == torch.int8 else None
+        if scale is not None and codes.dim() == 2 and scale.dim() == 1:
+            state[f"{name}{SCALE}"] = scale.unsqueeze(-1)
+    return state
 
 
 def _conversions(model: nn.Module) -> list[Any]:

@@ -42,10 +42,11 @@ def quantize_tokens(x: Tensor, qmax: int = QMAX) -> tuple[Tensor, Tensor]:
     absmax = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
     finite = torch.isfinite(absmax)
     zero = absmax < qmax * 2.0**-126
-    # a tensor on both sides: `number / tensor` multiplies by a rounded reciprocal
-    inverse = torch.where(zero | ~finite, 0.0, torch.full_like(absmax, qmax) / absmax)
+    # a tensor on both sides: with a number on one, `/` multiplies by a rounded reciprocal
+    largest = torch.full_like(absmax, qmax)
+    inverse = torch.where(zero | ~finite, 0.0, largest / absmax)
     codes = (x * inverse).round_().clamp_(-qmax, qmax).nan_to_num_(0.0)
-    scale = torch.where(zero, 0.0, absmax / qmax).masked_fill_(~finite, float("nan"))
+    scale = torch.where(zero, 0.0, absmax / largest).masked_fill_(~finite, float("nan"))
     return codes.to(torch.int8 if qmax <= QMAX else torch.int16), scale
 
 

@@ -66,7 +66,8 @@ def quantize_rows(weight: Tensor, scale_dtype: torch.dtype | None = None) -> Row
         absmax = block.abs().amax(dim=1, keepdim=True)
         if not torch.isfinite(absmax).all():
             raise _non_finite(weight)
-        s = round_scale(absmax / QMAX, scale_dtype or weight.dtype)
+        # a tensor on both sides: `tensor / number` multiplies by a rounded reciprocal on a GPU
+        s = round_scale(absmax / torch.full_like(absmax, QMAX), scale_dtype or weight.dtype)
         zero = s < torch.finfo(torch.float32).tiny
         s = torch.where(zero, 1.0, s)
         # next to the largest float, 127 times a scale that was rounded up is infinite

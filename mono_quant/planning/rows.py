@@ -148,7 +148,7 @@ def _non_finite(rows: Sequence[TensorReport], model: nn.Module) -> list[str]:
     return [
         name
         for name, tensor, is_buffer in tensor_names(model)
-        if name in kept and tensor.is_floating_point() and tensor.numel()
+        if name in kept and tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
         if not _is_sound(tensor.detach(), is_buffer)
     ]
 

@@ -66,13 +66,14 @@ def test_a_model_without_head_is_described_as_the_inner_part_of_one_with_it_too(
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "vit", "whisper"])
-def test_a_model_with_a_head_is_named_once(name, tmp_path):
+def test_a_model_with_a_head_names_what_it_has_and_the_same_inside_its_prefix(name, tmp_path):
     model = FAMILIES[name].build()
     folder = saved(model, tmp_path / "out")
     stored = load_file(folder / "model.safetensors")
     ignored = config_of(folder)["quantization_config"]["ignore"]
     modules = dict(model.named_modules())
-    assert all(n in modules or f"{n}.weight" in stored for n in ignored)
+    prefixes = ("", f"{model.base_model_prefix}.")
+    assert all(any(f"{p}{n}" in modules or f"{p}{n}.weight" in stored for p in prefixes) for n in ignored)
     assert matched(model, folder) == quantized(folder)
 
 

@@ -145,6 +145,22 @@ def test_a_damaged_folder_is_one_clear_error_on_this_road_too(change, error, sav
         hf.AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_scales_may_come_without_their_last_dimension(name, saved, tmp_path):
+    def flatten(tensors):
+        tensors.update({n: t.squeeze(-1) for n, t in tensors.items() if n.endswith("_scale")})
+
+    folder = broken(saved(name), tmp_path, flatten)
+    (folder / "mono_quant.json").unlink()
+    inputs = FAMILIES[name].inputs()
+    expected = run(mq.load(saved(name)), inputs)
+    with mq.enable():
+        model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    for found in (model, mq.load(folder)):
+        assert {p.dim() for n, p in found.named_parameters() if n.endswith("weight_scale")} <= {2, 3}
+        torch.testing.assert_close(run(found, inputs), expected, rtol=0, atol=1e-6)
+
+
 SCALE = "model.layers.0.mlp.up_proj.weight_scale"
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
