@@ -56,7 +56,7 @@ ROOMS = {
         ["models"],
         ["state", "sentence", "around", "described"],
         ["remedies", "diffusion"],
-        ["floats"],
+        ["floats", "ties", "arithmetic"],
         ["marks"],
     ],
     "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"]],

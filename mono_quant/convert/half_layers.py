@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mono_quant import kernels
 from mono_quant.convert.forwards import AttentionForward, ExpertsForward, TransposedForm
 from mono_quant.convert.stored import StoredModule
-from mono_quant.errors import Fp16RangeError
+from mono_quant.errors import Fp16RangeError, FrozenWeightError
 
 Share = Callable[[Tensor], nn.Parameter]
 
@@ -136,7 +136,10 @@ class HalfEmbedding(_HalfWeight, nn.Embedding):  # type: ignore[override]
     def forward(self, input: Tensor) -> Tensor:
         """Map integer indices [...] to rows [..., D] in the dtype that the model computes in."""
         kernels.check_indices(input, type(self).__name__)
-        return F.embedding(input, self.stored("weight"), self.padding_idx).to(self.float_dtype)
+        rows = self.stored("weight")
+        if rows.requires_grad and rows.dtype != self.float_dtype:
+            raise FrozenWeightError(kernels.NO_GRADIENT)
+        return F.embedding(input, rows, self.padding_idx).to(self.float_dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

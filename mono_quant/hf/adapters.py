@@ -48,7 +48,7 @@ def refuse_adapters(model: nn.Module) -> None:
     if found:
         raise AdapterAttachedError(
             f"{type(model).__name__} has adapters attached: {found.lstrip()}. Save them alone (save_pretrained of the model that "
-            f"PEFT gave, or model.save_pretrained after add_adapter), or call merge_and_unload() first"
+            f"PEFT gave, save_lora_adapter in diffusers, or model.save_pretrained after add_adapter), or call merge_and_unload() first"
         )
 
 

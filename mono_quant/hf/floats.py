@@ -11,7 +11,8 @@ from mono_quant.convert.surgery import put_, relink_
 from mono_quant.hf.adapters import refuse_adapters
 from mono_quant.hf.diffusion import config_of, diffusion_skeleton
 from mono_quant.hf.models import skeleton
-from mono_quant.planning.walk import is_diffusers_model, module_aliases
+from mono_quant.planning.layers import declared_float32
+from mono_quant.planning.walk import is_diffusers_model, module_aliases, tensor_names
 
 
 def dequantize_(model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -19,7 +20,7 @@ def dequantize_(model: Any, dtype: torch.dtype | None = None) -> Any:
 
     Args:
         model: a converted model of transformers or diffusers.
-        dtype: of the weights; None for the one that they read as.
+        dtype: of all floats but those that the class needs in float32; None for the one that the weights read as.
 
     Returns:
         The model. Its weights are those that were computed with; what quantization rounded away does not come back.
@@ -46,7 +47,17 @@ def dequantize_(model: Any, dtype: torch.dtype | None = None) -> Any:
             put_(model, (name, *aliases[id(module)]), module, new)
     relink_(model, replaced)
     remove_casts_(model)
+    if dtype is not None:
+        _cast_(model, dtype)
     return model
+
+
+def _cast_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a float model a dtype as transformers does when it loads one: what is not saved stays as it is."""
+    fixed = declared_float32(model, dtype)
+    for name, tensor, _ in tensor_names(model):
+        if tensor.is_floating_point() and name not in fixed:
+            tensor.data = tensor.data.to(dtype)
 
 
 def _fill_(new: nn.Module, old: nn.Module, dtype: torch.dtype | None) -> None:

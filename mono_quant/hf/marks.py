@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from mono_quant.errors import ConfigError, FrozenWeightError, Option, UnsupportedModelError
 from mono_quant.hf import adapters
 from mono_quant.hf.adapters import is_adapter
+from mono_quant.hf.arithmetic import asked_for_dtype, tell_arithmetic_
 from mono_quant.hf.floats import dequantize_
 from mono_quant.hf.placing import parse_float
 from mono_quant.hf.quantizer import unmark_
+from mono_quant.hf.ties import holds_ties
+from mono_quant.planning.walk import is_diffusers_model
 
 # whoever makes a converted model comes by here, and PEFT may come later
 adapters.register()
@@ -42,6 +45,7 @@ _WITHOUT_EFFECT = {
 _SAVERS = ("save_pretrained", "push_to_hub", "save", "save_to_hub")
 # The loop of sentence-transformers that asks nobody before it trains.
 _TRAINERS = ("old_fit",)
+_ASKED = (*_SAVERS, *_TRAINERS, "tie_weights")
 _PUSH = ("private", "create_pr", "revision", "commit_message")
 
 
@@ -82,7 +86,7 @@ def mark_(model: nn.Module, core: nn.Module, dtype: str, keeper: Keeper | None =
         quantizer = (int8_class if dtype == "int8" else half_class)(config_class(dtype), pre_quantized=True)
         quantizer.watch(part, keeper if part is model else None)
         part.hf_quantizer = quantizer
-        for name in (*_SAVERS, *_TRAINERS):
+        for name in _ASKED:
             _ask_first_(type(part), name)
 
 
@@ -99,7 +103,9 @@ def _ask_first_(cls: type[Any], name: str) -> None:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **options: Any) -> Any:
         quantizer = vars(self).get("hf_quantizer")
-        if isinstance(quantizer, classes()[1:]) and not getattr(self, "_hf_peft_config_loaded", False):
+        # transformers saves the adapters alone then, diffusers everything
+        adapters_alone = getattr(self, "_hf_peft_config_loaded", False) and not is_diffusers_model(self)
+        if isinstance(quantizer, classes()[1:]) and not adapters_alone:
             return getattr(quantizer, name)(*args, **options)
         return original(self, *args, **options)
 
@@ -117,7 +123,8 @@ def mark_encoders_() -> None:
 
     @functools.wraps(original)
     def built(self: Any, *args: Any, **options: Any) -> None:
-        original(self, *args, **options)
+        with asked_for_dtype():
+            original(self, *args, **options)
         core = self.transformers_model
         inner = None if core is None else vars(core).get("hf_quantizer")
         if isinstance(inner, classes()[1:]) and inner.keeper is not None:
@@ -126,6 +133,7 @@ def mark_encoders_() -> None:
 
     built.marks = True  # type: ignore[attr-defined]
     BaseModel.__init__ = built
+    tell_arithmetic_(BaseModel)
 
 
 def _refuse_training(model: nn.Module, what: str) -> None:
@@ -265,6 +273,12 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
             _refuse_training(model, self.what)
             inspect.unwrap(type(model).old_fit)(model, *args, **options)
 
+        def tie_weights(self, *args: Any, **options: Any) -> None:
+            """Tie what is not converted, as the class does it; converted layers have been tied."""
+            model: Any = self.model
+            if not holds_ties(model):
+                inspect.unwrap(type(model).tie_weights)(model, *args, **options)
+
         def _keeper(self) -> Keeper:
             if self.keeper is None:
                 raise UnsupportedModelError(
@@ -295,7 +309,7 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
         def __setstate__(self, state: dict[str, Any]) -> None:
             self.__dict__.update(state)
             self._model = weakref.ref(state["_model"])
-            for name in (*_SAVERS, *_TRAINERS):
+            for name in _ASKED:
                 _ask_first_(type(state["_model"]), name)
 
     class Int8Converted(Converted):

@@ -6,12 +6,13 @@ its parts are its own affair.
 
 from mono_quant.kernels.choice import activation_bits, describe, describe_half, environment, using
 from mono_quant.kernels.encoding import cast_half, encode_rows
-from mono_quant.kernels.inputs import check_indices, check_input
+from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
 from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear, is_watched
 from mono_quant.kernels.reference import MAX_IN_FEATURES
 
 __all__ = [
     "MAX_IN_FEATURES",
+    "NO_GRADIENT",
     "activation_bits",
     "cast_half",
     "check_indices",

@@ -5,6 +5,10 @@ from torch import Tensor
 
 from mono_quant.errors import FrozenWeightError, InputError
 
+NO_GRADIENT = (
+    "the weight of a float16 or bfloat16 layer requires gradients, which it does not get; switch them off with "
+    ".requires_grad_(False) and train adapters, or convert the model after training"
+)
 INDICES = frozenset({torch.int64, torch.int32})
 
 

@@ -12,7 +12,7 @@ from torch.nn.grad import conv2d_input
 
 from mono_quant.errors import FrozenWeightError
 from mono_quant.kernels import paths
-from mono_quant.kernels.inputs import check_codes, check_halves, check_input
+from mono_quant.kernels.inputs import NO_GRADIENT, check_codes, check_halves, check_input
 
 
 def dequantized(weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -58,10 +58,7 @@ def half_backward(ctx: Any, grad: Tensor) -> Any:
         FrozenWeightError: the weight wants one.
     """
     if ctx.needs_input_grad[1]:
-        raise FrozenWeightError(
-            "the weight of a float16 layer requires gradients, which it does not get; switch them off with "
-            ".requires_grad_(False) and train adapters, or convert the model after training"
-        )
+        raise FrozenWeightError(NO_GRADIENT)
     (weight,) = ctx.saved_tensors
     grad_x = (grad.float() @ weight.float()).to(grad.dtype)
     return grad_x, None, _sum_of_rows(grad) if ctx.needs_input_grad[2] else None
