@@ -39,7 +39,7 @@ from mono_quant.hf.marks import METHOD
 from mono_quant.hf.models import skeleton, tie_
 from mono_quant.hf.names import SCALE, grouped, on_meta, place
 from mono_quant.hf.quantizer import classes as loader_classes
-from mono_quant.hf.quantizer import headers_of, initialize_
+from mono_quant.hf.quantizer import headers_of, initialize_, unmark_config_
 from mono_quant.io.disk.manifest import FORMAT_VERSION, MANIFEST
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint, open_weights
 from mono_quant.planning.config import QuantizationConfig, merge
@@ -343,7 +343,8 @@ def _classes() -> tuple[type[Any], type[Any]]:
                 keep_loaded_(self.folder, model, _manifest_here(self.folder))
             else:
                 self._complete_(model)
-            model.config.quantization_config = self.quantization_config
+            # a model made from this config is a float one
+            unmark_config_(model)
 
         def _complete_(self, model: Any) -> None:
             request = self.quantization_config.request

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import ConfigError, FrozenWeightError, Option, UnsupportedModelError
 from mono_quant.hf import adapters
 from mono_quant.hf.adapters import is_adapter
@@ -42,6 +43,9 @@ _WITHOUT_EFFECT = {
 _SAVERS = ("save_pretrained", "push_to_hub", "save", "save_to_hub")
 # The loop of sentence-transformers that asks nobody before it trains.
 _TRAINERS = ("old_fit",)
+# What transformers, accelerate and users call after changes; it looks for the parameters of converted tables.
+_TIES = ("tie_weights",)
+_ASKING = (*_SAVERS, *_TRAINERS, *_TIES)
 _PUSH = ("private", "create_pr", "revision", "commit_message")
 
 
@@ -82,7 +86,7 @@ def mark_(model: nn.Module, core: nn.Module, dtype: str, keeper: Keeper | None =
         quantizer = (int8_class if dtype == "int8" else half_class)(config_class(dtype), pre_quantized=True)
         quantizer.watch(part, keeper if part is model else None)
         part.hf_quantizer = quantizer
-        for name in (*_SAVERS, *_TRAINERS):
+        for name in _ASKING:
             _ask_first_(type(part), name)
 
 
@@ -265,6 +269,14 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
             _refuse_training(model, self.what)
             inspect.unwrap(type(model).old_fit)(model, *args, **options)
 
+        def tie_weights(self, *args: Any, **options: Any) -> None:
+            """Tie what is float; converted layers that share their weights do so for good."""
+            model: Any = self.model
+            ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+            owners = {name.rpartition(".")[0] for pair in ties.items() for name in pair}
+            if not any(isinstance(model.get_submodule(owner), StoredModule) for owner in owners):
+                inspect.unwrap(type(model).tie_weights)(model, *args, **options)
+
         def _keeper(self) -> Keeper:
             if self.keeper is None:
                 raise UnsupportedModelError(
@@ -297,7 +309,7 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
         def __setstate__(self, state: dict[str, Any]) -> None:
             self.__dict__.update(state)
             self._model = weakref.ref(state["_model"])
-            for name in (*_SAVERS, *_TRAINERS):
+            for name in _ASKING:
                 _ask_first_(type(state["_model"]), name)
 
     class Int8Converted(Converted):

@@ -82,15 +82,20 @@ def unmark_(model: nn.Module) -> None:
     """Remove from a loaded model what says that its loader was a quantization method."""
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
+    unmark_config_(model)
+    # those that scales followed cannot be pickled
+    for conversion in getattr(model, "_weight_conversions", None) or ():
+        conversion.__class__ = plain_class(conversion)
+
+
+def unmark_config_(model: nn.Module) -> None:
+    """Remove from the configs of a loaded model what says so."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_is_quantized"):
             delattr(config, "_is_quantized")
         if config is not None and getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
-    # those that scales followed cannot be pickled
-    for conversion in getattr(model, "_weight_conversions", None) or ():
-        conversion.__class__ = plain_class(conversion)
 
 
 def classes() -> tuple[type[Any], type[Any]]:

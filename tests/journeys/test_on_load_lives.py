@@ -228,3 +228,18 @@ def test_a_projection_without_separate_weights_becomes_float_again():
     torch.testing.assert_close(
         back(**inputs).last_hidden_state, expected(**inputs).last_hidden_state, rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+def test_tying_anew_changes_nothing_and_its_config_makes_float_models(dtype, folders):
+    model = CAUSAL.from_pretrained(folders.gpt2, quantization_config=INT8(dtype))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.tie_weights()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    head, table = model.lm_head, model.transformer.wte
+    assert head._parameters["weight"] is table._parameters["weight"]
+    assert "quantization_config" not in CAUSAL.from_config(model.config).config.to_dict()
+    other = CAUSAL.from_pretrained(folders.gpt2, config=model.config)
+    assert type(other.transformer.h[0].mlp.c_fc) is hf.pytorch_utils.Conv1D
