@@ -50,11 +50,11 @@ ROOMS = {
         ["schemes"],
     ],
     "hf": [
-        ["configs", "names", "methods", "processors", "computed", "late", "placing", "encoders"],
+        ["configs", "names", "methods", "processors", "computed", "late", "encoders"],
         ["dtypes", "compressed_tensors", "adapters"],
         ["quantizer"],
         ["models"],
-        ["state", "sentence", "around", "described"],
+        ["state", "sentence", "around", "described", "placing"],
         ["remedies", "diffusion"],
         ["floats", "ties", "arithmetic"],
         ["marks"],

@@ -6,7 +6,7 @@ is first asked for.
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def quantizer() -> type[Any]:
         dequantize = converted.dequantize
         arrival: Arrival | None = None
         folder: Path | None = None
+        files: Sequence[Path] = ()
         codes: frozenset[str] = frozenset()
 
         def __init__(self, quantization_config: Any, **options: Any) -> None:
@@ -99,7 +100,8 @@ def quantizer() -> type[Any]:
                 )
 
         def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
-            self.folder = Path(checkpoint_files[0]).parent
+            self.files = [Path(file) for file in checkpoint_files]
+            self.folder = self.files[0].parent
             if self.pre_quantized:
                 keys = set(loaded_keys)
                 self.codes = frozenset(key for key in keys if f"{key}{SCALE}" in keys)
@@ -113,7 +115,7 @@ def quantizer() -> type[Any]:
             bare = copy.deepcopy(model)
             # what diffusers gives the tensors that the class wants in float32
             recast_(bare, dict.fromkeys(declared_float32(bare, model.dtype), torch.float32))
-            self.source = loaded_from(bare, self.folder, "diffusers")
+            self.source = loaded_from(bare, self.files, "diffusers")
             self.names = [name for name, _, _ in tensor_names(bare)]
             if request.dtype not in ARRIVALS:
                 return

@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from threading import Lock
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from mono_quant.artifact.facts import Manifest
 from mono_quant.artifact.keeping import keep_, keep_loaded_
 from mono_quant.artifact.loading import check_foreign, tell_differences
 from mono_quant.artifact.tensors import ZERO_POINT
-from mono_quant.convert.arrival import Arrival, unfinite
+from mono_quant.convert.arrival import Arrival, unfilled, unfinite
 from mono_quant.convert.contract import Task
 from mono_quant.convert.int8 import keep_unfinite
 from mono_quant.convert.int8_layers import Int8Module
@@ -36,14 +37,14 @@ from mono_quant.hf.compressed_tensors import STANDARD, ct_problems
 from mono_quant.hf.dtypes import built_dtype, loaded_dtypes
 from mono_quant.hf.marks import METHOD
 from mono_quant.hf.models import skeleton, tie_
-from mono_quant.hf.names import on_meta, place
+from mono_quant.hf.names import SCALE, grouped, on_meta, place
 from mono_quant.hf.quantizer import classes as loader_classes
-from mono_quant.hf.quantizer import headers_of, initialize_
+from mono_quant.hf.quantizer import headers_of, initialize_, unmark_config_
 from mono_quant.io.disk.manifest import FORMAT_VERSION, MANIFEST
-from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
+from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint, open_weights
 from mono_quant.planning.config import QuantizationConfig, merge
 from mono_quant.planning.walk import tensor_names
-from mono_quant.sources.folder import loaded_from
+from mono_quant.sources.folder import are_safe, loaded_from
 from mono_quant.sources.source import Source
 
 _NAMES = ("MonoQuantConfig", "OnLoad")
@@ -71,19 +72,32 @@ def register() -> None:
 
 
 class Enabled:
-    """int8 stays int8 in plain calls of transformers; leaving it as a context, or `disable`, ends that."""
+    """int8 stays int8 in plain calls of transformers; leaving it as a context, or `disable`, ends that.
+
+    The last of several that ends puts things back, in whatever order and thread they end.
+    """
+
+    _all: ClassVar[set["Enabled"]] = set()
+    _lock = Lock()
+    _before: ClassVar[Any] = None
 
     def __init__(self) -> None:
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
         register()
         self._mapping = AUTO_QUANTIZATION_CONFIG_MAPPING
-        self._before = self._mapping[STANDARD]
-        self._mapping[STANDARD] = _keeping_int8(self._before)
+        with self._lock:
+            if not self._all:
+                Enabled._before = self._mapping[STANDARD]
+                self._mapping[STANDARD] = _keeping_int8(self._before)
+            self._all.add(self)
 
     def disable(self) -> None:
-        """Let transformers read compressed-tensors checkpoints as it did before."""
-        self._mapping[STANDARD] = self._before
+        """Let transformers read compressed-tensors checkpoints as it did before, unless another one is enabled; once is enough."""
+        with self._lock:
+            if self._all == {self}:
+                self._mapping[STANDARD] = self._before
+            self._all.discard(self)
 
     def __enter__(self) -> Self:
         return self
@@ -184,6 +198,7 @@ def _classes() -> tuple[type[Any], type[Any]]:
 
         arrival: Arrival | None = None
         folder: Path | None = None
+        files: Sequence[Path] = ()
         task: Task
         source: Source
 
@@ -236,18 +251,20 @@ def _classes() -> tuple[type[Any], type[Any]]:
             checkpoint_files: Sequence[str] | None = None,
             **_: Any,
         ) -> None:
-            files = [Path(file) for file in checkpoint_files or ()]
-            if files:
-                self.folder = files[0].parent
+            self.files = [Path(file) for file in checkpoint_files or ()]
+            if self.files:
+                self.folder = self.files[0].parent
             if self.pre_quantized:
                 self._expect_codes_(model)
+                model.__dict__["initialize_weights"] = functools.partial(self._initialize_, model)
                 return
             request = self.quantization_config.request
             asked = dtype or built_dtype(model)
             bare = skeleton(type(model), model.config, asked, type(model).__name__)
             tie_(bare)
             recast_(bare, loaded_dtypes(bare, asked))
-            self.source = loaded_from(bare, self.folder)
+            self.source = loaded_from(bare, self.files)
+            model.__dict__["initialize_weights"] = functools.partial(self._initialize_, model)
             if request.dtype not in ARRIVALS:
                 return
             self.task, decisions = decided(self.source, self.source.subject, request)
@@ -255,15 +272,35 @@ def _classes() -> tuple[type[Any], type[Any]]:
                 decisions = keep_unfinite(decisions, self._unfinite(bare))
             self.arrival = ARRIVALS[request.dtype](self.task, decisions, lambda *_: None)
             self.arrival.await_(model)
-            model.__dict__["initialize_weights"] = functools.partial(initialize_, model, self.arrival)
+
+        def _initialize_(self, model: Any) -> None:
+            """Let weights be made that no file has: heads of another class are, but those of a folder of ours are lost."""
+            anew = unfilled(model)
+            lost = [name for name in anew if name not in self.headers]
+            if self.pre_quantized and self.folder is not None:
+                saved = type(model).__name__ in (model.config.architectures or ())
+                if lost and saved and (self.folder / MANIFEST).exists():
+                    raise CorruptCheckpointError(
+                        f"{self.folder}: {len(lost)} weights of {type(model).__name__} are missing: {grouped(lost)}; fetch the "
+                        f"whole folder again"
+                    )
+            elif anew:
+                self.source.notes.append(
+                    f"not in the checkpoint, so made anew as for training: {grouped(anew)}"
+                )
+            if self.pre_quantized or self.arrival is not None:
+                initialize_(model, self.arrival)
+            else:
+                del model.__dict__["initialize_weights"]
+                model.initialize_weights()
 
         def _unfinite(self, bare: nn.Module) -> frozenset[str]:
-            if self.folder is None:
+            if self.folder is None or not are_safe(self.files):
                 raise ConfigError(
-                    Option("on_nonfinite", "keep"), " needs the files of the weights; leave it out"
+                    Option("on_nonfinite", "keep"), " needs safetensors files to look into; leave it out"
                 )
             # transformers builds on meta at this moment
-            with torch.device("cpu"), open_checkpoint(self.folder) as checkpoint:
+            with torch.device("cpu"), open_weights(self.folder, [f.name for f in self.files]) as checkpoint:
                 shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
                 return frozenset(unfinite(checkpoint, place(bare, on_meta(shapes)).sources))
 
@@ -283,6 +320,13 @@ def _classes() -> tuple[type[Any], type[Any]]:
                 if asked.checkpoint is not None:
                     check_foreign(checkpoint, asked.checkpoint)
                 shapes = _shapes(checkpoint, self.manifest)
+            bare = [
+                n for n, (dtype, _) in shapes.items() if dtype == torch.int8 and f"{n}{SCALE}" not in shapes
+            ]
+            if bare:
+                raise CorruptCheckpointError(
+                    f"{folder}: the scales of {len(bare)} int8 weights are missing: {grouped(bare)}; fetch the whole folder again"
+                )
             tensors_config, _ = loader_classes()
             ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
             model.__dict__["_keys_to_ignore_on_load_unexpected"] = {*ignored, rf"{re.escape(ZERO_POINT)}$"}
@@ -299,7 +343,8 @@ def _classes() -> tuple[type[Any], type[Any]]:
                 keep_loaded_(self.folder, model, _manifest_here(self.folder))
             else:
                 self._complete_(model)
-            model.config.quantization_config = self.quantization_config
+            # a model made from this config is a float one
+            unmark_config_(model)
 
         def _complete_(self, model: Any) -> None:
             request = self.quantization_config.request

@@ -26,6 +26,7 @@ from mono_quant.hf.compressed_tensors import STANDARD, ct_block
 from mono_quant.hf.configs import clean_config, config_to_write
 from mono_quant.hf.diffusion import STEM, check_diffusion, config_of
 from mono_quant.hf.encoders import encoder_of
+from mono_quant.hf.floats import refuse_offloaded
 from mono_quant.hf.names import standard_obstacle
 from mono_quant.hf.remedies import check_described
 from mono_quant.hf.sentence import check_modules, settings_of, write_modules
@@ -115,7 +116,8 @@ def _save(
     max_shard_size: int | str,
 ) -> None:
     refuse_adapters(subject.model)
-    report = as_it_is(report, subject.model)
+    refuse_offloaded(subject.model)
+    report = as_it_is(report, subject.model, subject.core_name)
     state = state_of(subject, report)
     layout = _layout(subject, report, state)
     if subject.kind == "diffusers":

@@ -12,6 +12,7 @@ from torch import nn
 
 from mono_quant.convert.contract import Decisions, Outcome, Progress, Task
 from mono_quant.convert.int8 import encode, encode_weight, outcome_of, put_int8_, record
+from mono_quant.convert.stored import StoredModule
 from mono_quant.convert.surgery import disable_float_fast_paths_, relink_
 from mono_quant.errors import CorruptCheckpointError
 from mono_quant.kernels.weights import RowCodes
@@ -141,6 +142,17 @@ def _watched(cls: type[nn.Module], arrival: Arrival, layer: Layer, weights: Mapp
 def _unwatch_(module: nn.Module, layer: Layer) -> None:
     for owner, _ in _owners(module, layer):
         owner.__class__ = type(owner)._plain  # type: ignore[attr-defined]
+
+
+def unfilled(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that a loader had nothing for, outside of converted layers."""
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        if not isinstance(module, StoredModule)
+        for name, parameter in module.named_parameters(recurse=False)
+        if not getattr(parameter, FILLED, False)
+    ]
 
 
 def unfinite(tensors: Mapping[str, torch.Tensor], sources: Mapping[str, tuple[str, ...]]) -> Iterator[str]:

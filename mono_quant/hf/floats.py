@@ -8,6 +8,7 @@ from torch import nn
 from mono_quant.convert.half import remove_casts_
 from mono_quant.convert.stored import StoredModule
 from mono_quant.convert.surgery import put_, relink_
+from mono_quant.errors import MetaTensorError
 from mono_quant.hf.adapters import refuse_adapters
 from mono_quant.hf.diffusion import config_of, diffusion_skeleton
 from mono_quant.hf.models import skeleton
@@ -27,8 +28,10 @@ def dequantize_(model: Any, dtype: torch.dtype | None = None) -> Any:
 
     Raises:
         AdapterAttachedError: adapters are attached to it.
+        MetaTensorError: parts of it are offloaded.
     """
     refuse_adapters(model)
+    refuse_offloaded(model)
     name = type(model).__name__
     if is_diffusers_model(model):
         bare = diffusion_skeleton(type(model), config_of(model), name)
@@ -60,12 +63,25 @@ def _cast_(model: nn.Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
+def refuse_offloaded(model: nn.Module) -> None:
+    """Refuse a model of which accelerate keeps weights elsewhere.
+
+    Raises:
+        MetaTensorError: it has weights without data.
+    """
+    for name, tensor, _ in tensor_names(model):
+        if tensor.is_meta:
+            raise MetaTensorError(
+                f"{name} is on the meta device and has no data: device_map offloads it; load the model without offloading first"
+            )
+
+
 def _fill_(new: nn.Module, old: nn.Module, dtype: torch.dtype | None) -> None:
     """Give a float layer on meta the tensors that a converted one stands for."""
     for path, module in new.named_modules():
         source = old.get_submodule(path)
-        for name in list(module._parameters):  # noqa: SLF001
-            value = getattr(source, name)
+        for name, empty in list(module._parameters.items()):  # noqa: SLF001
+            value = None if empty is None else getattr(source, name)
             if value is None:
                 continue
             own = dtype if isinstance(source, StoredModule) and name in source.held else None

@@ -288,10 +288,12 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
             return self.keeper
 
         def dequantize(self, model: Any, dtype: Any = None) -> Any:
-            """Make the model float again; without `dtype`, in the one that its config names, or that its weights read as."""
-            # a config of diffusers names none
-            dequantize_(model, parse_float(dtype or getattr(model.config, "dtype", None)))
+            """Make the model float again; without `dtype`, in the one that its weights read as."""
+            # not the one that its config names, which stays what it was when a model is cast
+            dequantize_(model, parse_float(dtype))
             unmark_(model)
+            # that is of the model which it was
+            model.__dict__.pop("mono_quant_report", None)
             return model
 
         def remove_quantization_config(self, model: Any) -> None:

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import ConfigError, Option
+from mono_quant.hf.dtypes import loaded_dtypes
+from mono_quant.hf.models import skeleton
+from mono_quant.io.text import one_line
 from mono_quant.planning.walk import is_transformers_model
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
@@ -75,10 +79,10 @@ def place_(
         ConfigError: a map is given for a model that is not of transformers.
     """
     if dtype is not None:
-        model = model.to(dtype)
+        _cast_(model, dtype)
     if device_map is None or (isinstance(device_map, str) and device_map not in _STRATEGIES):
         place = device if device_map is None else device_map
-        return model if place is None else model.to(place)
+        return model if place is None else _moved(model, place)
     if not is_transformers_model(model):
         raise ConfigError(
             Option("device_map"),
@@ -86,6 +90,36 @@ def place_(
             Option("device"),
         )
     return _dispatched(model, device_map, offload_folder)
+
+
+def _cast_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give floats a dtype as `from_pretrained(dtype=...)` does: tables of rotary embeddings and what a class declares stay float32."""
+    core: Any = next((module for module in model.modules() if is_transformers_model(module)), None)
+    if core is None:
+        model.to(dtype)
+        return
+    bare = skeleton(type(core), core.config, dtype, type(core).__name__)
+    wanted = {name: tensor.dtype for name, tensor in bare.named_buffers() if tensor.is_floating_point()}
+    wanted = {n: other for n, other in {**wanted, **loaded_dtypes(bare, dtype)}.items() if other != dtype}
+    tensors = {name: tensor.data for name, tensor in [*core.named_parameters(), *core.named_buffers()]}
+    model.to(dtype)
+    for name, other in wanted.items():
+        path, _, own = name.rpartition(".")
+        module = core.get_submodule(path)
+        if isinstance(module, StoredModule) and own in module.held:
+            module.read_as_(other)
+        elif name in tensors:
+            getattr(module, own).data = tensors[name].to(other)
+    core.config.dtype = dtype
+
+
+def _moved(model: nn.Module, place: Any) -> nn.Module:
+    try:
+        return model.to(place)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(
+            Option("device", place), f" cannot be used here ({one_line(e, 200)}); use 'cpu'"
+        ) from e
 
 
 def _dispatched(model: Any, device_map: Any, offload_folder: str | Path | None) -> nn.Module:

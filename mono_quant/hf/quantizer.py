@@ -82,15 +82,20 @@ def unmark_(model: nn.Module) -> None:
     """Remove from a loaded model what says that its loader was a quantization method."""
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
+    unmark_config_(model)
+    # those that scales followed cannot be pickled
+    for conversion in getattr(model, "_weight_conversions", None) or ():
+        conversion.__class__ = plain_class(conversion)
+
+
+def unmark_config_(model: nn.Module) -> None:
+    """Remove from the configs of a loaded model what says so."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_is_quantized"):
             delattr(config, "_is_quantized")
         if config is not None and getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
-    # those that scales followed cannot be pickled
-    for conversion in getattr(model, "_weight_conversions", None) or ():
-        conversion.__class__ = plain_class(conversion)
 
 
 def classes() -> tuple[type[Any], type[Any]]:
@@ -216,13 +221,15 @@ def _untie_(model: Any, weights: set[str]) -> None:
             )
 
 
-def _modules_of(model: nn.Module, placed: Placement, codes: set[str]) -> list[str]:
+def _modules_of(model: Any, placed: Placement, codes: set[str]) -> list[str]:
     """Return the layers of a float skeleton that the int8 codes of a checkpoint belong to."""
     owners = weight_owners(model)
     coded = [name for name, sources in placed.sources.items() if not codes.isdisjoint(sources)]
     # what is merged of codes and floats is no int8 tensor
     stray = [n for n in coded if n not in owners or placed.tensors[n].dtype != torch.int8]
-    stray += [key for key in placed.left if key in codes]
+    if type(model).__name__ in (model.config.architectures or (type(model).__name__,)):
+        # another class than the one that was saved has other heads
+        stray += [key for key in placed.left if key in codes]
     if codes:
         stray += [f"{name}: {why}" for name, why in placed.broken.items()]
     if stray:

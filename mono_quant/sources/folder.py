@@ -42,7 +42,7 @@ from mono_quant.io.disk.reading import open_regular, read_all
 from mono_quant.io.hub.client import is_repo_id
 from mono_quant.io.hub.metadata import local_card
 from mono_quant.io.hub.repo import RepoFile, git_id
-from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
+from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint, open_weights
 from mono_quant.planning.walk import common_dtype
 from mono_quant.sources.guards import (
     Shapes,
@@ -54,6 +54,7 @@ from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Access, Preview, Source, Stored, Subject
 
 MAX_SIDE_FILE_BYTES = 1 << 26
+_PICKLED = Words("read from pickle weights (", Option("allow_pickle", True), ")")
 
 
 def _local_origin(name: str, folder: Path) -> Origin:
@@ -119,7 +120,7 @@ def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool =
         origin, files=files, access=tuple(name for name, on in used.items() if on)
     )
     if pickled:
-        source.notes.append(Words("read from pickle weights (", Option("allow_pickle", True), ")"))
+        source.notes.append(_PICKLED)
     return source
 
 
@@ -253,25 +254,28 @@ def _of_folder(folder: Path, bare: _Skeleton, others: Around) -> Source:
     return Source(subject, owned=True, dtypes=bare.dtypes, notes=bare.notes)
 
 
-def loaded_from(model: Any, folder: Path | None, kind: str = "transformers") -> Source:
+def loaded_from(model: Any, files: Sequence[Path], kind: str = "transformers") -> Source:
     """Make a source of a model that its library reads by itself.
 
     Args:
         model: built like it; on meta.
-        folder: that the weights are read from; None where they come from memory.
+        files: that the weights are read from; none where they come from memory.
         kind: `transformers` or `diffusers`.
     """
     name = type(model).__name__
-    if folder is None:
+    if not files:
         return Source(Subject(model, kind, origin=Origin(name)))
+    folder = files[0].parent
     known_as = str(getattr(model.config, "name_or_path", ""))
     commit = getattr(model.config, "_commit_hash", None)
     origin = _local_origin(name, folder)
     if commit is not None and is_repo_id(known_as) and not Path(known_as).is_dir():
         origin = replace(origin, repo_id=known_as, sha=commit)
-    else:
-        with open_checkpoint(folder) as checkpoint:
+    elif are_safe(files):
+        with open_weights(folder, [file.name for file in files]) as checkpoint:
             origin = replace(origin, files=checkpoint.sha256s())
+    if not are_safe(files):
+        origin = replace(origin, access=("allow_pickle",))
     raw = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else None
     subject = Subject(
         model,
@@ -281,7 +285,12 @@ def loaded_from(model: Any, folder: Path | None, kind: str = "transformers") -> 
         side_files=find_side_files(folder),
         origin=origin,
     )
-    return Source(subject)
+    return Source(subject, notes=[] if are_safe(files) else [_PICKLED])
+
+
+def are_safe(files: Sequence[Path]) -> bool:
+    """Tell whether weight files are safetensors, all of them."""
+    return all(file.suffix == ".safetensors" for file in files)
 
 
 def preview_folder(folder: Path) -> Preview:

@@ -44,6 +44,7 @@ _READERS = 4
 _OWN_MAPPING = 1 << 20
 
 _STEMS = ("model", "diffusion_pytorch_model")
+_USUAL = re.compile(rf"(?:{'|'.join(_STEMS)})(?:-\d{{5}}-of-\d{{5}})?\.safetensors")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}\.safetensors")
 
 
@@ -231,6 +232,25 @@ def open_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = Fals
             )
         shards = [_open_shard(where, name, resources) for name in names]
         _check_agreement(shards, weight_map)
+        _check_tensors(shards)
+        return Checkpoint(root, shards, resources.pop_all())
+
+
+def open_weights(folder: str | os.PathLike[str], names: Sequence[str]) -> Checkpoint:
+    """Open the files that another loader reads, which are not those of `open_checkpoint` where it was asked for a variant.
+
+    Args:
+        folder: that they lie in.
+        names: of safetensors files.
+
+    Raises:
+        MonoQuantError: as `open_checkpoint`.
+    """
+    if all(_USUAL.fullmatch(name) for name in names):
+        return open_checkpoint(folder)
+    root = Path(folder)
+    with ExitStack() as resources:
+        shards = [_open_shard(root, name, resources) for name in sorted(names)]
         _check_tensors(shards)
         return Checkpoint(root, shards, resources.pop_all())
 
