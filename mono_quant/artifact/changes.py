@@ -1,8 +1,9 @@
 """What a report may still say of a model that was changed after the conversion: merged, cast, resized, or of another class."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +14,23 @@ from mono_quant.io.text import listed
 from mono_quant.planning.report import QuantReport, TensorReport, dtype_name
 from mono_quant.planning.walk import tensor_names
 
+_NONE: Mapping[str, Tensor] = MappingProxyType({})
+# Values of a tensor by which it is known again.
+_SAMPLES = 16
 # Of an encoder of sentence-transformers, the part that is its transformer.
 _WITHIN = re.compile(r"^\d+\.\w+\.")
 
 
-def as_it_is(report: QuantReport, model: nn.Module, core_name: str = "") -> QuantReport:
+def as_it_is(
+    report: QuantReport, model: nn.Module, core_name: str = "", samples: Mapping[str, Tensor] = _NONE
+) -> QuantReport:
     """Return what is true of a report now; itself where nothing was changed since the conversion.
 
     Args:
         report: of the conversion, or of the folder that the model was loaded from.
         model: as it will be saved.
         core_name: of the transformer in it.
+        samples: of its tensors, as they were when it was converted or loaded.
 
     Raises:
         UnsupportedModelError: a layer that was int8 is float now.
@@ -32,7 +39,7 @@ def as_it_is(report: QuantReport, model: nn.Module, core_name: str = "") -> Quan
     if {row.name for row in report.rows} != tensors.keys():
         report = _of_its_tensors(report, tensors, model, core_name)
     _refuse_replaced(report, tensors)
-    report = _without_stale_measures(_cast_or_resized(report, tensors), model)
+    report = _without_stale_measures(_cast_or_resized(report, tensors), model, samples)
     report.check(tensors)
     return report
 
@@ -159,24 +166,62 @@ def _cast_or_resized(report: QuantReport, tensors: dict[str, Tensor]) -> QuantRe
     return report if list(report.rows) == rows else replace(report, rows=tuple(rows))
 
 
-def _without_stale_measures(report: QuantReport, model: nn.Module) -> QuantReport:
-    """Drop what was measured before layers of the model were encoded anew."""
-    changed = {
+def samples_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a few values of every tensor of a model, by name, so that it can be told later whether they are the same.
+
+    What merges, trains or replaces a tensor changes all of it; reading all of it would take as long as loading.
+    """
+    return {
+        name: _sample(tensor)
+        for name, tensor, _ in tensor_names(model)
+        if not tensor.is_meta and tensor.numel() and not tensor.is_complex()
+    }
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    step = max(1, tensor.numel() // _SAMPLES)
+    places = torch.arange(0, tensor.numel(), step, device=tensor.device)[:_SAMPLES]
+    return torch.take(tensor.detach(), places).cpu()
+
+
+def _is_as(before: Tensor, tensor: Tensor) -> bool:
+    """Tell whether a tensor has the values of a sample still, in whatever dtype."""
+    now = _sample(tensor)
+    if now.shape != before.shape:
+        return False
+    return bool(
+        torch.isclose(before.to(now.dtype), now, rtol=0, atol=0, equal_nan=now.is_floating_point()).all()
+    )
+
+
+def _written(samples: Mapping[str, Tensor], model: nn.Module) -> set[str]:
+    """Return the names of the tensors that have other values than their samples; of scales, that of their codes."""
+    now = {name: tensor for name, tensor, _ in tensor_names(model) if not tensor.is_meta}
+    other = {name for name in samples.keys() & now.keys() if not _is_as(samples[name], now[name])}
+    return {name.removesuffix("_scale") if name.removesuffix("_scale") in now else name for name in other}
+
+
+def _without_stale_measures(
+    report: QuantReport, model: nn.Module, samples: Mapping[str, Tensor]
+) -> QuantReport:
+    """Drop what was measured before tensors of the model got other values."""
+    merged = {
         f"{name}.{held}".lstrip(".")
         for name, module in model.named_modules()
         if isinstance(module, StoredModule)
         for held in module.changed
     }
-    if not changed:
+    written = sorted(_written(samples, model) - merged)
+    if not merged and not written:
         return report
+    changed = {*merged, *written}
     rows = (replace(row, sqnr_db=None, gap_db=None) if row.name in changed else row for row in report.rows)
+    notes = [f"adapters were merged into {len(merged)} of its weights after the conversion"] if merged else []
+    notes += [f"changed after the conversion: {listed(written)}"] if written else []
     return replace(
         report,
         rows=tuple(rows),
         fidelity=None,
         fidelity_note="the model was changed after it was converted and measured",
-        notes=(
-            *report.notes,
-            f"adapters were merged into {len(changed)} of its weights after the conversion",
-        ),
+        notes=(*report.notes, *notes),
     )

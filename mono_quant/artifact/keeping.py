@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from mono_quant.artifact.changes import samples_of
 from mono_quant.artifact.facts import Manifest, read_report
 from mono_quant.artifact.loading import loaded_subject
 from mono_quant.artifact.publishing import publish
@@ -15,6 +16,7 @@ from mono_quant.convert.savers import refuse_savers_
 from mono_quant.errors import MissingFileError
 from mono_quant.hf.marks import mark_
 from mono_quant.hf.sentence import is_encoder, transformer_in
+from mono_quant.hf.state import at_rest
 from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.disk.output import temporary_folder
 from mono_quant.io.hub.client import Hub
@@ -94,6 +96,8 @@ def keep_(
         dtype: `int8` or `fp16`.
         report, config: of the conversion; None where they are in `subject.folder`.
     """
+    with at_rest(subject.model):
+        subject.samples = samples_of(subject.model)
     if subject.kind == "diffusers" or is_transformers_model(subject.core):
         mark_(subject.model, subject.core, dtype, Keeper(replace(subject, model=nn.Module()), report, config))
     else:

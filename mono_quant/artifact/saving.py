@@ -117,7 +117,7 @@ def _save(
 ) -> None:
     refuse_adapters(subject.model)
     refuse_offloaded(subject.model)
-    report = as_it_is(report, subject.model, subject.core_name)
+    report = as_it_is(report, subject.model, subject.core_name, subject.samples)
     state = state_of(subject, report)
     layout = _layout(subject, report, state)
     if subject.kind == "diffusers":
@@ -203,6 +203,8 @@ def _refuse_card(target: Path, problems: Sequence[str]) -> None:
 def render_card(subject: Subject, report: QuantReport, config: QuantizationConfig) -> str:
     """Return the card that `save` would write."""
     subject = _as_saved(subject)
+    with at_rest(subject.model):
+        report = as_it_is(report, subject.model, subject.core_name, subject.samples)
     # float16 has one layout, whatever the tensors: none is cast to choose it
     state = {} if report.dtype == "fp16" else state_of(subject, report)
     layout = _layout(subject, report, state)

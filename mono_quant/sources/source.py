@@ -30,6 +30,7 @@ class Subject:
         processor: tokenizer or processor given by the user.
         settings: what is said of a SentenceTransformer beside its weights, as it was when it was read; empty for one from memory.
         origin: where it came from, and what its card says.
+        samples: values of the tensors of a converted model, by which it is seen whether somebody changed them.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Subject:
     processor: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
     origin: Origin = field(default_factory=lambda: Origin("model"))
+    samples: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def core(self) -> nn.Module:
