@@ -40,7 +40,8 @@ from mono_quant.hf.models import skeleton, tie_
 from mono_quant.hf.names import SCALE, grouped, on_meta, place
 from mono_quant.hf.quantizer import classes as loader_classes
 from mono_quant.hf.quantizer import headers_of, initialize_, unmark_config_
-from mono_quant.io.disk.manifest import FORMAT_VERSION, MANIFEST
+from mono_quant.io.disk.manifest import FORMAT_VERSION, MANIFEST, REPORT
+from mono_quant.io.hub.repo import cached_commit
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint, open_weights
 from mono_quant.planning.config import QuantizationConfig, merge
 from mono_quant.planning.walk import tensor_names
@@ -315,7 +316,12 @@ def _classes() -> tuple[type[Any], type[Any]]:
                     f"{folder} has format {asked.format_version}, and this version of mono_quant knows {FORMAT_VERSION}; "
                     "update mono_quant"
                 )
-            self.manifest = None if asked.checkpoint is not None else _manifest(model.config, folder)
+            self.manifest = _manifest_of(folder)
+            if asked.checkpoint is None and self.manifest is None:
+                raise MissingFileError(
+                    f"{folder} holds int8 codes of mono_quant, but not the {MANIFEST} that belongs to them; fetch the whole "
+                    f"folder again"
+                )
             with open_checkpoint(folder) as checkpoint:
                 if asked.checkpoint is not None:
                     check_foreign(checkpoint, asked.checkpoint)
@@ -340,7 +346,7 @@ def _classes() -> tuple[type[Any], type[Any]]:
                     tell_differences(self.folder, self.quantization_config.checkpoint, model)
                 if self.manifest is not None:
                     restore_(model, self.manifest.buffers, read_values(self.folder))
-                keep_loaded_(self.folder, model, _manifest_here(self.folder))
+                keep_loaded_(self.folder, model, self.manifest)
             else:
                 self._complete_(model)
             # a model made from this config is a float one
@@ -378,28 +384,21 @@ def _settle_(model: nn.Module) -> None:
                     )
 
 
-def _manifest(config: Any, folder: Path) -> Manifest:
-    """Return the manifest of the folder that a checkpoint lies in, fetched where transformers left it on the Hub."""
+def _manifest_of(folder: Path) -> Manifest | None:
+    """Return the manifest of a folder of ours, fetched with the report where transformers left them on the Hub; None for others."""
     from transformers.utils import cached_file
 
-    here = _manifest_here(folder)
-    if here is None:
-        found = cached_file(
-            config.name_or_path,
-            MANIFEST,
-            revision=getattr(config, "_commit_hash", None),
-            _raise_exceptions_for_missing_entries=False,
-        )
-        if found is None:
-            raise MissingFileError(
-                f"{config.name_or_path} holds int8 codes of mono_quant, but not the {MANIFEST} that belongs to them; fetch the "
-                f"whole folder again"
+    commit = cached_commit(folder)
+    for name in (MANIFEST, REPORT):
+        if commit is not None and not (folder / name).exists():
+            repo_id, sha = commit
+            cached_file(
+                repo_id,
+                name,
+                revision=sha,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
             )
-        here = Manifest.read(Path(found).parent)
-    return here
-
-
-def _manifest_here(folder: Path) -> Manifest | None:
     return Manifest.read(folder) if (folder / MANIFEST).exists() else None
 
 

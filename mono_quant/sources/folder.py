@@ -39,9 +39,8 @@ from mono_quant.io.disk.allowed import BUFFERS, is_allowed
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import MANIFEST, README, REPORT
 from mono_quant.io.disk.reading import open_regular, read_all
-from mono_quant.io.hub.client import is_repo_id
 from mono_quant.io.hub.metadata import local_card
-from mono_quant.io.hub.repo import RepoFile, git_id
+from mono_quant.io.hub.repo import RepoFile, cached_commit, git_id
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint, open_weights
 from mono_quant.planning.walk import common_dtype
 from mono_quant.sources.guards import (
@@ -266,11 +265,10 @@ def loaded_from(model: Any, files: Sequence[Path], kind: str = "transformers") -
     if not files:
         return Source(Subject(model, kind, origin=Origin(name)))
     folder = files[0].parent
-    known_as = str(getattr(model.config, "name_or_path", ""))
-    commit = getattr(model.config, "_commit_hash", None)
     origin = _local_origin(name, folder)
-    if commit is not None and is_repo_id(known_as) and not Path(known_as).is_dir():
-        origin = replace(origin, repo_id=known_as, sha=commit)
+    commit = cached_commit(folder)
+    if commit is not None:
+        origin = replace(origin, repo_id=commit[0], sha=commit[1])
     elif are_safe(files):
         with open_weights(folder, [file.name for file in files]) as checkpoint:
             origin = replace(origin, files=checkpoint.sha256s())

@@ -1,11 +1,14 @@
 """int8 stays int8 in plain calls of transformers: folders in our own layout always, compressed-tensors where it is asked for."""
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import transformers as hf
+from loopback_hub import LoopbackHub
 from models import FAMILIES, OWN, run, snapshot
 from safetensors.torch import load_file, save_file
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -185,3 +188,45 @@ def test_importing_mono_quant_first_or_last_makes_no_difference(saved):
         code = f"{order}; m = hf.AutoModelForCausalLM.from_pretrained({str(saved('gpt2'))!r}); print(type(m.transformer.h[0].mlp.c_fc).__name__)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "Int8TransposedLinear"
+
+
+HUB = """
+import sys, contextlib
+import torch, transformers as hf, mono_quant as mq
+ids = torch.arange(8)[None]
+for name in ("gpt2", "llama"):
+    with contextlib.nullcontext() if name == "gpt2" else mq.enable():
+        model = hf.AutoModelForCausalLM.from_pretrained(f"me/{name}")
+    assert torch.equal(model(ids).logits, mq.load(f"me/{name}")(ids).logits)
+    model.push_to_hub(f"me/{name}-again")
+    assert torch.equal(mq.load(f"me/{name}-again")(ids).logits, model(ids).logits)
+model = hf.AutoModelForCausalLM.from_pretrained("org/float", quantization_config=mq.MonoQuantConfig())
+model.save_pretrained(sys.argv[1])
+"""
+
+
+def test_an_id_on_the_hub_does_what_a_folder_does(saved, tmp_path):
+    model = FAMILIES["llama"].build()
+    model.save_pretrained(tmp_path / "float")
+    with LoopbackHub() as server:
+        server.add_user("me", "hf_" + "x" * 30)
+        for name, folder in (
+            ("me/gpt2", saved("gpt2")),
+            ("me/llama", saved("llama")),
+            ("org/float", tmp_path / "float"),
+        ):
+            server.add_repo(name, snapshot(folder))
+        own = {
+            "HF_ENDPOINT": server.endpoint,
+            "HF_TOKEN": "hf_" + "x" * 30,
+            "HF_HOME": str(tmp_path / "cache"),
+        }
+        own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", HUB, str(tmp_path / "out")],
+            capture_output=True, text=True, check=False, env=os.environ | own,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        commit = server.repo("org/float").head
+    source = json.loads((tmp_path / "out" / "mono_quant.json").read_text())["source"]
+    assert (source["repo_id"], source["sha"]) == ("org/float", commit)

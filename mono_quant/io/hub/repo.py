@@ -46,6 +46,7 @@ from mono_quant.version import __version__
 logger = logging.getLogger(__name__)
 
 MAX_SMALL_FILE_BYTES = 32 * 2**20
+_CACHED = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 FIRST_BYTES = 100_000  # holds the whole header of nearly every file, so one request is enough
 
@@ -172,6 +173,12 @@ def resolve(repo_id: str, *, revision: str | None = None, hub: Hub = HUB) -> Rep
     )
     logger.info("%s at %s", facts.repo_id, facts.sha)
     return facts
+
+
+def cached_commit(folder: Path) -> tuple[str, str] | None:
+    """Return the id and the commit of a folder in the cache of the Hugging Face libraries; None for any other folder."""
+    match = _CACHED.search(folder.as_posix())
+    return None if match is None else (match[1].replace("--", "/"), match[2])
 
 
 def download(facts: RepoFacts, *, wanted: Callable[[str], bool], verify: bool = True, hub: Hub = HUB) -> Path:
