@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import UnsupportedModelError
+from mono_quant.hf.names import grouped
 from mono_quant.io.text import listed
 from mono_quant.planning.report import QuantReport, TensorReport, dtype_name
 from mono_quant.planning.walk import tensor_names
@@ -81,9 +82,9 @@ def _of_its_tensors(
         found.append(replace(old, name=name, module=name[:-cut] if old.module else name.rpartition(".")[0]))
     gone = [row.name for row in report.rows if row.name not in now and row.action != "shared"]
     notes = (
-        [f"left out, because {type(model).__name__} has no place for them: {listed(gone)}"] if gone else []
+        [f"left out, because {type(model).__name__} has no place for them: {grouped(gone)}"] if gone else []
     )
-    notes += [f"made anew, not converted: {listed(fresh)}"] if fresh else []
+    notes += [f"made anew, not converted: {grouped(fresh)}"] if fresh else []
     return replace(
         report,
         rows=tuple(found),
