@@ -175,7 +175,8 @@ def samples_of(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: _sample(tensor)
         for name, tensor, _ in tensor_names(model)
-        if not tensor.is_meta and tensor.numel() and not tensor.is_complex()
+        # values of one byte in floating point have no `take`
+        if not tensor.is_meta and tensor.numel() and (tensor.itemsize > 1 or not tensor.is_floating_point())
     }
 
 

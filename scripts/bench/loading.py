@@ -24,6 +24,7 @@ from bench.timing import Row
 
 HEADER = """\
 A bfloat16 Llama with random weights; every way in processes of its own, in turn, the file in the page cache.
+Each has done the same with a tiny model before, so that nothing is imported while it is measured.
 anonymous MiB: the peak of RssAnon over what the process held before, so without pages of files, which the system can take back.
 of the model: the same over the bytes of the parameters that the model then has. s: median of the rounds."""
 LAYER = 44_044_288
@@ -77,7 +78,10 @@ WAYS: dict[str, Way] = {
     ),
     "bitsandbytes": _bitsandbytes,
     "torchao": _torchao,
-    "safetensors, the int8 file": lambda folder: _touched(load_file(folder / "int8" / "model.safetensors")),
+    "safetensors, mapped": lambda folder: _touched(load_file(folder / "int8" / "model.safetensors")),
+    "safetensors, in memory": lambda folder: {
+        name: tensor.clone() for name, tensor in load_file(folder / "int8" / "model.safetensors").items()
+    },
     "load": lambda folder: mono_quant.load(folder / "int8"),
     "load, not verified": lambda folder: mono_quant.load(folder / "int8", verify=False),
     "from_pretrained, enabled": _enabled,
@@ -90,8 +94,10 @@ def run_loading(options: argparse.Namespace) -> Row:
     rows = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
-        _checkpoint(folder / "float", options.gigabytes)
-        mono_quant.quantize(folder / "float", fidelity=False).save(folder / "int8", max_shard_size="100GB")
+        for place, gigabytes in ((folder, options.gigabytes), (folder / "tiny", 0)):
+            _checkpoint(place / "float", gigabytes)
+            result = mono_quant.quantize(place / "float", fidelity=False)
+            result.save(place / "int8", max_shard_size="100GB")
         found: dict[str, list[Row]] = {way: [] for way in options.ways}
         for _ in range(options.rounds):
             for way in options.ways:
@@ -113,7 +119,7 @@ def _row(way: str, runs: list[Row]) -> Row:
         "share": max(run["share"] for run in runs),
         "seconds": statistics.median(run["seconds"] for run in runs),
     }
-    print(f"{way:<28} {row['anonymous']:>13.0f} {row['share']:>12.2f} {row['seconds']:>6.1f}")
+    print(f"{way:<28} {row['anonymous']:>13.0f} {row['share']:>12.2f} {row['seconds']:>6.2f}")
     return row
 
 
@@ -135,8 +141,7 @@ def _measured(way: str, folder: Path, options: argparse.Namespace) -> Row:
 def worker(way: str, folder: str, threads: int) -> None:
     """Load once in this process and print what it took."""
     torch.set_num_threads(threads)
-    # what is imported when it is first used
-    hf.LlamaForCausalLM, mono_quant.MonoQuantConfig, mono_quant.load  # noqa: B018
+    WAYS[way](Path(folder) / "tiny")
     gc.collect()
     before = _anonymous()
     with _peak() as peak:
@@ -175,11 +180,11 @@ def _peak() -> Iterator[list[float]]:
 
 def _checkpoint(folder: Path, gigabytes: float) -> None:
     """Write a bfloat16 Llama of about this size."""
+    wide = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "vocab_size": 32000}
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
     layers = max(1, round((gigabytes * 1e9 / 2 - 2 * 32000 * 2048) / LAYER))
-    config = hf.LlamaConfig(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=4,
-        vocab_size=32000, dtype="bfloat16",
-    )  # fmt: skip
+    sizes = wide if gigabytes else small
+    config = hf.LlamaConfig(**sizes, num_hidden_layers=layers, num_key_value_heads=4, dtype="bfloat16")
     with torch.device("meta"):
         bare = hf.LlamaForCausalLM(config)
     torch.manual_seed(0)
@@ -187,7 +192,7 @@ def _checkpoint(folder: Path, gigabytes: float) -> None:
         name: (torch.randn(p.shape) * 0.02 if p.dim() > 1 else torch.ones(p.shape)).bfloat16()
         for name, p in bare.named_parameters()
     }
-    folder.mkdir()
+    folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)

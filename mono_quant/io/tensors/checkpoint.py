@@ -14,7 +14,7 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -345,12 +345,9 @@ def _empty(size: int, name: str) -> torch.Tensor:
     try:
         if size < _OWN_MAPPING:
             return torch.empty(size, dtype=torch.uint8)
-        # goes back to the system when it is freed: among smaller things that stay, the heap would keep it
+        # goes back to the system when it is freed: among smaller things that stay, the heap would keep it. No large pages are
+        # asked for: to make room for them takes the system three times as long as reading does
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # a kernel without large pages refuses, and small ones do
-            with suppress(OSError):
-                pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=torch.uint8)
     except (RuntimeError, MemoryError, OSError) as error:
         raise LimitExceededError(
