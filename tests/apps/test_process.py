@@ -41,13 +41,23 @@ def started(*command: object, cwd: Path, **more: Any) -> Iterator[subprocess.Pop
     """Start Python on this tree; at the end it is gone."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **more.pop("env", {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+    # a suite that runs in the background ignores interrupts, and what it starts would do so, too
     with subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=cwd, text=True, env=environment, **pipes
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        text=True,
+        env=environment,
+        preexec_fn=_mind_interrupts,  # noqa: PLW1509 - one system call
+        **pipes,
     ) as running:
         try:
             yield running
         finally:
             running.kill()
+
+
+def _mind_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def done(*command: object, cwd: Path, **more: Any) -> tuple[int, str, str]:
