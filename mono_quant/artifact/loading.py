@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mono_quant.artifact.buffers import read_values, restore_
 from mono_quant.artifact.facts import Manifest
 from mono_quant.artifact.layouts import PLAIN
-from mono_quant.artifact.tensors import ZERO_POINT, check_zero_point, coming_tensors, read_tensors
+from mono_quant.artifact.tensors import ZERO_POINT, check_zero_point, read_tensors
 from mono_quant.convert.filling import fill_, misfit
 from mono_quant.convert.half import compute_in_float_
 from mono_quant.convert.int8 import install_
@@ -36,7 +36,7 @@ from mono_quant.hf.sentence import is_encoder, settings_of, transformer_in
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.phases import phase
-from mono_quant.io.tensors.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
 from mono_quant.planning.walk import weight_owners
 from mono_quant.sources.folder import find_side_files
 from mono_quant.sources.guards import Shapes, check_proportion, packed_weights
@@ -94,15 +94,14 @@ def _load_own(
     raw = read_json_object(folder / "config.json")
     if manifest.kind == "diffusers":
         return _load_diffusion(folder, raw, manifest)
-    dtype = dtype_of(raw, folder)
     with open_checkpoint(folder) as checkpoint:
         check_proportion(folder, raw, _shapes(checkpoint))
         cls, config = model_class(raw, folder, trust_remote_code=False)
-        with checkpoint.coming() as coming:
-            tensors = coming_tensors(checkpoint, manifest, coming)
-            if manifest.layout == PLAIN:
-                _refuse_codes(folder, tensors)
-            loaded = load_as_stored(cls, config, tensors, str(folder), dtype, manifest.built)
+        tensors = read_tensors(checkpoint, manifest)
+    dtype = dtype_of(raw, folder)
+    if manifest.layout == PLAIN:
+        _refuse_codes(folder, tensors)
+    loaded = load_as_stored(cls, config, tensors, str(folder), dtype, manifest.built)
     set_generation_(loaded, folder)
     whole = _encoder(folder, raw, loaded) if manifest.kind == "sentence_transformer" else loaded
     return _settled(whole, loaded, folder, manifest, dtype)
@@ -134,7 +133,7 @@ def _shapes(checkpoint: Checkpoint) -> Shapes:
     return {name: (header.dtype, header.shape) for name, header in checkpoint.headers.items()}
 
 
-def _refuse_codes(folder: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
+def _refuse_codes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     codes = [n for n, t in tensors.items() if t.dtype == torch.int8 and f"{n}_scale" in tensors]
     if codes:
         raise CorruptCheckpointError(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,16 +12,14 @@ from mono_quant.errors import (
     CorruptCheckpointError,
 )
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
-from mono_quant.io.tensors.checkpoint import Checkpoint, StoredTensor
+from mono_quant.io.tensors.checkpoint import Checkpoint
 from mono_quant.planning.kinds import unflattened
 
 ZERO_POINT = ".weight_zero_point"
 
 
-def check_codes(
-    folder: Path, name: str, stored: Tensor | StoredTensor | None, promised: StoredCodes, flat: bool
-) -> None:
-    """Refuse what is not the int8 codes that a manifest promises.
+def shaped_codes(folder: Path, name: str, stored: Tensor | None, promised: StoredCodes, flat: bool) -> Tensor:
+    """Return int8 codes in the shape of the float weight.
 
     Args:
         folder: for errors.
@@ -45,11 +42,9 @@ def check_codes(
         raise CorruptCheckpointError(
             f"{folder}: {name} is {stored.dtype} {tuple(stored.shape)}, but {MANIFEST} promises {wanted}"
         )
-
-
-def _in_shape(stored: Tensor, promised: StoredCodes) -> Tensor:
-    """Return codes that lie flat in a file in the shape of the float weight."""
-    return unflattened(stored, promised.shape, "transposed_linear" if promised.transposed else "linear")
+    if not flat:
+        return stored
+    return unflattened(stored, shape, "transposed_linear" if promised.transposed else "linear")
 
 
 def checked_scale(folder: Path, name: str, scale: Tensor | None, shape: tuple[int, ...]) -> Tensor:
@@ -92,38 +87,10 @@ def read_tensors(checkpoint: Checkpoint, manifest: Manifest | None) -> dict[str,
         table = dict(manifest.tensors)
     flat = manifest is not None and manifest.layout == FORMAT
     for name, promised in table.items():
-        check_codes(folder, name, tensors.get(name), promised, flat)
-        tensors[name] = _in_shape(tensors[name], promised) if flat else tensors[name]
+        tensors[name] = shaped_codes(folder, name, tensors.get(name), promised, flat)
         scale = f"{name}_scale"
         tensors[scale] = checked_scale(folder, scale, tensors.get(scale), promised.scale)
     return tensors
-
-
-def coming_tensors(
-    checkpoint: Checkpoint, manifest: Manifest, coming: Mapping[str, StoredTensor]
-) -> dict[str, Tensor | StoredTensor]:
-    """Do the same with tensors that are being read meanwhile; only scales are waited for.
-
-    Args:
-        checkpoint: to read.
-        manifest: of its folder.
-        coming: its tensors.
-    """
-    folder, flat = checkpoint.folder, manifest.layout == FORMAT
-    tensors: dict[str, Tensor | StoredTensor] = dict(coming)
-    for name, promised in manifest.tensors.items():
-        check_codes(folder, name, coming.get(name), promised, flat)
-        if flat:
-            get = partial(_shaped, coming[name], promised)
-            tensors[name] = StoredTensor(torch.int8, torch.Size(promised.shape), get)
-        scale = f"{name}_scale"
-        held = coming[scale].get() if scale in coming else None
-        tensors[scale] = checked_scale(folder, scale, held, promised.scale)
-    return tensors
-
-
-def _shaped(stored: StoredTensor, promised: StoredCodes) -> Tensor:
-    return _in_shape(stored.get(), promised)
 
 
 def check_zero_point(folder: Path, name: str, values: Tensor) -> None:

@@ -12,11 +12,10 @@ import mmap
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -60,19 +59,20 @@ class TensorHeader(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is not here yet, with the ways of a slice of safetensors; `tensor[...]` brings it.
+    """A tensor that is still in its file, with the ways of a slice of safetensors; `tensor[...]` reads it, each time anew.
 
     Attributes:
         dtype, shape: of the tensor.
-        get: reads it, or waits until it has been read.
     """
 
     dtype: torch.dtype
     shape: torch.Size
-    get: Callable[[], torch.Tensor]
+    _checkpoint: "Checkpoint"
+    _name: str
 
     def __getitem__(self, place: Any) -> torch.Tensor:
-        return self.get()[place]
+        whole: torch.Tensor = self._checkpoint[self._name]
+        return whole[place]
 
     def get_dtype(self) -> str:
         """Return the dtype as a safetensors header has it."""
@@ -146,22 +146,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def stored(self) -> dict[str, StoredTensor]:
         """Return all tensors, to be read when they are needed."""
         return {
-            name: StoredTensor(header.dtype, torch.Size(header.shape), partial(self.__getitem__, name))
+            name: StoredTensor(header.dtype, torch.Size(header.shape), self, name)
             for name, header in self.headers.items()
         }
-
-    @contextmanager
-    def coming(self) -> Iterator[dict[str, StoredTensor]]:
-        """Read all tensors in the background, several at a time, while the block does something else."""
-        with ThreadPoolExecutor(_READERS) as readers:
-            waiting = {name: readers.submit(self.__getitem__, name) for name in self.headers}
-            try:
-                yield {
-                    name: StoredTensor(header.dtype, torch.Size(header.shape), waiting[name].result)
-                    for name, header in self.headers.items()
-                }
-            finally:
-                readers.shutdown(wait=True, cancel_futures=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers)
