@@ -214,6 +214,7 @@ def render_card(subject: Subject, report: QuantReport, config: QuantizationConfi
 
 def _as_saved(subject: Subject) -> Subject:
     """Return the subject in the form it is saved in: what only the user's code can build is a plain module."""
+    subject = subject.with_hashes()
     if subject.kind == "module" or _builds_itself(subject):
         return subject
     if subject.kind == "sentence_transformer":

@@ -41,7 +41,7 @@ from mono_quant.io.disk.manifest import MANIFEST, README, REPORT
 from mono_quant.io.disk.reading import open_regular, read_all
 from mono_quant.io.hub.metadata import local_card
 from mono_quant.io.hub.repo import RepoFile, cached_commit, git_id
-from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint, open_weights
+from mono_quant.io.tensors.checkpoint import Checkpoint, WeightFile, open_checkpoint, open_weights
 from mono_quant.planning.walk import common_dtype
 from mono_quant.sources.guards import (
     Shapes,
@@ -266,12 +266,14 @@ def loaded_from(model: Any, files: Sequence[Path], kind: str = "transformers") -
         return Source(Subject(model, kind, origin=Origin(name)))
     folder = files[0].parent
     origin = _local_origin(name, folder)
+    weights: tuple[WeightFile, ...] = ()
     commit = cached_commit(folder)
     if commit is not None:
         origin = replace(origin, repo_id=commit[0], sha=commit[1])
     elif are_safe(files):
         with open_weights(folder, [file.name for file in files]) as checkpoint:
-            origin = replace(origin, files=checkpoint.sha256s())
+            # hashed when it is saved: that takes as long as converting
+            weights = checkpoint.weight_files()
     if not are_safe(files):
         origin = replace(origin, access=("allow_pickle",))
     raw = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else None
@@ -282,6 +284,7 @@ def loaded_from(model: Any, files: Sequence[Path], kind: str = "transformers") -
         config=raw,
         side_files=find_side_files(folder),
         origin=origin,
+        weights=weights,
     )
     return Source(subject, notes=[] if are_safe(files) else [_PICKLED])
 

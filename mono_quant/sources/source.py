@@ -12,6 +12,7 @@ from mono_quant.convert.arrival import Arrival
 from mono_quant.hf.processors import load_processor
 from mono_quant.io.hub.client import HUB, Hub
 from mono_quant.io.hub.repo import RepoFile
+from mono_quant.io.tensors.checkpoint import WeightFile
 from mono_quant.sources.origin import Origin
 
 
@@ -30,6 +31,7 @@ class Subject:
         processor: tokenizer or processor given by the user.
         settings: what is said of a SentenceTransformer beside its weights, as it was when it was read; empty for one from memory.
         origin: where it came from, and what its card says.
+        weights: the files that it was read from, where nobody hashed them yet.
         samples: values of the tensors of a converted model, by which it is seen whether somebody changed them.
     """
 
@@ -42,12 +44,19 @@ class Subject:
     processor: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
     origin: Origin = field(default_factory=lambda: Origin("model"))
+    weights: tuple[WeightFile, ...] = ()
     samples: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def core(self) -> nn.Module:
         """The part of the model that is converted."""
         return self.model.get_submodule(self.core_name)
+
+    def with_hashes(self) -> "Subject":
+        """Return the same with the hashes of its weight files in its origin; of those that are as they were."""
+        found = {file.path.name: file.sha256() for file in sorted(self.weights)}
+        files = {name: digest for name, digest in found.items() if digest is not None}
+        return replace(self, origin=replace(self.origin, files=files), weights=()) if self.weights else self
 
     def find_processor(self) -> Any:
         """Return the given processor, the one that the model brings, or the one in the folder; None when there is none."""

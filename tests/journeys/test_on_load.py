@@ -1,7 +1,9 @@
 """A model is converted while transformers loads it, and is one of its own there: saved, pushed, made float again."""
 
 import copy
+import hashlib
 import pickle
+import shutil
 import weakref
 
 import pytest
@@ -265,6 +267,22 @@ def test_trainer_saves_the_same_files_and_does_not_train(floats, tmp_path):
     changed = {name for name, data in expected.items() if found[name] != data}
     assert changed == {"config.json", "mono_quant.json"}
     mq.load(tmp_path / "saved")
+
+
+def test_a_card_names_the_source_by_its_hash_while_the_source_is_what_was_read(floats, tmp_path):
+    folder = tmp_path / "float"
+    shutil.copytree(floats("bert"), folder)
+    weights = folder / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    model = on_load(folder)
+    model.save_pretrained(tmp_path / "first")
+    assert digest in (tmp_path / "first" / "README.md").read_text()
+    weights.write_bytes(weights.read_bytes())
+    model.save_pretrained(tmp_path / "second")
+    assert "sha256 `" not in (tmp_path / "second" / "README.md").read_text().partition("## How")[0]
+    shutil.rmtree(folder)
+    model.save_pretrained(tmp_path / "third")
+    mq.verify(tmp_path / "third")
 
 
 def test_a_converted_model_is_freed_as_soon_as_nobody_holds_it(floats):

@@ -26,6 +26,7 @@ from mono_quant.errors import (
     CorruptCheckpointError,
     LimitExceededError,
     MissingFileError,
+    MonoQuantError,
     UnsafeInputError,
 )
 from mono_quant.io.disk.json_text import read_json_object
@@ -89,6 +90,24 @@ class _Shard(NamedTuple):
     identity: tuple[int, ...]
     spans: dict[str, Span]
     data_start: int
+
+
+class WeightFile(NamedTuple):
+    """A weight file as it was when it was opened."""
+
+    path: Path
+    identity: tuple[int, ...]
+
+    def sha256(self) -> str | None:
+        """Return the sha256 of its bytes, all of which are read; None when it is gone or was changed since."""
+        try:
+            descriptor = open_regular(self.path)
+        except MonoQuantError:
+            return None
+        try:
+            return _sha256(descriptor, self.path.name) if _identity(descriptor) == self.identity else None
+        finally:
+            os.close(descriptor)
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
@@ -173,13 +192,12 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def sha256s(self) -> dict[str, str]:
         """Return the sha256 of every weight file, by name; reads every byte."""
-        found = {}
-        for shard in self._shards.values():
-            digest = hashlib.sha256()
-            for piece in read_chunks(shard.descriptor, os.fstat(shard.descriptor).st_size, shard.name):
-                digest.update(piece)
-            found[shard.name] = digest.hexdigest()
+        found = {shard.name: _sha256(shard.descriptor, shard.name) for shard in self._shards.values()}
         return dict(sorted(found.items()))
+
+    def weight_files(self) -> tuple["WeightFile", ...]:
+        """Return the weight files, to be hashed when somebody wants to know."""
+        return tuple(WeightFile(self.folder / s.name, s.identity) for s in self._shards.values())
 
     def _check_unchanged(self, shard: _Shard) -> None:
         if _identity(shard.descriptor) != shard.identity:
@@ -294,6 +312,13 @@ def _open_shard(folder: Path, name: str, resources: ExitStack) -> _Shard:
     identity = _identity(descriptor)
     spans, data_start = parse_header(descriptor, name)
     return _Shard(name, descriptor, identity, spans, data_start)
+
+
+def _sha256(descriptor: int, name: str) -> str:
+    digest = hashlib.sha256()
+    for piece in read_chunks(descriptor, os.fstat(descriptor).st_size, name):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _identity(descriptor: int) -> tuple[int, ...]:
