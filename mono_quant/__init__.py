@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from mono_quant.hf.late import when_imported
 
 if TYPE_CHECKING:
-    from mono_quant.api.on_load import MonoQuantConfig, enable
+    from mono_quant.api.enabled import enable
+    from mono_quant.api.on_load import MonoQuantConfig
     from mono_quant.api.result import QuantizedModel
     from mono_quant.api.verbs import (
         dynamic_quantize,
@@ -41,7 +42,8 @@ __all__ = [
 ]
 # Where a name is, so that it is imported when it is asked for: what most of them need, torch, takes a second.
 _HOMES = {
-    "api.on_load": ("MonoQuantConfig", "enable"),
+    "api.enabled": ("enable",),
+    "api.on_load": ("MonoQuantConfig",),
     "api.result": ("QuantizedModel",),
     "api.verbs": (
         "dynamic_quantize",

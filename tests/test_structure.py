@@ -69,7 +69,7 @@ ROOMS = {
         ["inspection", "publishing"],
         ["keeping"],
     ],
-    "api": [["result"], ["recipe"], ["delivery", "on_load"], ["verbs", "diffusion_on_load"]],
+    "api": [["result"], ["recipe"], ["delivery", "on_load"], ["verbs", "diffusion_on_load", "enabled"]],
     "apps": [
         ["interrupt", "late"],
         ["colours"],

@@ -7,7 +7,6 @@ is first asked for.
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.api import on_load
-from mono_quant.api.recipe import NOT_ASKED, convert_source, decided, finished
+from mono_quant.api.recipe import decided
 from mono_quant.artifact.buffers import read_values, restore_
 from mono_quant.artifact.facts import Manifest
-from mono_quant.artifact.keeping import keep_, keep_loaded_
+from mono_quant.artifact.keeping import keep_loaded_
 from mono_quant.convert.arrival import FILLED, Arrival
 from mono_quant.convert.int8 import install_
 from mono_quant.convert.schemes import ARRIVALS
 from mono_quant.convert.surgery import recast_
-from mono_quant.errors import ConfigError, CorruptCheckpointError, FormatVersionError, Option
+from mono_quant.errors import ConfigError, CorruptCheckpointError, Option
 from mono_quant.hf.marks import METHOD
 from mono_quant.hf.marks import classes as marks
 from mono_quant.hf.names import SCALE
-from mono_quant.io.disk.manifest import FORMAT_VERSION, MANIFEST
-from mono_quant.planning.config import QuantizationConfig
+from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.walk import tensor_names, weight_owners
 from mono_quant.sources.folder import loaded_from
@@ -84,20 +82,13 @@ def quantizer() -> type[Any]:
         codes: frozenset[str] = frozenset()
 
         def __init__(self, quantization_config: Any, **options: Any) -> None:
-            if isinstance(quantization_config, QuantizationConfig):
-                asked = quantization_config.to_dict() | {"fidelity": quantization_config.fidelity is True}
-                quantization_config = on_load.classes()[0](**asked)
-            config = copy.copy(quantization_config)
+            config = copy.copy(on_load.asked_config(quantization_config))
             config.quant_method = _Method(METHOD)
             super().__init__(config, **options)
 
         def validate_environment(self, device_map: Any = None, **_: Any) -> None:
-            devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
-            if not self.pre_quantized and "disk" in devices:
-                raise ConfigError(
-                    "device_map puts layers on the disk, where they would stay in float; convert the model first, "
-                    "mono_quant.quantize(...).save(folder), and load that folder"
-                )
+            if not self.pre_quantized:
+                on_load.refuse_disk(device_map)
 
         def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
             self.files = [Path(file) for file in checkpoint_files]
@@ -129,11 +120,7 @@ def quantizer() -> type[Any]:
             self.arrival.await_(model)
 
         def _expect_codes_(self, model: nn.Module) -> None:
-            version = self.quantization_config.format_version
-            if version > FORMAT_VERSION:
-                raise FormatVersionError(
-                    f"{self.folder} has format {version}, and this version of mono_quant knows {FORMAT_VERSION}; update mono_quant"
-                )
+            on_load.check_version(self.quantization_config.format_version, self.folder)
             owners = weight_owners(model)
             stray = sorted(self.codes - owners.keys())
             if stray:
@@ -186,18 +173,13 @@ def quantizer() -> type[Any]:
             keep_loaded_(folder or Path(), model, manifest)
 
         def _complete_(self, model: Any) -> None:
-            request, subject = self.quantization_config.request, replace(self.source.subject, model=model)
-            if self.arrival is None:
-                source = replace(self.source, subject=subject)
-                report = convert_source(source, request, inplace=True, probe=None).report
-            else:
+            task = None
+            if self.arrival is not None:
                 self.arrival.finish_()
-                task = replace(self.task, model=model)
-                report = finished(task, self.arrival.outcome(), self.names, self.source.notes)
-                report = report.with_fidelity(None, NOT_ASKED)
-                keep_(subject, request.dtype, report, request)
+                task = self.task
+            request = self.quantization_config.request
+            on_load.complete_(model, self.source, request, self.names, task, self.arrival)
             self.what = model.hf_quantizer.what
-            model.mono_quant_report = report
 
     DiffusionOnLoad.__module__, DiffusionOnLoad.__qualname__ = __name__, DiffusionOnLoad.__name__
     return DiffusionOnLoad

@@ -5,11 +5,10 @@ The classes need transformers as their base, so they are made when they are firs
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,13 +32,12 @@ from mono_quant.errors import (
     MissingFileError,
     Option,
 )
-from mono_quant.hf.compressed_tensors import STANDARD, ct_problems
 from mono_quant.hf.dtypes import built_dtype, loaded_dtypes
 from mono_quant.hf.marks import METHOD
 from mono_quant.hf.models import skeleton, tie_
 from mono_quant.hf.names import SCALE, grouped, on_meta, place
+from mono_quant.hf.quantizer import Headers, headers_of, initialize_, unmark_config_
 from mono_quant.hf.quantizer import classes as loader_classes
-from mono_quant.hf.quantizer import headers_of, initialize_, unmark_config_
 from mono_quant.io.disk.manifest import FORMAT_VERSION, MANIFEST, REPORT
 from mono_quant.io.hub.repo import cached_commit
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint, open_weights
@@ -72,64 +70,222 @@ def register() -> None:
         register_quantizer(METHOD)(quantizer_class)
 
 
-class Enabled:
-    """int8 stays int8 in plain calls of transformers; leaving it as a context, or `disable`, ends that.
+def asked_config(given: Any) -> Any:
+    """Return a `MonoQuantConfig` for what was passed as `quantization_config`: one, or a request of `mono_quant.quantize`."""
+    if not isinstance(given, QuantizationConfig):
+        return given
+    return classes()[0](**given.to_dict() | {"fidelity": given.fidelity is True})
 
-    The last of several that ends puts things back, in whatever order and thread they end.
+
+def refuse_disk(device_map: Any) -> set[Any]:
+    """Return the devices of a map.
+
+    Raises:
+        ConfigError: one of them is the disk, from where the float file would be read again.
     """
-
-    _all: ClassVar[set["Enabled"]] = set()
-    _lock = Lock()
-    _before: ClassVar[Any] = None
-
-    def __init__(self) -> None:
-        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-        register()
-        self._mapping = AUTO_QUANTIZATION_CONFIG_MAPPING
-        with self._lock:
-            if not self._all:
-                Enabled._before = self._mapping[STANDARD]
-                self._mapping[STANDARD] = _keeping_int8(self._before)
-            self._all.add(self)
-
-    def disable(self) -> None:
-        """Let transformers read compressed-tensors checkpoints as it did before, unless another one is enabled; once is enough."""
-        with self._lock:
-            if self._all == {self}:
-                self._mapping[STANDARD] = self._before
-            self._all.discard(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.disable()
+    devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if "disk" in devices:
+        raise ConfigError(
+            "device_map puts layers on the disk, where they would stay in float; convert the model first, "
+            "mono_quant.quantize(...).save(folder), and load that folder"
+        )
+    return devices
 
 
-def enable() -> Enabled:
-    """Run int8 compressed-tensors checkpoints in int8 wherever transformers loads them, from now on or in a `with` block.
+def check_version(version: int, folder: Path | None) -> None:
+    """Refuse a folder in a format that is newer than this package.
 
-    `AutoModel.from_pretrained`, `pipeline` and `SentenceTransformer` would otherwise compute in float with what such a
-    checkpoint (W8A8, scales per channel, activations per token at run time) stands for. Others are loaded as before.
-
-    Returns:
-        A context; its end, or `disable`, puts things back.
+    Raises:
+        FormatVersionError: it is.
     """
-    return Enabled()
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{folder} has format {version}, and this version of mono_quant knows {FORMAT_VERSION}; update mono_quant"
+        )
 
 
-def _keeping_int8(otherwise: Any) -> type[Any]:
-    class Standard:
-        """In the place of the config of compressed-tensors."""
+def complete_(
+    model: Any,
+    source: Source,
+    request: QuantizationConfig,
+    names: Sequence[str],
+    task: Task | None,
+    arrival: Arrival | None,
+) -> None:
+    """Give a model that was converted on load its report and its keeper, or convert it now that it has been loaded.
 
-        @staticmethod
-        def from_dict(block: Mapping[str, Any], **options: Any) -> Any:
-            if ct_problems(block):
-                return otherwise.from_dict(block, **options)
-            return classes()[0](checkpoint=block)
+    Args:
+        model: that was loaded.
+        source: of the skeleton that was decided on.
+        request: what is asked for.
+        names: of the tensors of the skeleton.
+        task, arrival: of the conversion; None where nothing became int8 while it was read.
+    """
+    subject = replace(source.subject, model=model)
+    if task is None or arrival is None:
+        result = convert_source(replace(source, subject=subject), request, inplace=True, probe=None)
+        model.mono_quant_report = result.report
+        return
+    report = finished(replace(task, model=model), arrival.outcome(), names, source.notes)
+    model.mono_quant_report = report.with_fidelity(None, NOT_ASKED)
+    keep_(subject, request.dtype, model.mono_quant_report, request)
 
-    return Standard
+
+class Loading:
+    """What our quantizer does at each step of a loading; transformers' base class, and `hf.quantizer`, stand behind it."""
+
+    pre_quantized: bool
+    quantization_config: Any
+    headers: Headers
+    fill_: Callable[[Any, Any], None]
+
+    arrival: Arrival | None = None
+    folder: Path | None = None
+    files: Sequence[Path] = ()
+    task: Task
+    source: Source
+
+    def __init__(self, quantization_config: Any, **options: Any) -> None:
+        super().__init__(asked_config(quantization_config), **options)  # type: ignore[call-arg]
+
+    def validate_environment(self, device_map: Any = None, **_: Any) -> None:
+        """Refuse a place where a model cannot be converted; transformers asks before it builds one.
+
+        Raises:
+            ConfigError: it is the disk, or several devices for float16.
+        """
+        if self.pre_quantized:
+            return
+        devices = refuse_disk(device_map)
+        if self.quantization_config.request.dtype == "fp16" and len(devices) > 1:
+            raise ConfigError(
+                "fp16 is converted on one device, and device_map names several; for a GPU pass dtype=torch.float16 in place of "
+                "quantization_config"
+            )
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        """Tell whether a tensor may come in another shape than the parameter has."""
+        # of a checkpoint of ours: codes lie flat in it, and the layer gives them their shape
+        owner, own = param_name.rpartition(".")[::2]
+        module = model.get_submodule(owner)
+        return (
+            self.arrival is None
+            and isinstance(module, Int8Module)
+            and own.removesuffix("_scale") in module.held
+        )
+
+    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+        """Return the bytes of a value, for maps of devices: what will be int8 has one."""
+        coming = self.arrival is not None and param_name in self.arrival.names
+        owner, own = param_name.rpartition(".")[::2]
+        module = model.get_submodule(owner)
+        if coming or (isinstance(module, Int8Module) and own in module.held):
+            return 1
+        return float(param.element_size())
+
+    def _process_model_before_weight_loading(
+        self,
+        model: Any,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Sequence[str] | None = None,
+        **_: Any,
+    ) -> None:
+        self.files = [Path(file) for file in checkpoint_files or ()]
+        if self.files:
+            self.folder = self.files[0].parent
+        if self.pre_quantized:
+            self._expect_codes_(model)
+            model.__dict__["initialize_weights"] = functools.partial(self._initialize_, model)
+            return
+        request = self.quantization_config.request
+        asked = dtype or built_dtype(model)
+        bare = skeleton(type(model), model.config, asked, type(model).__name__)
+        tie_(bare)
+        recast_(bare, loaded_dtypes(bare, asked))
+        self.source = loaded_from(bare, self.files)
+        model.__dict__["initialize_weights"] = functools.partial(self._initialize_, model)
+        if request.dtype not in ARRIVALS:
+            return
+        self.task, decisions = decided(self.source, self.source.subject, request)
+        if request.on_nonfinite == "keep":
+            decisions = keep_unfinite(decisions, self._unfinite(bare))
+        self.arrival = ARRIVALS[request.dtype](self.task, decisions, lambda *_: None)
+        self.arrival.await_(model)
+
+    def _initialize_(self, model: Any) -> None:
+        """Let weights be made that no file has: heads of another class are, but those of a folder of ours are lost."""
+        anew = unfilled(model)
+        lost = [name for name in anew if name not in self.headers]
+        if self.pre_quantized and self.folder is not None:
+            saved = type(model).__name__ in (model.config.architectures or ())
+            if lost and saved and (self.folder / MANIFEST).exists():
+                raise CorruptCheckpointError(
+                    f"{self.folder}: {len(lost)} weights of {type(model).__name__} are missing: {grouped(lost)}; fetch the "
+                    f"whole folder again"
+                )
+        elif anew:
+            self.source.notes.append(f"not in the checkpoint, so made anew as for training: {grouped(anew)}")
+        if self.pre_quantized or self.arrival is not None:
+            initialize_(model, self.arrival)
+        else:
+            del model.__dict__["initialize_weights"]
+            model.initialize_weights()
+
+    def _unfinite(self, bare: nn.Module) -> frozenset[str]:
+        if self.folder is None or not are_safe(self.files):
+            raise ConfigError(
+                Option("on_nonfinite", "keep"), " needs safetensors files to look into; leave it out"
+            )
+        # transformers builds on meta at this moment
+        with torch.device("cpu"), open_weights(self.folder, [f.name for f in self.files]) as checkpoint:
+            shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
+            return frozenset(unfinite(checkpoint, place(bare, on_meta(shapes)).sources))
+
+    def _expect_codes_(self, model: Any) -> None:
+        asked, folder = self.quantization_config, self.folder
+        if folder is None:
+            raise MissingFileError(
+                "an int8 model is loaded from its files; give the folder or the id of the model"
+            )
+        check_version(asked.format_version, folder)
+        self.manifest = _manifest_of(folder)
+        if asked.checkpoint is None and self.manifest is None:
+            raise MissingFileError(
+                f"{folder} holds int8 codes of mono_quant, but not the {MANIFEST} that belongs to them; fetch the whole "
+                f"folder again"
+            )
+        with open_checkpoint(folder) as checkpoint:
+            if asked.checkpoint is not None:
+                check_foreign(checkpoint, asked.checkpoint)
+            shapes = _shapes(checkpoint, self.manifest)
+        bare = [n for n, (dtype, _) in shapes.items() if dtype == torch.int8 and f"{n}{SCALE}" not in shapes]
+        if bare:
+            raise CorruptCheckpointError(
+                f"{folder}: the scales of {len(bare)} int8 weights are missing: {grouped(bare)}; fetch the whole folder again"
+            )
+        tensors_config, _ = loader_classes()
+        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        model.__dict__["_keys_to_ignore_on_load_unexpected"] = {*ignored, rf"{re.escape(ZERO_POINT)}$"}
+        self.fill_(model, tensors_config(headers_of(shapes)))
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        super()._process_model_after_weight_loading(model)  # type: ignore[misc]
+        if self.pre_quantized and self.folder is not None:
+            _settle_(model)
+            if self.quantization_config.checkpoint is not None:
+                tell_differences(self.folder, self.quantization_config.checkpoint, model)
+            if self.manifest is not None:
+                restore_(model, self.manifest.buffers, read_values(self.folder))
+            keep_loaded_(self.folder, model, self.manifest)
+        else:
+            self._complete_(model)
+        # a model made from this config is a float one
+        unmark_config_(model)
+
+    def _complete_(self, model: Any) -> None:
+        names = [name for name, _, _ in tensor_names(self.source.subject.model)]
+        task = None if self.arrival is None else self.task
+        complete_(model, self.source, self.quantization_config.request, names, task, self.arrival)
 
 
 def classes() -> tuple[type[Any], type[Any]]:
@@ -194,177 +350,8 @@ def _classes() -> tuple[type[Any], type[Any]]:
             asked = {k: v for k, v in self.request.to_dict().items() if k != "fidelity"}
             return {"quant_method": METHOD, "format_version": self.format_version, **asked}
 
-    class OnLoad(filling):  # type: ignore[misc,valid-type]
+    class OnLoad(Loading, filling):  # type: ignore[misc,valid-type]
         """Converts a model while it is loaded, or loads one that was converted."""
-
-        arrival: Arrival | None = None
-        folder: Path | None = None
-        files: Sequence[Path] = ()
-        task: Task
-        source: Source
-
-        def __init__(self, quantization_config: Any, **options: Any) -> None:
-            if isinstance(quantization_config, QuantizationConfig):
-                asked: dict[str, Any] = quantization_config.to_dict()
-                asked["fidelity"] = quantization_config.fidelity is True
-                quantization_config = MonoQuantConfig(**asked)
-            super().__init__(quantization_config, **options)
-
-        def validate_environment(self, device_map: Any = None, **_: Any) -> None:
-            devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
-            if not self.pre_quantized and "disk" in devices:
-                raise ConfigError(
-                    "device_map puts layers on the disk, where they would stay in float; convert the model first, "
-                    "mono_quant.quantize(...).save(folder), and load that folder"
-                )
-            if (
-                not self.pre_quantized
-                and self.quantization_config.request.dtype == "fp16"
-                and len(devices) > 1
-            ):
-                raise ConfigError(
-                    "fp16 is converted on one device, and device_map names several; for a GPU pass dtype=torch.float16 in place of "
-                    "quantization_config"
-                )
-
-        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-            # of a checkpoint of ours: codes lie flat in it, and the layer gives them their shape
-            owner, own = param_name.rpartition(".")[::2]
-            module = model.get_submodule(owner)
-            return (
-                self.arrival is None
-                and isinstance(module, Int8Module)
-                and own.removesuffix("_scale") in module.held
-            )
-
-        def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
-            coming = self.arrival is not None and param_name in self.arrival.names
-            owner, own = param_name.rpartition(".")[::2]
-            module = model.get_submodule(owner)
-            if coming or (isinstance(module, Int8Module) and own in module.held):
-                return 1
-            return float(param.element_size())
-
-        def _process_model_before_weight_loading(
-            self,
-            model: Any,
-            dtype: torch.dtype | None = None,
-            checkpoint_files: Sequence[str] | None = None,
-            **_: Any,
-        ) -> None:
-            self.files = [Path(file) for file in checkpoint_files or ()]
-            if self.files:
-                self.folder = self.files[0].parent
-            if self.pre_quantized:
-                self._expect_codes_(model)
-                model.__dict__["initialize_weights"] = functools.partial(self._initialize_, model)
-                return
-            request = self.quantization_config.request
-            asked = dtype or built_dtype(model)
-            bare = skeleton(type(model), model.config, asked, type(model).__name__)
-            tie_(bare)
-            recast_(bare, loaded_dtypes(bare, asked))
-            self.source = loaded_from(bare, self.files)
-            model.__dict__["initialize_weights"] = functools.partial(self._initialize_, model)
-            if request.dtype not in ARRIVALS:
-                return
-            self.task, decisions = decided(self.source, self.source.subject, request)
-            if request.on_nonfinite == "keep":
-                decisions = keep_unfinite(decisions, self._unfinite(bare))
-            self.arrival = ARRIVALS[request.dtype](self.task, decisions, lambda *_: None)
-            self.arrival.await_(model)
-
-        def _initialize_(self, model: Any) -> None:
-            """Let weights be made that no file has: heads of another class are, but those of a folder of ours are lost."""
-            anew = unfilled(model)
-            lost = [name for name in anew if name not in self.headers]
-            if self.pre_quantized and self.folder is not None:
-                saved = type(model).__name__ in (model.config.architectures or ())
-                if lost and saved and (self.folder / MANIFEST).exists():
-                    raise CorruptCheckpointError(
-                        f"{self.folder}: {len(lost)} weights of {type(model).__name__} are missing: {grouped(lost)}; fetch the "
-                        f"whole folder again"
-                    )
-            elif anew:
-                self.source.notes.append(
-                    f"not in the checkpoint, so made anew as for training: {grouped(anew)}"
-                )
-            if self.pre_quantized or self.arrival is not None:
-                initialize_(model, self.arrival)
-            else:
-                del model.__dict__["initialize_weights"]
-                model.initialize_weights()
-
-        def _unfinite(self, bare: nn.Module) -> frozenset[str]:
-            if self.folder is None or not are_safe(self.files):
-                raise ConfigError(
-                    Option("on_nonfinite", "keep"), " needs safetensors files to look into; leave it out"
-                )
-            # transformers builds on meta at this moment
-            with torch.device("cpu"), open_weights(self.folder, [f.name for f in self.files]) as checkpoint:
-                shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
-                return frozenset(unfinite(checkpoint, place(bare, on_meta(shapes)).sources))
-
-        def _expect_codes_(self, model: Any) -> None:
-            asked, folder = self.quantization_config, self.folder
-            if folder is None:
-                raise MissingFileError(
-                    "an int8 model is loaded from its files; give the folder or the id of the model"
-                )
-            if asked.format_version > FORMAT_VERSION:
-                raise FormatVersionError(
-                    f"{folder} has format {asked.format_version}, and this version of mono_quant knows {FORMAT_VERSION}; "
-                    "update mono_quant"
-                )
-            self.manifest = _manifest_of(folder)
-            if asked.checkpoint is None and self.manifest is None:
-                raise MissingFileError(
-                    f"{folder} holds int8 codes of mono_quant, but not the {MANIFEST} that belongs to them; fetch the whole "
-                    f"folder again"
-                )
-            with open_checkpoint(folder) as checkpoint:
-                if asked.checkpoint is not None:
-                    check_foreign(checkpoint, asked.checkpoint)
-                shapes = _shapes(checkpoint, self.manifest)
-            bare = [
-                n for n, (dtype, _) in shapes.items() if dtype == torch.int8 and f"{n}{SCALE}" not in shapes
-            ]
-            if bare:
-                raise CorruptCheckpointError(
-                    f"{folder}: the scales of {len(bare)} int8 weights are missing: {grouped(bare)}; fetch the whole folder again"
-                )
-            tensors_config, _ = loader_classes()
-            ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-            model.__dict__["_keys_to_ignore_on_load_unexpected"] = {*ignored, rf"{re.escape(ZERO_POINT)}$"}
-            self.fill_(model, tensors_config(headers_of(shapes)))
-
-        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-            super()._process_model_after_weight_loading(model)
-            if self.pre_quantized and self.folder is not None:
-                _settle_(model)
-                if self.quantization_config.checkpoint is not None:
-                    tell_differences(self.folder, self.quantization_config.checkpoint, model)
-                if self.manifest is not None:
-                    restore_(model, self.manifest.buffers, read_values(self.folder))
-                keep_loaded_(self.folder, model, self.manifest)
-            else:
-                self._complete_(model)
-            # a model made from this config is a float one
-            unmark_config_(model)
-
-        def _complete_(self, model: Any) -> None:
-            request = self.quantization_config.request
-            names = [name for name, _, _ in tensor_names(self.source.subject.model)]
-            subject = replace(self.source.subject, model=model)
-            if self.arrival is None:
-                source = replace(self.source, subject=subject)
-                report = convert_source(source, request, inplace=True, probe=None).report
-            else:
-                task = replace(self.task, model=model)
-                report = finished(task, self.arrival.outcome(), names, self.source.notes)
-                report = report.with_fidelity(None, NOT_ASKED)
-                keep_(subject, request.dtype, report, request)
-            model.mono_quant_report = report
 
     for cls in (MonoQuantConfig, OnLoad):
         cls.__module__, cls.__qualname__ = __name__, cls.__name__

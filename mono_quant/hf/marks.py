@@ -149,6 +149,161 @@ def _refuse_training(model: nn.Module, what: str) -> None:
         )
 
 
+class Speaking:
+    """What a quantizer says for its model, which it knows without keeping it alive, and is copied and pickled with."""
+
+    what = ""
+    keeper: Keeper | None
+    quantization_config: Any
+    _model: "weakref.ref[nn.Module]"
+
+    def watch(self, model: nn.Module, keeper: Keeper | None) -> None:
+        """Speak for a model."""
+        self._model, self.keeper = weakref.ref(model), keeper
+
+    @property
+    def model(self) -> nn.Module:
+        """The model.
+
+        Raises:
+            UnsupportedModelError: it is gone.
+        """
+        found = self._model()
+        if found is None:
+            raise UnsupportedModelError("the converted model is gone; keep it as long as its hf_quantizer")
+        return found
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether there is something to train beside the converted weights; Trainer asks this first.
+
+        Raises:
+            FrozenWeightError: there is not, and why.
+        """
+        _refuse_training(self.model, self.what)
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile it."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Whether transformers may write the model by itself; it asks before it makes anything.
+
+        Raises:
+            UnsupportedModelError: it may not, and has no adapters that it could write alone.
+        """
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            # then transformers saves the adapters alone
+            return False
+        raise UnsupportedModelError(
+            f"{type(self.model).__name__} holds {self.what} weights, which this way of saving does not know how to write; call "
+            f"model.save_pretrained(folder), or quantize(...).save(folder)"
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        *args: Any,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = None,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> None:
+        """Write the folder that `QuantizedModel.save` writes; files of others in it stay.
+
+        Args:
+            save_directory: the folder; made when missing.
+            *args: `is_main_process`, of which only the main process writes.
+            state_dict: of this model; only its own can be saved.
+            push_to_hub: push it as well, to `repo_id` or the name of the folder.
+            max_shard_size: of one weight file.
+            token: to push with.
+            **options: of the class's `save_pretrained`; those that would change what is written are refused.
+
+        Raises:
+            MonoQuantError: as `QuantizedModel.save`; nothing was written.
+        """
+        model = self.model
+        pushing = {name: options.pop(name) for name in ("repo_id", *_PUSH) if name in options}
+        if args:
+            options["is_main_process"] = args[0]
+        if options.pop("is_main_process", True) is False:
+            return
+        _refuse_options(options)
+        _refuse_foreign_state(model, state_dict)
+        keeper = self._keeper()
+        keeper.save(model, Path(save_directory), max_shard_size)
+        if push_to_hub:
+            repo_id = pushing.pop("repo_id", Path(save_directory).name)
+            keeper.push(model, repo_id, token, pushing)
+
+    # sentence-transformers has both
+    save = save_pretrained
+
+    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> Any:
+        """Push what `save_pretrained` writes in one commit, as `mono_quant.push_to_hub` does.
+
+        Raises:
+            MonoQuantError: as `mono_quant.push_to_hub`.
+        """
+        pushing = {name: options.pop(name) for name in _PUSH if name in options}
+        _refuse_options({n: v for n, v in options.items() if n not in ("tags", "commit_description") or v})
+        return self._keeper().push(self.model, repo_id, token, pushing)
+
+    save_to_hub = push_to_hub
+
+    def old_fit(self, *args: Any, **options: Any) -> None:
+        """Train an encoder in the way of sentence-transformers before 3, where there is something to train."""
+        model: Any = self.model
+        _refuse_training(model, self.what)
+        inspect.unwrap(type(model).old_fit)(model, *args, **options)
+
+    def tie_weights(self, *args: Any, **options: Any) -> None:
+        """Tie what is not converted, as the class does it; converted layers have been tied."""
+        model: Any = self.model
+        if not holds_ties(model):
+            inspect.unwrap(type(model).tie_weights)(model, *args, **options)
+
+    def _keeper(self) -> Keeper:
+        if self.keeper is None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} was not converted here, so there is no report or card to save with it. Copy the "
+                f"folder that it came from, or quantize the original model in float"
+            )
+        return self.keeper
+
+    def dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """Make the model float again; without `dtype`, in the one that its weights read as."""
+        # not the one that its config names, which stays what it was when a model is cast
+        dequantize_(model, parse_float(dtype))
+        unmark_(model)
+        # that is of the model which it was
+        model.__dict__.pop("mono_quant_report", None)
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Take off a model what says that it is converted."""
+        unmark_(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = copy.copy(self)
+        twin.quantization_config = copy.deepcopy(self.quantization_config, memo)
+        twin.watch(memo.get(id(self.model), self.model), self.keeper)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._model = weakref.ref(state["_model"])
+        for name in _ASKED:
+            _ask_first_(type(state["_model"]), name)
+
+
 @functools.cache
 def classes() -> tuple[type[Any], type[Any], type[Any]]:
     """Make the classes that transformers wants of a quantized model.
@@ -166,153 +321,8 @@ def classes() -> tuple[type[Any], type[Any], type[Any]]:
             self.quant_method = METHOD
             self.dtype = dtype
 
-    class Converted(HfQuantizer):  # type: ignore[misc]
-        """A quantizer that knows its model, without keeping it alive, and is copied and pickled with it."""
-
-        what = ""
-
-        def watch(self, model: nn.Module, keeper: Keeper | None) -> None:
-            """Speak for a model."""
-            self._model, self.keeper = weakref.ref(model), keeper
-
-        @property
-        def model(self) -> nn.Module:
-            """The model.
-
-            Raises:
-                UnsupportedModelError: it is gone.
-            """
-            found = self._model()
-            if found is None:
-                raise UnsupportedModelError(
-                    "the converted model is gone; keep it as long as its hf_quantizer"
-                )
-            return found
-
-        @property
-        def is_trainable(self) -> bool:
-            """Whether there is something to train beside the converted weights; Trainer asks this first.
-
-            Raises:
-                FrozenWeightError: there is not, and why.
-            """
-            _refuse_training(self.model, self.what)
-            return True
-
-        @property
-        def is_compileable(self) -> bool:
-            return True
-
-        def is_serializable(self) -> bool:
-            if getattr(self.model, "_hf_peft_config_loaded", False):
-                # then transformers saves the adapters alone
-                return False
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} holds {self.what} weights, which this way of saving does not know how to write; call "
-                f"model.save_pretrained(folder), or quantize(...).save(folder)"
-            )
-
-        def save_pretrained(
-            self,
-            save_directory: Any,
-            *args: Any,
-            state_dict: Mapping[str, Tensor] | None = None,
-            push_to_hub: bool = False,
-            max_shard_size: int | str | None = None,
-            token: str | bool | None = None,
-            **options: Any,
-        ) -> None:
-            """Write the folder that `QuantizedModel.save` writes; files of others in it stay.
-
-            Args:
-                save_directory: the folder; made when missing.
-                *args: `is_main_process`, of which only the main process writes.
-                state_dict: of this model; only its own can be saved.
-                push_to_hub: push it as well, to `repo_id` or the name of the folder.
-                max_shard_size: of one weight file.
-                token: to push with.
-                **options: of the class's `save_pretrained`; those that would change what is written are refused.
-
-            Raises:
-                MonoQuantError: as `QuantizedModel.save`; nothing was written.
-            """
-            model = self.model
-            pushing = {name: options.pop(name) for name in ("repo_id", *_PUSH) if name in options}
-            if args:
-                options["is_main_process"] = args[0]
-            if options.pop("is_main_process", True) is False:
-                return
-            _refuse_options(options)
-            _refuse_foreign_state(model, state_dict)
-            keeper = self._keeper()
-            keeper.save(model, Path(save_directory), max_shard_size)
-            if push_to_hub:
-                repo_id = pushing.pop("repo_id", Path(save_directory).name)
-                keeper.push(model, repo_id, token, pushing)
-
-        # sentence-transformers has both
-        save = save_pretrained
-
-        def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> Any:
-            """Push what `save_pretrained` writes in one commit, as `mono_quant.push_to_hub` does.
-
-            Raises:
-                MonoQuantError: as `mono_quant.push_to_hub`.
-            """
-            pushing = {name: options.pop(name) for name in _PUSH if name in options}
-            _refuse_options({
-                n: v for n, v in options.items() if n not in ("tags", "commit_description") or v
-            })
-            return self._keeper().push(self.model, repo_id, token, pushing)
-
-        save_to_hub = push_to_hub
-
-        def old_fit(self, *args: Any, **options: Any) -> None:
-            """Train an encoder in the way of sentence-transformers before 3, where there is something to train."""
-            model: Any = self.model
-            _refuse_training(model, self.what)
-            inspect.unwrap(type(model).old_fit)(model, *args, **options)
-
-        def tie_weights(self, *args: Any, **options: Any) -> None:
-            """Tie what is not converted, as the class does it; converted layers have been tied."""
-            model: Any = self.model
-            if not holds_ties(model):
-                inspect.unwrap(type(model).tie_weights)(model, *args, **options)
-
-        def _keeper(self) -> Keeper:
-            if self.keeper is None:
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__} was not converted here, so there is no report or card to save with it. Copy the "
-                    f"folder that it came from, or quantize the original model in float"
-                )
-            return self.keeper
-
-        def dequantize(self, model: Any, dtype: Any = None) -> Any:
-            """Make the model float again; without `dtype`, in the one that its weights read as."""
-            # not the one that its config names, which stays what it was when a model is cast
-            dequantize_(model, parse_float(dtype))
-            unmark_(model)
-            # that is of the model which it was
-            model.__dict__.pop("mono_quant_report", None)
-            return model
-
-        def remove_quantization_config(self, model: Any) -> None:
-            unmark_(model)
-
-        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-            twin = copy.copy(self)
-            twin.quantization_config = copy.deepcopy(self.quantization_config, memo)
-            twin.watch(memo.get(id(self.model), self.model), self.keeper)
-            return twin
-
-        def __getstate__(self) -> dict[str, Any]:
-            return self.__dict__ | {"_model": self.model}
-
-        def __setstate__(self, state: dict[str, Any]) -> None:
-            self.__dict__.update(state)
-            self._model = weakref.ref(state["_model"])
-            for name in _ASKED:
-                _ask_first_(type(state["_model"]), name)
+    class Converted(Speaking, HfQuantizer):  # type: ignore[misc]
+        """The quantizer of a converted model."""
 
     class Int8Converted(Converted):
         """Of a model with int8 layers."""
