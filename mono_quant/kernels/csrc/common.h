@@ -10,8 +10,8 @@
 #define MQ_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define MQ_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 #define MQ_VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
-#define MQ_INLINE inline __attribute__((always_inline))
 #endif
+#define MQ_INLINE inline __attribute__((always_inline))
 
 namespace mq {
 
