@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mono_quant.kernels import reference
+from mono_quant.kernels import pool, reference
 from mono_quant.kernels.inputs import INDICES
 
 # Instruction sets, best last; the numbers are those of the C interface.
@@ -125,7 +125,7 @@ class Cpu:
             bias_pointer, bias_dtype = bias.data_ptr(), known
         if weight_scale.numel() != rows:
             return None
-        out = x.new_empty((*shape[:-1], rows))
+        out = pool.empty((*shape[:-1], rows), x)
         failed = self._linear(
             self._isa,
             self._qmax if depth * self._qmax <= _CODE_BUDGET else widest_code(depth, self.bits),
@@ -162,7 +162,7 @@ class Cpu:
                 return None
             bias = bias.contiguous()
             bias_pointer, bias_dtype = bias.data_ptr(), known
-        out = x.new_empty((*shape[:-1], rows))
+        out = pool.empty((*shape[:-1], rows), x)
         failed = self._half_linear(
             self._isa,
             torch.get_num_threads(),
@@ -210,7 +210,7 @@ class Cpu:
         weight = weight.permute(0, 2, 3, 1).contiguous()
         weight_scale = weight_scale.contiguous()
         bias = None if bias is None else bias.contiguous()
-        out = x.new_empty((images, *out_size, rows))
+        out = pool.empty((images, *out_size, rows), x)
         sizes = [images, groups, rows // groups, height, width, inner]
         sizes += [*kernel_size, *stride, *padding, *dilation, *out_size]
         failed = self._library.mq_conv(
@@ -235,7 +235,7 @@ class Cpu:
     def _transposed(self, x: Tensor) -> Tensor:
         """Return a dense copy of [B, R, C] as [B, C, R]."""
         images, rows, columns = x.shape
-        out = x.new_empty(images, columns, rows)
+        out = pool.empty((images, columns, rows), x)
         self._library.mq_transpose(
             torch.get_num_threads(), images, rows, columns, x.element_size(), x.data_ptr(), out.data_ptr()
         )
