@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # what other programs use; where all of it runs here, 12 keep rounding from choosing other experts. mono_quant reads it on import
-os.environ["MONO_QUANT_ACTIVATION_BITS"] = "12" if "llmcompressor" in sys.argv[1:2] else "8"
+os.environ["MONO_QUANT_ACTIVATIONS"] = "int12" if "llmcompressor" in sys.argv[1:2] else "int8"
 
 import torch
 import transformers

@@ -23,6 +23,7 @@ ROOMS = {
     "io/tensors": [["headers"], ["tensor_file"], ["shards"], ["pickles"], ["checkpoint"]],
     "io/hub": [["patience", "metadata"], ["client"], ["repo"], ["target"], ["push"]],
     "kernels": [
+        ["activations"],
         ["reference", "weights", "build", "inputs", "pool"],
         ["cpu"],
         ["choice"],
@@ -107,7 +108,14 @@ EFFECTS = {
     "symlink": set(),
     "truncate": set(),
     "unlink": set(),
-    "ctypes": {"kernels/cpu", "kernels/pool", "kernels/packs", "kernels/fused", "kernels/attention", "io/disk/disk"},
+    "ctypes": {
+        "kernels/cpu",
+        "kernels/pool",
+        "kernels/packs",
+        "kernels/fused",
+        "kernels/attention",
+        "io/disk/disk",
+    },
     # torch takes a second: names of the package, and rooms of the command line, come when they are asked for
     "import_module": {"__init__", "apps/late"},
     "__import__": set(),

@@ -224,11 +224,15 @@ def notes(rows: Sequence[TensorReport], model: nn.Module | None) -> Iterator[str
     yield from memory_notes([row for row in rows if row.narrowed], model)
 
 
+def _activation_bits(device: torch.device) -> int:
+    return kernels.SCHEMES[kernels.activation_scheme(device=device)].bits
+
+
 def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:
     """Compare the output with the original's; where activations have more than 8 bits, at 8 bits as well."""
     facts = compare(expected, run(model, probe), probe.name)
-    if kernels.activation_bits(device_of(model)) > 8:
-        with kernels.using(bits=8):
+    if _activation_bits(device_of(model)) > 8:
+        with kernels.using(activations="int8"):
             narrow = compare(expected, run(model, probe), probe.name)
         facts["relative_error_8_bit"] = narrow["relative_error"]
     return facts
@@ -257,5 +261,5 @@ INT8 = Scheme(
     notes=notes,
     measure=measure,
     kernel=kernels.describe,
-    activation_bits=kernels.activation_bits,
+    activation_bits=_activation_bits,
 )

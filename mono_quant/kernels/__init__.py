@@ -4,17 +4,23 @@
 its parts are its own affair.
 """
 
-from mono_quant.kernels.choice import activation_bits, describe, describe_half, environment, using
+from mono_quant.kernels.activations import ACTIVATIONS, AUTO, SCHEMES, ActivationScheme, check_activations
+from mono_quant.kernels.choice import activation_scheme, describe, describe_half, environment, using
 from mono_quant.kernels.encoding import cast_half, encode_rows
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
 from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear, is_watched
 from mono_quant.kernels.reference import MAX_IN_FEATURES
 
 __all__ = [
+    "ACTIVATIONS",
+    "AUTO",
     "MAX_IN_FEATURES",
     "NO_GRADIENT",
-    "activation_bits",
+    "SCHEMES",
+    "ActivationScheme",
+    "activation_scheme",
     "cast_half",
+    "check_activations",
     "check_indices",
     "check_input",
     "describe",

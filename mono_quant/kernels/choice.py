@@ -1,40 +1,62 @@
-"""Which path runs here: the one place that chooses, and says what it chose."""
+"""Which path runs here, and what "auto" means on it: the one place that chooses, and says what it chose."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from mono_quant.kernels import cpu, reference
+from mono_quant.kernels import cpu
+from mono_quant.kernels.activations import AUTO, SCHEMES, ActivationScheme, check_activations
 
 loaded = cpu.load()
+# What the reference takes, on any device: schemes cost it alike, and this one is the simplest.
+_PLAIN = "int8"
 
 
 class _Active:
-    """The path in use on the CPU, None for the reference; and why it is that, for people."""
+    """The path in use on the CPU, None for the reference; why it is that, for people; and what "auto" means.
+
+    Each attribute is replaced as a whole, so that a thread sees the old choice or the new one.
+    """
 
     def __init__(self) -> None:
-        # each is replaced as a whole, so that a thread sees the old choice or the new one
         self.cpu, self.reason = cpu.from_environment(loaded)
+        # the scheme that was asked for in the place of the path's own, or "auto"
+        self.wanted = cpu.activations_from_environment()
 
 
 active = _Active()
 
 
-def activation_bits(device: torch.device | str = "cpu") -> int:
-    """Return the width of the activation codes that the chosen path uses on `device`.
+def scheme_on(requested: str, on_cpu: bool) -> ActivationScheme:
+    """Return the scheme that `requested` names, "auto" resolved where an input lies."""
+    found = SCHEMES.get(requested)
+    if found is not None:
+        return found
+    check_activations(requested)
+    if active.wanted != AUTO:
+        return SCHEMES[active.wanted]
+    return SCHEMES[active.cpu.activations if active.cpu is not None and on_cpu else _PLAIN]
 
-    Rows too long for exact int32 sums at that width (more than 8192 values at 12 bits) get narrower codes.
+
+def activation_scheme(requested: str = AUTO, device: torch.device | str = "cpu") -> str:
+    """Return the name of the activation scheme that runs on `device` where `requested` is asked for.
+
+    Args:
+        requested: one of `ACTIVATIONS`; "auto" is what `using` or MONO_QUANT_ACTIVATIONS name, else what suits the path:
+            int12 on AVX2 and on AVX-512 without VNNI, int8-g128 with VNNI, int8 on the reference and other devices.
+        device: where the input lies.
+
+    Raises:
+        ValueError: there is no such scheme.
     """
-    return (
-        active.cpu.bits if active.cpu is not None and torch.device(device).type == "cpu" else reference.BITS
-    )
+    return scheme_on(requested, torch.device(device).type == "cpu").name
 
 
 def describe(device: torch.device | str = "cpu") -> str:
     """Name the path that runs int8 products on `device`, for reports."""
     if active.cpu is not None and torch.device(device).type == "cpu":
-        return f"native {active.cpu.path} (exact, {active.cpu.bits}-bit activations)"
+        return f"native {active.cpu.path} (exact)"
     return "reference (plain torch, exact)"
 
 
@@ -52,8 +74,8 @@ def environment() -> dict[str, str | int | bool | list[str] | None]:
 
     Returns:
         `library` (is the native library there), `reason` (why not, or what was refused), `compiler`, `isa_paths`
-        (instruction sets that work here), `path` (the one in use), `activation_bits`, `threads`, and `cost` (what
-        the missing library costs, or None).
+        (instruction sets that work here), `path` (the one in use), `activations` (what "auto" means on it), `threads`, and
+        `cost` (what the missing library costs, or None).
     """
     cost = None
     if active.cpu is None:
@@ -64,27 +86,30 @@ def environment() -> dict[str, str | int | bool | list[str] | None]:
         "compiler": loaded.compiler,
         "isa_paths": list(loaded.paths),
         "path": "reference" if active.cpu is None else active.cpu.path,
-        "activation_bits": activation_bits(),
+        "activations": activation_scheme(),
         "threads": torch.get_num_threads(),
         "cost": cost,
     }
 
 
 @contextmanager
-def using(path: str | None = None, bits: int | None = None) -> Iterator[None]:
-    """Run int8 products on CPU on another path while the context lasts, in the whole process.
+def using(path: str | None = None, activations: str | None = None) -> Iterator[None]:
+    """Run int8 products on CPU on another path, or give "auto" another meaning, while the context lasts, in the whole process.
 
     Args:
-        path: "reference", "portable", "avx2", "avx512" or "avx512vnni"; the best one here when not given.
-        bits: width of the activation codes, 8 to 12; when not given, the widest that costs no speed: 8 with VNNI, else 12.
-            8 bits give the bits of the reference.
+        path: "reference", "portable", "avx2", "avxvnni", "avx512" or "avx512vnni"; when not given, it stays as it is.
+        activations: the scheme of layers whose own is "auto", on every path and device; "auto" for what suits the path;
+            when not given, it stays as it is.
 
     Raises:
-        ValueError: the path or the width is unknown, or this machine does not have the path.
+        ValueError: the path or the scheme is unknown, or this machine does not have the path.
     """
-    before = active.cpu, active.reason
-    active.cpu, active.reason = cpu.choose(loaded, path, bits)
+    before = active.cpu, active.reason, active.wanted
+    wanted = active.wanted if activations is None else check_activations(activations)
+    if path is not None:
+        active.cpu, active.reason = cpu.choose(loaded, path)
+    active.wanted = wanted
     try:
         yield
     finally:
-        active.cpu, active.reason = before
+        active.cpu, active.reason, active.wanted = before

@@ -16,35 +16,41 @@ import torch
 from torch import Tensor
 
 from mono_quant.kernels import pool, reference
+from mono_quant.kernels.activations import ACTIVATIONS, AUTO, SCHEMES, ActivationScheme
 from mono_quant.kernels.inputs import INDICES
 
 # Instruction sets, best last; the numbers are those of the C interface.
-PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512vnni": 3}
-WIDE_BITS = 12
-# Width of activation codes unless another is asked for: the widest that costs no speed. VNNI multiplies 8-bit codes
-# twice as fast as wider ones.
-_DEFAULT_BITS = {"avx512vnni": 8}
-_VERSION = 2
+PATHS = {"portable": 0, "avx2": 1, "avxvnni": 2, "avx512": 3, "avx512vnni": 4}
+# The kernels of AVX-VNNI in the encoding of AVX-512, for tests on processors that have only that: never chosen.
+TWIN = {"avx512vl-vnni": 5}
+# What "auto" means on a path: the most accurate scheme that costs little there. Without VNNI 12 bits cost nothing; VNNI
+# multiplies 8-bit codes twice as fast as wider ones.
+_OWN_ACTIVATIONS = {"avxvnni": "int8-g128", "avx512vnni": "int8-g128", "avx512vl-vnni": "int8-g128"}
+_WIDE = "int12"
+# Paths with kernels of their own for 8-bit codes.
+_BYTES = frozenset(_OWN_ACTIVATIONS)
+_VERSION = 3
 _FOLDER = Path(__file__).resolve().parent
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# |sum| <= qmax * 128 * K must stay below 2^31: very long rows get narrower codes, whatever their batch is.
-_CODE_BUDGET = (2**31 - 1) // 128
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, list[Any]] = {
     "mq_version": [],
     "mq_isas": [],
-    "mq_linear": [_INT] * 3
+    "mq_linear": [_INT] * 2
+    + [_LONG, _INT]
     + [_LONG] * 3
     + [_POINTER, _INT, _LONG]
-    + [_POINTER] * 3
+    + [_POINTER] * 4
     + [_INT, _POINTER, _LONG],
     "mq_half_linear": [_INT] * 2
     + [_LONG] * 3
     + [_POINTER, _INT, _LONG]
     + [_POINTER] * 2
     + [_INT, _POINTER, _LONG],
-    "mq_conv": [_INT] * 3 + [_POINTER] * 2 + [_INT] + [_POINTER] * 3 + [_INT, _POINTER],
+    "mq_conv": [_INT] * 2 + [_LONG, _INT] + [_POINTER] * 2 + [_INT] + [_POINTER] * 4 + [_INT, _POINTER],
+    "mq_packed_words": [_INT] * 2 + [_LONG] * 2,
+    "mq_pack": [_INT] * 3 + [_LONG] * 3 + [_POINTER] * 2,
     "mq_quantize_rows": [_INT, _LONG, _LONG, _POINTER, _INT, _LONG, _INT] + [_POINTER] * 3,
     "mq_to_half": [_INT, _LONG, _POINTER, _INT, _POINTER, _POINTER],
     "mq_embedding": [_INT, _LONG, _LONG, _LONG] + [_POINTER] * 4 + [_INT],
@@ -86,26 +92,51 @@ class HalfValues(NamedTuple):
     nonfinite: int
 
 
-def widest_code(depth: int, bits: int) -> int:
-    """Return the largest activation code for rows of `depth` values when `bits` are allowed."""
-    return min((1 << bits - 1) - 1, max(reference.QMAX, _CODE_BUDGET // max(1, depth)))
+class Packed(NamedTuple):
+    """The codes of a weight once more, in the order in which a path multiplies them: see `Cpu.pack`.
+
+    Attributes:
+        words: int32, in memory as the kernels of `path` read it.
+        path: of the `Cpu` that wrote them.
+        wide: its words hold pairs of 16 bits, for codes of any width, and not four bytes.
+    """
+
+    words: Tensor
+    path: str
+    wide: bool
 
 
 class Cpu:
-    """The library on one instruction set, with one width of activation codes.
+    """The library on one instruction set.
 
     Every method returns None where the library has no kernel for its arguments; the caller then takes the reference.
+
+    Attributes:
+        path: the name of the instruction set.
+        activations: what "auto" means on it.
     """
 
-    def __init__(self, library: ctypes.CDLL, path: str, bits: int) -> None:
-        self.path, self.bits = path, bits
-        self._isa, self._qmax = PATHS[path], (1 << bits - 1) - 1
+    def __init__(self, library: ctypes.CDLL, path: str) -> None:
+        self.path, self.activations = path, _OWN_ACTIVATIONS.get(path, _WIDE)
+        self._isa = (PATHS | TWIN)[path]
         self._library = library
         self._linear, self._half_linear = library.mq_linear, library.mq_half_linear
         self._embedding = library.mq_embedding
 
-    def linear(self, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Apply an int8 linear layer; see `mono_quant.kernels.int8_linear`."""
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        scheme: ActivationScheme,
+        packed: Packed | None = None,
+    ) -> Tensor | None:
+        """Apply an int8 linear layer; see `mono_quant.kernels.int8_linear`.
+
+        Args:
+            packed: of this weight; it is passed over where it was made for other kernels.
+        """
         dtype = _DTYPES.get(x.dtype)
         rows, depth = weight.shape
         shape = x.shape
@@ -126,9 +157,11 @@ class Cpu:
         if weight_scale.numel() != rows:
             return None
         out = pool.empty((*shape[:-1], rows), x)
+        qmax = scheme.widest_code(depth)
         failed = self._linear(
             self._isa,
-            self._qmax if depth * self._qmax <= _CODE_BUDGET else widest_code(depth, self.bits),
+            qmax,
+            scheme.group,
             torch.get_num_threads(),
             shape[:-1].numel(),
             rows,
@@ -137,6 +170,7 @@ class Cpu:
             dtype,
             depth,
             weight.data_ptr(),
+            None if packed is None else self._words_of(packed, qmax),
             weight_scale.data_ptr(),
             bias_pointer,
             bias_dtype,
@@ -191,8 +225,14 @@ class Cpu:
         dilation: Sequence[int],
         groups: int,
         out_size: Sequence[int],
+        scheme: ActivationScheme,
+        packed: Packed | None = None,
     ) -> Tensor | None:
-        """Apply an int8 convolution; see `mono_quant.kernels.int8_conv`."""
+        """Apply an int8 convolution; see `mono_quant.kernels.int8_conv`.
+
+        Args:
+            packed: of this weight as [O, kh * kw * I / groups], in `groups`; see `linear`.
+        """
         dtype = _DTYPES.get(x.dtype)
         bias_dtype = 0 if bias is None else _DTYPES.get(bias.dtype)
         if dtype is None or bias_dtype is None or not (x.is_cpu and weight.is_cpu):
@@ -213,14 +253,17 @@ class Cpu:
         out = pool.empty((images, *out_size, rows), x)
         sizes = [images, groups, rows // groups, height, width, inner]
         sizes += [*kernel_size, *stride, *padding, *dilation, *out_size]
+        qmax = scheme.widest_code(depth)
         failed = self._library.mq_conv(
             self._isa,
-            widest_code(depth, self.bits),
+            qmax,
+            scheme.group,
             torch.get_num_threads(),
             (_LONG * len(sizes))(*sizes),
             pixels.data_ptr(),
             dtype,
             weight.data_ptr(),
+            None if packed is None else self._words_of(packed, qmax),
             weight_scale.data_ptr(),
             None if bias is None else bias.data_ptr(),
             bias_dtype,
@@ -231,6 +274,48 @@ class Cpu:
         if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             return out.permute(0, 3, 1, 2)
         return self._transposed(out.flatten(1, 2)).view(images, rows, *out_size)
+
+    def pack(self, weight: Tensor, scheme: ActivationScheme, groups: int = 1) -> Packed | None:
+        """Write the codes of a weight in the order in which products with `scheme` read them.
+
+        It costs about as much as a product with two tokens, and each call with more than a few tokens does it anew where it
+        is given none.
+
+        Args:
+            weight: int8 [N, K], dense, on CPU.
+            scheme: only the width of its codes matters.
+            groups: of a convolution; each has N / groups rows.
+
+        Returns:
+            A copy of one or two bytes per code, rows and columns padded; None where this path reads weights as they are.
+        """
+        rows, depth = weight.shape[0] // groups, weight.shape[1]
+        if weight.dtype is not torch.int8 or not weight.is_cpu or not weight.is_contiguous():
+            return None
+        qmax = scheme.widest_code(depth)
+        count = self._library.mq_packed_words(self._isa, qmax, rows, depth)
+        if count <= 0:
+            return None
+        words = weight.new_empty(groups * count, dtype=torch.int32)
+        failed = self._library.mq_pack(
+            self._isa,
+            qmax,
+            torch.get_num_threads(),
+            groups,
+            rows,
+            depth,
+            weight.data_ptr(),
+            words.data_ptr(),
+        )
+        return None if failed else Packed(words, self.path, self._is_wide(qmax))
+
+    def _words_of(self, packed: Packed | None, qmax: int) -> int | None:
+        if packed is None or packed.path != self.path or packed.wide != self._is_wide(qmax):
+            return None
+        return packed.words.data_ptr()
+
+    def _is_wide(self, qmax: int) -> bool:
+        return self.path not in _BYTES or qmax > reference.QMAX
 
     def _transposed(self, x: Tensor) -> Tensor:
         """Return a dense copy of [B, R, C] as [B, C, R]."""
@@ -346,6 +431,7 @@ def load() -> Loaded:
         library = ctypes.CDLL(str(file))
         for name, argtypes in _SIGNATURES.items():
             getattr(library, name).argtypes = argtypes
+        library.mq_packed_words.restype = _LONG
     except (OSError, AttributeError) as e:
         return Loaded(None, f"{file} could not be loaded: {e}", compiler, ())
     version = library.mq_version()
@@ -367,19 +453,16 @@ def _read_record() -> dict[str, Any]:
     return record
 
 
-def choose(loaded: Loaded, path: str | None = None, bits: int | None = None) -> tuple[Cpu | None, str | None]:
+def choose(loaded: Loaded, path: str | None = None) -> tuple[Cpu | None, str | None]:
     """Return the kernels to use, or None and the reason for the reference.
 
     Args:
         loaded: from `load`.
         path: a name in `PATHS`, or "reference"; the best one when not given.
-        bits: width of activation codes, 8 to 12; the widest that costs the path no speed when not given.
 
     Raises:
-        ValueError: the path or the width is unknown, or this machine does not have the path.
+        ValueError: the path is unknown, or this machine does not have it.
     """
-    if bits is not None and not 8 <= bits <= WIDE_BITS:
-        raise ValueError(f"activation codes have 8 to {WIDE_BITS} bits, not {bits}")
     if path == "reference":
         return None, "the reference was asked for"
     if path is not None and path not in PATHS:
@@ -390,25 +473,36 @@ def choose(loaded: Loaded, path: str | None = None, bits: int | None = None) -> 
         return None, loaded.reason
     if path is not None and path not in loaded.paths:
         raise ValueError(f"this processor does not run {path!r}, only {', '.join(loaded.paths)}")
-    path = path or loaded.paths[-1]
-    bits = _DEFAULT_BITS.get(path, WIDE_BITS) if bits is None else bits
-    return Cpu(loaded.library, path, bits), loaded.reason
+    return Cpu(loaded.library, path or loaded.paths[-1]), loaded.reason
 
 
 def from_environment(loaded: Loaded) -> tuple[Cpu | None, str | None]:
-    """Choose by MONO_QUANT_ISA and MONO_QUANT_ACTIVATION_BITS; see `choose`."""
-    bits = os.environ.get("MONO_QUANT_ACTIVATION_BITS")
-    return choose(loaded, os.environ.get("MONO_QUANT_ISA") or None, int(bits) if bits else None)
+    """Choose by MONO_QUANT_ISA; see `choose`."""
+    return choose(loaded, os.environ.get("MONO_QUANT_ISA") or None)
+
+
+def activations_from_environment() -> str:
+    """Return the scheme that MONO_QUANT_ACTIVATIONS gives to layers whose own is "auto".
+
+    Raises:
+        ValueError: there is no such scheme.
+    """
+    name = os.environ.get("MONO_QUANT_ACTIVATIONS") or AUTO
+    if name not in ACTIVATIONS:
+        raise ValueError(f"MONO_QUANT_ACTIVATIONS is {name!r}; choose from {', '.join(ACTIVATIONS)}")
+    return name
 
 
 def _agrees(library: ctypes.CDLL, path: str) -> bool:
     """Hold one path against the reference, bit for bit, on small products made to catch it."""
     # few and many tokens take different kernels; odd sizes leave a tail everywhere
     cases = [(3, 7, 67), (61, 51, 131)]
-    return all(_case_agrees(Cpu(library, path, bits), *case) for bits in (8, WIDE_BITS) for case in cases)
+    return all(
+        _case_agrees(Cpu(library, path), scheme, *case) for scheme in SCHEMES.values() for case in cases
+    )
 
 
-def _case_agrees(cpu: Cpu, tokens: int, rows: int, depth: int) -> bool:
+def _case_agrees(cpu: Cpu, scheme: ActivationScheme, tokens: int, rows: int, depth: int) -> bool:
     index = torch.arange(tokens * depth, dtype=torch.float32)
     x = torch.sin(index * index).view(tokens, depth)
     x[0] = 1.0
@@ -418,7 +512,9 @@ def _case_agrees(cpu: Cpu, tokens: int, rows: int, depth: int) -> bool:
     weight[0], weight[1] = 127, -128
     weight_scale = torch.linspace(0.5, 1.5, rows).view(rows, 1)
     bias = torch.linspace(-1.0, 1.0, rows)
-    codes, scale = reference.quantize_tokens(x, widest_code(depth, cpu.bits))
-    expected = reference.rescale(reference.int_matmul(codes, weight), scale, weight_scale, bias, x.dtype)
-    found = cpu.linear(x, weight, weight_scale, bias)
-    return found is not None and torch.equal(found.nan_to_num(1e30), expected.nan_to_num(1e30))
+    expected = reference.linear(x, weight, weight_scale, bias, scheme)
+    for packed in (None, cpu.pack(weight, scheme)):
+        found = cpu.linear(x, weight, weight_scale, bias, scheme, packed)
+        if found is None or not torch.equal(found.nan_to_num(1e30), expected.nan_to_num(1e30)):
+            return False
+    return True

@@ -12,6 +12,7 @@ from torch.nn.grad import conv2d_input
 
 from mono_quant.errors import FrozenWeightError
 from mono_quant.kernels import paths
+from mono_quant.kernels.activations import AUTO, check_activations
 from mono_quant.kernels.inputs import NO_GRADIENT, check_codes, check_halves, check_input
 
 
@@ -29,20 +30,20 @@ def keep_linear(ctx: Any, inputs: Any, output: Any) -> None:
 def linear_backward(ctx: Any, grad: Tensor) -> Any:
     """Return the gradients of the inputs of an int8 linear layer."""
     grad_x = (grad.float() @ dequantized(*ctx.saved_tensors)).to(grad.dtype)
-    return grad_x, None, None, _sum_of_rows(grad) if ctx.needs_input_grad[3] else None
+    return grad_x, None, None, _sum_of_rows(grad) if ctx.needs_input_grad[3] else None, None
 
 
 def keep_conv(ctx: Any, inputs: Any, output: Any) -> None:
     """Keep what the gradients of an int8 convolution need."""
     keep_linear(ctx, inputs, output)
-    ctx.size, ctx.how = inputs[0].shape, inputs[4:]
+    ctx.size, ctx.how = inputs[0].shape, inputs[4:8]
 
 
 def conv_backward(ctx: Any, grad: Tensor) -> Any:
     """Return the gradients of the inputs of an int8 convolution."""
     weight = dequantized(*ctx.saved_tensors)
     grad_x = conv2d_input(ctx.size, weight, grad.float(), *ctx.how).to(grad.dtype)  # type: ignore[no-untyped-call]
-    return grad_x, None, None, grad.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None, *(None,) * 4
+    return grad_x, None, None, grad.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None, *(None,) * 5
 
 
 def keep_half(ctx: Any, inputs: Any, output: Any) -> None:
@@ -69,13 +70,18 @@ def _sum_of_rows(grad: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("mono_quant::int8_linear", mutates_args=())
-def _linear_op(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_op(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str = AUTO
+) -> Tensor:
     check_codes(weight, paths.INT8)
-    return paths.linear(x, weight, weight_scale, bias)
+    return paths.linear(x, weight, weight_scale, bias, activations)
 
 
 @_linear_op.register_fake
-def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_fake(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str = AUTO
+) -> Tensor:
+    check_activations(activations)
     check_codes(weight, paths.INT8)
     check_input(x, paths.INT8, weight.shape[1])
     return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -91,9 +97,10 @@ def _conv_op(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    activations: str = AUTO,
 ) -> Tensor:
     check_codes(weight, paths.CONV)
-    out = paths.conv(x, weight, weight_scale, bias, stride, padding, dilation, groups)
+    out = paths.conv(x, weight, weight_scale, bias, stride, padding, dilation, groups, activations)
     # one layout for every input, as the fake tensor has it
     return out.contiguous()
 
@@ -108,7 +115,9 @@ def _conv_fake(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    activations: str = AUTO,
 ) -> Tensor:
+    check_activations(activations)
     check_codes(weight, paths.CONV)
     size = paths.out_sizes(x, weight, stride, padding, dilation)
     return x.new_empty(x.shape[0], weight.shape[0], *size)

@@ -15,11 +15,14 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from mono_quant.kernels import paths, transforms
+from mono_quant.kernels.activations import AUTO
 from mono_quant.kernels.choice import active
 from mono_quant.kernels.inputs import check_halves, check_input
 
 
-def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def int8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str = AUTO
+) -> Tensor:
     """Apply an int8 linear layer to the last dimension of `x`.
 
     Args:
@@ -27,6 +30,7 @@ def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
         weight: int8 [N, K].
         weight_scale: fp32 [N, 1].
         bias: float [N] or None.
+        activations: how `x` becomes codes, one of `ACTIVATIONS`.
 
     Returns:
         [..., N] in the dtype of `x`. Each row depends on that row of `x` alone.
@@ -34,10 +38,11 @@ def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     Raises:
         InputError: `x` is not floating point, or has another width.
         FrozenWeightError: `weight` is not int8.
+        ValueError: there is no such activation scheme.
     """
     if _needs_op(x, bias):
-        return transforms.linear(x, weight, weight_scale, bias)
-    return paths.linear(x, weight, weight_scale, bias)
+        return transforms.linear(x, weight, weight_scale, bias, activations)
+    return paths.linear(x, weight, weight_scale, bias, activations)
 
 
 def int8_conv(
@@ -49,6 +54,7 @@ def int8_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    activations: str = AUTO,
 ) -> Tensor:
     """Apply an int8 2-D convolution with zero padding; each receptive field is one token.
 
@@ -57,14 +63,16 @@ def int8_conv(
         weight: int8 [O, I / groups, kh, kw]; read without a copy when the channels are last in memory.
         weight_scale: fp32 [O, 1].
         bias: float [O] or None.
+        activations: how a receptive field becomes codes, one of `ACTIVATIONS`.
 
     Returns:
         [B, O, H', W'] in the dtype of `x`.
 
     Raises:
         FrozenWeightError: `weight` is not int8.
+        ValueError: there is no such activation scheme.
     """
-    args = (list(stride), list(padding), list(dilation), groups)
+    args = (list(stride), list(padding), list(dilation), groups, activations)
     if _needs_op(x, bias):
         return transforms.conv(x, weight, weight_scale, bias, *args)
     return paths.conv(x, weight, weight_scale, bias, *args)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mono_quant.kernels import reference
-from mono_quant.kernels.choice import active
+from mono_quant.kernels.activations import AUTO
+from mono_quant.kernels.choice import active, scheme_on
 from mono_quant.kernels.inputs import check_codes, check_indices, check_input
 
 # What errors call the layers.
@@ -23,19 +24,19 @@ INT8, CONV, TABLE, HALF = (
 _PATCH_ELEMENTS = 1 << 24
 
 
-def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str = AUTO
+) -> Tensor:
     """Apply an int8 linear layer; see `ops.int8_linear`."""
+    scheme = scheme_on(activations, x.is_cpu)
     if active.cpu is not None:
-        out = active.cpu.linear(x, weight, weight_scale, bias)
+        out = active.cpu.linear(x, weight, weight_scale, bias, scheme)
         if out is not None:
             return out
     check_codes(weight, INT8)
     check_input(x, INT8, weight.shape[1])
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    codes, scale = reference.quantize_tokens(rows)
-    matmul = torch._int_mm if _has_int_mm(codes, weight) else reference.int_matmul
-    total = matmul(codes, weight.t() if matmul is torch._int_mm else weight)
-    out = reference.rescale(total, scale, weight_scale, bias, x.dtype)
+    out = reference.linear(rows, weight, weight_scale, bias, scheme, _matmul)
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -55,6 +56,12 @@ def embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torc
     check_indices(indices, TABLE)
     rows = F.embedding(indices, weight)
     return (rows.float() * F.embedding(indices, weight_scale)).to(dtype)
+
+
+def _matmul(codes: Tensor, weight: Tensor) -> Tensor:
+    if not _has_int_mm(codes, weight):
+        return reference.int_matmul(codes, weight)
+    return torch._int_mm(codes.contiguous(), weight.contiguous().t())
 
 
 def _has_int_mm(codes: Tensor, weight: Tensor) -> bool:
@@ -98,17 +105,22 @@ def conv(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    activations: str = AUTO,
 ) -> Tensor:
     """Apply an int8 convolution; see `ops.int8_conv`."""
     size = out_sizes(x, weight, stride, padding, dilation)
+    scheme = scheme_on(activations, x.is_cpu)
     if active.cpu is not None:
-        native = active.cpu.conv(x, weight, weight_scale, bias, stride, padding, dilation, groups, size)
+        native = active.cpu.conv(
+            x, weight, weight_scale, bias, stride, padding, dilation, groups, size, scheme
+        )
         if native is not None:
             return native
     check_codes(weight, CONV)
     places = size[0] * size[1]
-    kernel_size, channels = weight.shape[2:], weight.shape[0]
-    weight = weight.flatten(1)
+    kernel_size, channels, inner = weight.shape[2:], weight.shape[0], weight.shape[1]
+    # kernel row, kernel column, channel: the order in which values share a scale
+    weight = weight.permute(0, 2, 3, 1).flatten(1)
     out = x.new_empty(x.shape[0], channels, *size)
     depth, width = weight.shape[1], channels // groups
     step = max(1, _PATCH_ELEMENTS // max(1, places * depth * groups))
@@ -116,9 +128,11 @@ def conv(
         # unfold has no half kernel on every device; the codes are computed from fp32 in any case
         part = x[start : start + step].float()
         patches = F.unfold(part, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
-        tokens = patches.view(part.shape[0], groups, depth, places).permute(1, 0, 3, 2)
+        patches = patches.view(part.shape[0], groups, inner, depth // max(1, inner), places)
+        tokens = patches.permute(1, 0, 4, 3, 2).flatten(3)
         for group in range(groups):
             rows = slice(group * width, (group + 1) * width)
-            y = linear(tokens[group], weight[rows], weight_scale[rows], None if bias is None else bias[rows])
+            offset = None if bias is None else bias[rows]
+            y = linear(tokens[group], weight[rows], weight_scale[rows], offset, scheme.name)
             out[start : start + step, rows] = y.transpose(1, 2).reshape(part.shape[0], width, *size)
     return out

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from mono_quant.kernels import library
+from mono_quant.kernels.activations import AUTO
 
 
 def is_transformed() -> bool:
@@ -23,10 +24,12 @@ def is_transformed() -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str = AUTO
+) -> Tensor:
     """Apply an int8 linear layer where someone looks at the call; see `ops.int8_linear`."""
     run: Any = _Linear.apply if is_transformed() else torch.ops.mono_quant.int8_linear
-    out: Tensor = run(x, weight, weight_scale, bias)
+    out: Tensor = run(x, weight, weight_scale, bias, activations)
     return out
 
 
@@ -86,7 +89,7 @@ class _Linear(torch.autograd.Function):
         return _rows(linear, info, in_dims, args)
 
     @staticmethod
-    def jvp(ctx: Any, x: Any, _weight: Any, _scale: Any, bias: Any) -> Any:
+    def jvp(ctx: Any, x: Any, _weight: Any, _scale: Any, bias: Any, _activations: Any) -> Any:
         weight = library.dequantized(*ctx.saved_tensors)
         return _changed(None if x is None else F.linear(x.float(), weight), bias, ctx)
 

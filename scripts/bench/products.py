@@ -35,14 +35,14 @@ def fbgemm(weight: torch.Tensor, bias: torch.Tensor) -> Callable[[torch.Tensor],
 
 def contexts(path: str | None) -> dict[str, Callable[[], object]]:
     return {
-        name: functools.partial(kernels.using, path, bits)
-        for name, bits in ((WIDE, 12), (NARROW, 8), (HALF, 12))
+        name: functools.partial(kernels.using, path, scheme)
+        for name, scheme in ((WIDE, "int12"), (NARROW, "int8"), (HALF, "int8"))
     }
 
 
 def int8_gain(path: str) -> dict[str, int]:
     """Return how many int8 operations fit where one fp32 operation does, by width of the activation codes."""
-    return {WIDE: 2, NARROW: 4 if path == "avx512vnni" else 2}
+    return {WIDE: 2, NARROW: 4 if path.endswith("vnni") else 2}
 
 
 def kernel_row(rows: int, depth: int, tokens: int, limits: Limits, options: argparse.Namespace) -> Row:

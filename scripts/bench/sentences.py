@@ -113,7 +113,7 @@ def run_sentences(options: argparse.Namespace) -> dict[str, Any]:
     rows = [{"model": "fp32", "retrieval": retrieval(original, texts, expected)}]
     print(f"{'fp32':>12} {'':>11} {'':>11} {'':>10} {'':>10} {rows[0]['retrieval']:10.1%}")
     for bits in (8, 12):
-        with kernels.using(bits=bits):
+        with kernels.using(activations=f"int{bits}"):
             found = embeddings(model, texts)
             rows.append({
                 "model": f"int8, {bits} bits",

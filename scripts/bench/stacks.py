@@ -90,9 +90,10 @@ def _ours_at(bits: int) -> Convert:
     def convert(model: nn.Module, case: Case, inputs: Inputs) -> graphs.Runner:
         from mono_quant import kernels  # noqa: PLC0415
 
-        if kernels.activation_bits() == bits:
+        scheme = f"int{bits}"
+        if kernels.activation_scheme() == scheme:
             raise Skip(f"`ours` has {bits}-bit activations on this kernel path")
-        _for_good.enter_context(kernels.using(kernels.environment()["path"], bits))
+        _for_good.enter_context(kernels.using(activations=scheme))
         return _ours("int8")(model, case, inputs)
 
     return convert

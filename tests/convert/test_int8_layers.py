@@ -43,8 +43,9 @@ def _seed():
 
 @pytest.fixture(params=["reference", "chosen"])
 def kernel(request):
-    """Run on the reference, and on whatever this machine chooses by itself."""
-    with kernels.using("reference" if request.param == "reference" else None):
+    """Run on the reference with 8-bit codes, and with 12 bits on the path that this machine chooses by itself."""
+    chosen = (None, "int12") if request.param == "chosen" else ("reference", "int8")
+    with kernels.using(*chosen):
         yield request.param
 
 
@@ -132,7 +133,7 @@ def half(values, dtype):
 def oracle_linear(x, codes, scale, bias, dtype):
     """y = float(sum) * (s_x * s_w) + b with codes of the width in use; x fp32 [M, K]."""
     x = np.asarray(x, np.float32)
-    qmax = np.float32(2 ** (kernels.activation_bits() - 1) - 1)
+    qmax = np.float32(2 ** (kernels.SCHEMES[kernels.activation_scheme()].bits - 1) - 1)
     absmax = np.abs(x).max(axis=1, keepdims=True)
     with np.errstate(all="ignore"):
         zero = absmax < qmax * np.float32(2.0**-126)
@@ -151,7 +152,9 @@ def theory_bound(x, weight, codes, scale, bias, dtype):
     """Largest distance to the float layer: half a step of each operand, and rounding."""
     x, w = np.asarray(x, np.float64), weight.detach().double().numpy()
     step_w = scale.double().numpy().reshape(1, -1)
-    step_x = np.abs(x).max(axis=1, keepdims=True) / (2 ** (kernels.activation_bits() - 1) - 1)
+    step_x = np.abs(x).max(axis=1, keepdims=True) / (
+        2 ** (kernels.SCHEMES[kernels.activation_scheme()].bits - 1) - 1
+    )
     restored = np.abs(codes.numpy().astype(np.float64) * scale.double().numpy()).sum(axis=1)
     bound = (np.abs(x).sum(axis=1, keepdims=True) * step_w + step_x * restored) / 2 * (1 + 1e-4)
     y = x @ w.T + (0 if bias is None else bias.detach().double().numpy())

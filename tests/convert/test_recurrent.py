@@ -50,9 +50,10 @@ def _seed():
 
 @pytest.fixture(params=["reference", "chosen"])
 def qmax(request):
-    """Run on the reference, and on what this machine chooses; gives the largest activation code there."""
-    with kernels.using("reference" if request.param == "reference" else None):
-        yield 2 ** (kernels.activation_bits() - 1) - 1
+    """Run on the reference, and with 12 bits on the path that this machine chooses; gives the largest activation code."""
+    chosen = (None, "int12") if request.param == "chosen" else ("reference", "int8")
+    with kernels.using(*chosen):
+        yield 2 ** (kernels.SCHEMES[kernels.activation_scheme()].bits - 1) - 1
 
 
 class Around(nn.Module):
@@ -305,7 +306,7 @@ def test_the_distance_to_the_float_layer_is_within_what_rounding_can_do(name, qm
 def test_the_error_is_not_larger_than_that_of_torch_ao(cls):
     layer, x = cls(64, 96, 2, bidirectional=True).eval(), torch.randn(12, 4, 64)
     theirs = torch.ao.quantization.quantize_dynamic(nn.Sequential(copy.deepcopy(layer)), {cls}, torch.qint8)
-    with torch.no_grad(), kernels.using(bits=8):
+    with torch.no_grad(), kernels.using(activations="int8"):
         expected, ours, other = (run(x)[0] for run in (layer, int8(layer), theirs))
     assert 0 < relative_error(expected, ours) < relative_error(expected, other) < 0.1
 
@@ -326,7 +327,7 @@ def test_gradients_pass_straight_through_the_rounding(name):
     leaves = [part.clone().requires_grad_() for part in (x, *states)]
     found = gradients(int8(layer)(leaves[0], leaves[1:] if len(states) > 1 else leaves[1]), *leaves)
     wide = [part.double().requires_grad_() for part in (x, *states)]
-    qmax = 2 ** (kernels.activation_bits() - 1) - 1
+    qmax = 2 ** (kernels.SCHEMES[kernels.activation_scheme()].bits - 1) - 1
     outputs, last = oracle(layer, list(wide[0].transpose(0, 1)), wide[1:], Exact(layer, qmax))
     expected = gradients((torch.stack(outputs, 1), tuple(last)), *wide)
     assert all(relative_error(b, a) < 1e-5 for a, b in zip(found, expected, strict=True))

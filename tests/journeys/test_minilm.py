@@ -139,7 +139,7 @@ def test_exactly_the_36_encoder_linears_are_quantized(result, original):
 
 @pytest.mark.skipif(kernels.environment()["path"] == "reference", reason="the native library is not built")
 def test_wide_activations_halve_the_error(original, result, tokenizer):
-    with kernels.using(bits=12):
+    with kernels.using(activations="int12"):
         assert relative_error(hidden(original, tokenizer), hidden(result.model, tokenizer)) <= 0.038
 
 

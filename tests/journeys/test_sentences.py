@@ -274,12 +274,12 @@ def test_minilm_by_id_keeps_its_embeddings_and_their_neighbours(
     model: Any = mq.load("ann/minilm")
     texts = bench.sentences(60)
     expected = bench.embeddings(SentenceTransformer(str(minilm), device="cpu"), texts)
-    for bits, mean in ((8, 0.997), (12, 0.999)):
-        with kernels.using(bits=bits):
+    for scheme, mean in (("int8", 0.997), ("int12", 0.999)):
+        with kernels.using(activations=scheme):
             found = bench.embeddings(model, texts)
         assert float(bench.cosines(expected, found).mean()) >= mean
         assert bench.recall(expected, found) >= 0.99
-    with kernels.using(bits=12):
+    with kernels.using(activations="int12"):
         assert torch.equal(found, bench.embeddings(mq.load(tmp_path / "out"), texts))
 
 

@@ -19,30 +19,61 @@ def test_the_environment_names_what_runs() -> None:
     with kernels.using("reference"):
         env = kernels.environment()
         assert env["path"] == "reference"
-        assert env["activation_bits"] == kernels.activation_bits() == 8
+        assert env["activations"] == kernels.activation_scheme() == "int8"
         assert "slower" in str(env["cost"])
         assert "reference" in kernels.describe()
     for name in NATIVE:
-        with kernels.using(name, 10):
+        with kernels.using(name):
             assert kernels.environment()["path"] == name
             assert kernels.environment()["cost"] is None
-            assert kernels.activation_bits() == 10
-            assert kernels.describe() == f"native {name} (exact, 10-bit activations)"
-    assert kernels.activation_bits("cuda") == 8
+            assert kernels.describe() == f"native {name} (exact)"
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_codes_are_as_wide_as_costs_no_speed(name: str) -> None:
+def test_auto_is_the_most_accurate_scheme_that_costs_little(name: str) -> None:
+    own = "int8" if name == "reference" else "int8-g128" if name.endswith("vnni") else "int12"
     with kernels.using(name):
-        assert kernels.activation_bits() == {"reference": 8, "avx512vnni": 8}.get(name, 12)
-        assert kernels.activation_bits("cuda") == 8
+        assert kernels.activation_scheme() == kernels.activation_scheme("auto", "cpu") == own
+        assert kernels.activation_scheme(device="cuda") == "int8"
+        for fixed in kernels.SCHEMES:
+            assert kernels.activation_scheme(fixed) == kernels.activation_scheme(fixed, "cuda") == fixed
+            with kernels.using(activations=fixed):
+                assert kernels.activation_scheme() == kernels.activation_scheme("auto", "cuda") == fixed
+                assert kernels.activation_scheme("int8-g64") == "int8-g64"
+                assert kernels.environment()["activations"] == fixed
+                assert kernels.environment()["path"] == name
+                with kernels.using(activations="auto"):
+                    assert kernels.activation_scheme() == own
+
+
+def test_unknown_schemes_are_errors(path: str) -> None:
+    weight, scale = torch.ones(2, 3, dtype=torch.int8), torch.ones(2, 1)
+    wrong = r"unknown activation scheme 'int9'; choose from auto, int8, int8-g128, int8-g64, int12"
+    with pytest.raises(ValueError, match=wrong):
+        kernels.activation_scheme("int9")
+    with pytest.raises(ValueError, match=wrong), kernels.using(activations="int9"):
+        raise AssertionError
+    with pytest.raises(ValueError, match=wrong):
+        kernels.int8_linear(torch.ones(1, 3), weight, scale, None, "int9")
+    with pytest.raises(ValueError, match=wrong):
+        kernels.int8_linear(torch.ones(1, 3, requires_grad=True), weight, scale, None, "int9")
+    image, kernel = torch.ones(1, 3, 4, 4), weight.view(2, 3, 1, 1)
+    with pytest.raises(ValueError, match=wrong):
+        kernels.int8_conv(image, kernel, scale, None, (1, 1), (0, 0), (1, 1), 1, "int9")
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        for call in (
+            lambda: kernels.int8_linear(torch.ones(1, 3), weight, scale, None, "int9"),
+            lambda: kernels.int8_conv(
+                torch.ones(1, 3, 4, 4), kernel, scale, None, (1, 1), (0, 0), (1, 1), 1, "int9"
+            ),
+        ):
+            with pytest.raises(ValueError, match=wrong):
+                call()
 
 
 def test_unknown_choices_are_errors() -> None:
     with pytest.raises(ValueError, match=r"unknown kernel path 'sse9'; choose from reference, portable"):
         cpu.choose(choice.loaded, "sse9")
-    with pytest.raises(ValueError, match=r"8 to 12 bits, not 16"):
-        cpu.choose(choice.loaded, bits=16)
     nothing = cpu.Loaded(None, "no compiler", None, ())
     with pytest.raises(ValueError, match=r"'avx2' is not available: no compiler"):
         cpu.choose(nothing, "avx2")
@@ -57,10 +88,15 @@ def test_the_switches_are_read_from_the_environment(monkeypatch: pytest.MonkeyPa
     assert cpu.from_environment(choice.loaded)[0] is None
     if NATIVE:
         monkeypatch.setenv("MONO_QUANT_ISA", NATIVE[0])
-        monkeypatch.setenv("MONO_QUANT_ACTIVATION_BITS", "8")
         chosen, _ = cpu.from_environment(choice.loaded)
         assert chosen is not None
-        assert (chosen.path, chosen.bits) == (NATIVE[0], 8)
+        assert chosen.path == NATIVE[0]
+    assert cpu.activations_from_environment() == "auto"
+    monkeypatch.setenv("MONO_QUANT_ACTIVATIONS", "int12")
+    assert cpu.activations_from_environment() == "int12"
+    monkeypatch.setenv("MONO_QUANT_ACTIVATIONS", "12")
+    with pytest.raises(ValueError, match="MONO_QUANT_ACTIVATIONS is '12'; choose from auto, int8, int8-g128"):
+        cpu.activations_from_environment()
 
 
 def test_a_missing_library_leaves_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -120,17 +156,18 @@ def test_a_failing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "MONO_QUANT_BUILD=0" in str(build.build(tmp_path))
 
 
-def test_a_process_without_the_library_computes_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["int8-g64", "int12"])
+def test_a_process_without_the_library_computes_the_same(tmp_path: Path, scheme: str) -> None:
     code = (
         "import torch; from mono_quant import kernels; torch.manual_seed(0)\n"
-        "x, w = torch.randn(21, 40), torch.randint(-128, 128, (9, 40), dtype=torch.int8)\n"
+        "x, w = torch.randn(21, 140), torch.randint(-128, 128, (9, 140), dtype=torch.int8)\n"
         "torch.save(kernels.int8_linear(x, w, torch.ones(9, 1), None), r'%s')\n"
         "print(kernels.environment()['path'])\n"
     )
     results = []
     for isa in ("reference", ""):
         file = tmp_path / f"{isa or 'native'}.pt"
-        env = os.environ | {"MONO_QUANT_ISA": isa, "MONO_QUANT_ACTIVATION_BITS": "8"}
+        env = os.environ | {"MONO_QUANT_ISA": isa, "MONO_QUANT_ACTIVATIONS": scheme}
         run = subprocess.run(
             [sys.executable, "-c", code % file], env=env, capture_output=True, text=True, check=True
         )

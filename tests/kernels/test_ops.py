@@ -1,5 +1,6 @@
 """Every path of the kernels against an oracle in int64 and against each other, bit for bit."""
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native import NATIVE, PATHS, native_only, same
+from native import PATHS, native_only, same
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,12 +25,12 @@ def cast_half(tensor: torch.Tensor) -> cpu.HalfValues | None:
     return None if choice.active.cpu is None else choice.active.cpu.cast_half(tensor)
 
 
+SCHEMES = list(kernels.SCHEMES)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def oracle(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, qmax: int = 127) -> Tensor:
-    """The definition once more, with exact sums in int64."""
-    rows = x.reshape(-1, x.shape[-1]).float()
+def codes_of(rows: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
+    """Codes of fp32 rows, int64 [M, K], and their scales [M]."""
     absmax = rows.abs().amax(1) if rows.shape[1] else torch.zeros(rows.shape[0])
     limit = torch.full_like(absmax, qmax)
     scale = absmax / limit
@@ -41,9 +42,28 @@ def oracle(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     codes[broken] = 0
     scale[broken] = float("nan")
     assert codes.abs().max() <= qmax if codes.numel() else True
-    total = codes.to(torch.int64) @ weight.to(torch.int64).t()
-    assert total.abs().max() < 2**31 if total.numel() else True
-    out = total.to(torch.int32).float() * (scale[:, None] * weight_scale.view(1, -1))
+    return codes.to(torch.int64), scale[:, None]
+
+
+def oracle(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, scheme: str = "int8"
+) -> Tensor:
+    """The definition once more, with exact sums in int64."""
+    rows, depth = x.reshape(-1, x.shape[-1]).float(), x.shape[-1]
+    group = {"int8-g128": 128, "int8-g64": 64}.get(scheme, max(1, depth))
+    qmax = 127 if scheme != "int12" else min(2047, max(127, (2**31 - 1) // 128 // max(1, depth)))
+    parts = []
+    for start in range(0, max(1, depth), group):
+        codes, scale = codes_of(rows[:, start : start + group], qmax)
+        total = codes @ weight[:, start : start + group].to(torch.int64).t()
+        assert total.abs().max() < 2**31 if total.numel() else True
+        parts.append((total.float(), scale))
+    if len(parts) == 1:
+        out = parts[0][0] * (parts[0][1] * weight_scale.view(1, -1))
+    else:
+        out = functools.reduce(torch.add, [total * scale for total, scale in parts]) * weight_scale.view(
+            1, -1
+        )
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
@@ -62,14 +82,36 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.integers(0, 70),
     rows=st.integers(1, 70),
-    depth=st.sampled_from([1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 384, 1025, 2049]),
+    depth=st.sampled_from([
+        1,
+        2,
+        3,
+        15,
+        16,
+        17,
+        31,
+        32,
+        33,
+        63,
+        64,
+        65,
+        100,
+        127,
+        128,
+        129,
+        191,
+        200,
+        384,
+        1025,
+        2049,
+    ]),
     dtype=st.sampled_from(DTYPES),
     bias=st.sampled_from([None, *DTYPES]),
-    bits=st.sampled_from([8, 10, 12]),
+    scheme=st.sampled_from(SCHEMES),
     count=st.sampled_from([1, 2, 5]),
     path=st.sampled_from(PATHS),
     magnitude=st.sampled_from([1e-30, 1.0, 1e4]),
@@ -81,7 +123,7 @@ def test_every_path_has_the_bits_of_the_oracle(
     depth: int,
     dtype: torch.dtype,
     bias: torch.dtype | None,
-    bits: int,
+    scheme: str,
     count: int,
     path: str,
     magnitude: float,
@@ -95,15 +137,14 @@ def test_every_path_has_the_bits_of_the_oracle(
         x[2, seed % depth] = float("-inf")
         x[3] = 0
     b = None if bias is None else offset.to(bias)
-    qmax = 127 if path == "reference" else cpu.widest_code(depth, bits)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        with kernels.using(path, bits):
-            y = kernels.int8_linear(x, weight, scale, b)
+        with kernels.using(path):
+            y = kernels.int8_linear(x, weight, scale, b, scheme)
     finally:
         torch.set_num_threads(before)
-    assert same(y, oracle(x, weight, scale, b, qmax))
+    assert same(y, oracle(x, weight, scale, b, scheme))
 
 
 def extreme_rows(depth: int, qmax: int) -> Tensor:
@@ -128,17 +169,14 @@ def extreme_weights(depth: int) -> Tensor:
     return weight
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("depth", [1, 2, 15, 16, 17, 31, 2047, 2048, 2049, 8191, 8192, 8193, 16385, 132104])
-@pytest.mark.parametrize("path", NATIVE)
-def test_extreme_codes_sum_exactly(path: str, depth: int, bits: int) -> None:
-    qmax = cpu.widest_code(depth, bits)
-    weight, x = extreme_weights(depth), extreme_rows(depth, qmax)
+def test_extreme_codes_sum_exactly(path: str, depth: int, scheme: str) -> None:
+    weight, x = extreme_weights(depth), extreme_rows(depth, 2047 if scheme == "int12" else 127)
     scale = torch.ones(7, 1)
-    with kernels.using(path, bits):
-        few = kernels.int8_linear(x, weight, scale, None)
-        many = kernels.int8_linear(x.repeat(11, 1), weight, scale, None)
-    expected = oracle(x, weight, scale, None, qmax)
+    few = kernels.int8_linear(x, weight, scale, None, scheme)
+    many = kernels.int8_linear(x.repeat(11, 1), weight, scale, None, scheme)
+    expected = oracle(x, weight, scale, None, scheme)
     assert same(few, expected)
     assert same(many, expected.repeat(11, 1))
 
@@ -151,44 +189,40 @@ def test_rows_up_to_the_limit_without_minus_128_are_exact(path: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 47, 48, 49, 97])
-@pytest.mark.parametrize("bits", [8, 12])
-@pytest.mark.parametrize("path", NATIVE)
-def test_a_token_does_not_depend_on_its_batch(path: str, bits: int, rows: int, threads: None) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_token_does_not_depend_on_its_batch(path: str, scheme: str, rows: int, threads: None) -> None:
     weight, scale, bias = layer(rows, 131)
     x = torch.randn(300, 131)
-    with kernels.using(path, bits):
-        alone = torch.cat([kernels.int8_linear(x[i : i + 1], weight, scale, bias) for i in range(300)])
-        for tokens in (2, 5, 6, 7, 11, 13, 41, 49, 60, 61, 300):
-            for count in (1, 2, 7):
-                torch.set_num_threads(count)
-                assert same(kernels.int8_linear(x[:tokens], weight, scale, bias), alone[:tokens])
+    alone = torch.cat([kernels.int8_linear(x[i : i + 1], weight, scale, bias, scheme) for i in range(300)])
+    for tokens in (2, 5, 6, 7, 11, 13, 41, 49, 60, 61, 300):
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            assert same(kernels.int8_linear(x[:tokens], weight, scale, bias, scheme), alone[:tokens])
 
 
 @native_only
-def test_many_tokens_pass_in_several_chunks() -> None:
+@pytest.mark.parametrize("scheme", ["int8", "int8-g128"])
+def test_many_tokens_pass_in_several_chunks(scheme: str) -> None:
     weight, scale, _ = layer(50, 4100)
     x = torch.randn(1100, 4100)
-    with kernels.using(bits=8):
-        y = kernels.int8_linear(x, weight, scale, None)
+    y = kernels.int8_linear(x, weight, scale, None, scheme)
     pick = torch.tensor([0, 1, 509, 510, 511, 512, 1098, 1099])
-    assert same(y[pick], oracle(x[pick], weight, scale, None))
+    assert same(y[pick], oracle(x[pick], weight, scale, None, scheme))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("depth", [2, 131, 2049])
 def test_many_tokens_of_a_small_layer_pass_in_blocks(
-    path: str, bits: int, depth: int, dtype: torch.dtype, threads: None
+    path: str, scheme: str, depth: int, dtype: torch.dtype, threads: None
 ) -> None:
     weight, scale, bias = layer(97, depth)
     x = torch.randn(2100, depth).to(dtype)
     x[1, 1], x[1030] = float("nan"), 0
-    qmax = 127 if path == "reference" else cpu.widest_code(depth, bits)
-    expected = oracle(x, weight, scale, bias, qmax)
-    with kernels.using(path, bits):
-        for tokens, count in ((513, 1), (2100, 1), (2100, 2), (2100, 3)):
-            torch.set_num_threads(count)
-            assert same(kernels.int8_linear(x[:tokens], weight, scale, bias), expected[:tokens])
+    expected = oracle(x, weight, scale, bias, scheme)
+    for tokens, count in ((513, 1), (2100, 1), (2100, 2), (2100, 3)):
+        torch.set_num_threads(count)
+        assert same(kernels.int8_linear(x[:tokens], weight, scale, bias, scheme), expected[:tokens])
 
 
 def test_a_bad_row_breaks_only_itself(path: str) -> None:
@@ -246,7 +280,10 @@ def test_strided_and_misaligned_tensors_are_read_right(path: str) -> None:
 def test_other_dtypes_take_the_reference() -> None:
     weight, scale, bias = layer(5, 16)
     x = torch.randn(3, 16, dtype=torch.float64)
-    assert same(kernels.int8_linear(x, weight, scale, bias), oracle(x, weight, scale, bias))
+    for scheme in SCHEMES:
+        assert same(
+            kernels.int8_linear(x, weight, scale, bias, scheme), oracle(x, weight, scale, bias, scheme)
+        )
 
 
 def test_a_wrong_shape_is_an_error(path: str) -> None:
@@ -277,9 +314,9 @@ def test_wide_codes_are_closer_to_the_float_product() -> None:
     def error() -> float:
         return float((kernels.int8_linear(x, weight, scale, None) - exact).norm() / exact.norm())
 
-    with kernels.using(bits=8):
+    with kernels.using(activations="int8"):
         narrow = error()
-    with kernels.using(bits=12):
+    with kernels.using(activations="int12"):
         wide = error()
     # sqrt(1/12) * step / rms with absmax near 3.5 sigma; sixteen times less with 2047 in place of 127
     assert 0.005 < narrow < 0.01
@@ -287,11 +324,13 @@ def test_wide_codes_are_closer_to_the_float_product() -> None:
 
 
 def test_long_rows_get_narrower_codes_by_their_length_alone() -> None:
-    assert cpu.widest_code(8192, 12) == 2047
-    assert cpu.widest_code(8200, 12) == 2046
-    assert cpu.widest_code(132_104, 12) == 127
-    assert cpu.widest_code(10**6, 12) == 127
-    assert cpu.widest_code(10**6, 8) == 127
+    wide = kernels.SCHEMES["int12"]
+    assert wide.widest_code(8192) == 2047
+    assert wide.widest_code(8200) == 2046
+    assert wide.widest_code(132_104) == 127
+    assert wide.widest_code(10**6) == 127
+    assert kernels.SCHEMES["int8"].widest_code(10**6) == 127
+    assert kernels.SCHEMES["int8-g128"].widest_code(10**6) == 127
     assert kernels.MAX_IN_FEATURES == 132_104
 
 
@@ -342,13 +381,23 @@ def test_compile_keeps_the_op_in_one_graph() -> None:
 def test_ops_pass_the_checks_of_torch_library(op: str) -> None:
     weight, scale, bias = layer(13, 17)
     for x in (torch.randn(3, 17), torch.randn(2, 3, 17, requires_grad=True)):
-        args = (x, weight, scale, bias) if op == "int8_linear" else (x, weight.half(), bias)
+        args = (x, weight, scale, bias, "int12") if op == "int8_linear" else (x, weight.half(), bias)
         torch.library.opcheck(getattr(torch.ops.mono_quant, op).default, args)
 
 
 def test_the_conv_op_passes_the_checks_of_torch_library() -> None:
     weight, scale, bias = layer(6, 36)
-    args = (torch.randn(2, 4, 9, 8), weight.view(6, 4, 3, 3), scale, bias, [2, 1], [1, 1], [1, 1], 1)
+    args = (
+        torch.randn(2, 4, 9, 8),
+        weight.view(6, 4, 3, 3),
+        scale,
+        bias,
+        [2, 1],
+        [1, 1],
+        [1, 1],
+        1,
+        "int8-g64",
+    )
     torch.library.opcheck(torch.ops.mono_quant.int8_conv.default, args)
     last = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
     torch.library.opcheck(torch.ops.mono_quant.int8_conv.default, last)
@@ -393,19 +442,26 @@ def test_vmap_gives_the_bits_of_the_whole_batch() -> None:
 
 
 def oracle_conv(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, size: tuple[int, int], **how: int
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    size: tuple[int, int],
+    scheme: str = "int8",
+    **how: int,
 ) -> Tensor:
+    """The product of receptive fields, their values and those of the weight put in the order row, column, channel."""
     groups = how.pop("groups")
     places = F.unfold(x.float(), size, **how)
     images, _, count = places.shape
-    tokens = places.view(images, groups, weight.shape[1], count).transpose(2, 3)
+    order = torch.arange(weight.shape[1]).view(-1, size[0] * size[1]).t().flatten()
+    tokens, weight = places.view(images, groups, -1, count)[:, :, order].transpose(2, 3), weight[:, order]
     width = weight.shape[0] // groups
     parts = []
     for g in range(groups):
         pick = slice(g * width, (g + 1) * width)
-        parts.append(
-            oracle(tokens[:, g].to(x.dtype), weight[pick], scale[pick], None if bias is None else bias[pick])
-        )
+        offset = None if bias is None else bias[pick]
+        parts.append(oracle(tokens[:, g].to(x.dtype), weight[pick], scale[pick], offset, scheme))
     return torch.cat(parts, -1).transpose(1, 2)
 
 
@@ -420,10 +476,14 @@ def oracle_conv(
         (12, 8, 4, (3, 3), 1, 1, 1),
         (6, 6, 6, (3, 3), 1, 1, 1),
         (3, 40, 1, (4, 4), 4, 0, 1),
+        (75, 21, 3, (3, 3), 2, 1, 1),
+        (150, 7, 1, (2, 2), 1, 1, 1),
     ],
 )
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_conv_has_the_bits_of_the_oracle(
     path: str,
+    scheme: str,
     channels: int,
     rows: int,
     groups: int,
@@ -440,9 +500,11 @@ def test_conv_has_the_bits_of_the_oracle(
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
     pairs = [(n, n) for n in (stride, padding, dilation)]
-    y = kernels.int8_conv(x, weight.view(rows, channels // groups, *size), scale, bias, *pairs, groups)
+    y = kernels.int8_conv(
+        x, weight.view(rows, channels // groups, *size), scale, bias, *pairs, groups, scheme
+    )
     how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    assert same(y.flatten(2), oracle_conv(x, weight, scale, bias, size, **how))
+    assert same(y.flatten(2), oracle_conv(x, weight, scale, bias, size, scheme, **how))
     assert y.is_contiguous() or last
 
 

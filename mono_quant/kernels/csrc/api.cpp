@@ -11,10 +11,12 @@ namespace {
 
 bool known(int dtype) { return dtype >= 0 && dtype <= 2; }
 
+bool fits(int qmax, int64_t group) { return qmax >= 1 && qmax <= 2047 && group >= 0 && group % kDepthAlign == 0; }
+
 }  // namespace
 
 // Changes whenever a signature or a meaning below does.
-MQ_API int mq_version() { return 2; }
+MQ_API int mq_version() { return 3; }
 
 // One bit per Isa that this processor runs.
 MQ_API int mq_isas() {
@@ -26,20 +28,22 @@ MQ_API int mq_isas() {
 }
 
 // x [tokens, depth], weight int8 [rows, depth], weight_scale fp32 [rows], bias [rows] or null, out [tokens, rows] in
-// the dtype of x; strides in elements, last dimensions dense. Returns 0, 1 (no kernel or no memory) or 2 (bad
+// the dtype of x; strides in elements, last dimensions dense. `group` values of a token share a scale, all for 0; `packed`
+// is null or what mq_pack made of the weights for the same isa and qmax. Returns 0, 1 (no kernel or no memory) or 2 (bad
 // argument).
-MQ_API int mq_linear(int isa, int qmax, int threads, int64_t tokens, int64_t rows, int64_t depth, const void* x,
-                     int x_dtype, int64_t x_stride, const int8_t* weight, const float* weight_scale, const void* bias,
-                     int bias_dtype, void* out, int64_t out_stride) {
-  if (tokens < 0 || rows < 0 || depth < 0 || qmax < 1 || qmax > 2047 || !known(x_dtype) || !known(bias_dtype)) return 2;
+MQ_API int mq_linear(int isa, int qmax, int64_t group, int threads, int64_t tokens, int64_t rows, int64_t depth,
+                     const void* x, int x_dtype, int64_t x_stride, const int8_t* weight, const int32_t* packed,
+                     const float* weight_scale, const void* bias, int bias_dtype, void* out, int64_t out_stride) {
+  if (tokens < 0 || rows < 0 || depth < 0 || !known(x_dtype) || !known(bias_dtype) || !fits(qmax, group)) return 2;
   if (tokens == 0 || rows == 0) return 0;
   Linear layer = {};
   layer.isa = static_cast<Isa>(isa);
   layer.qmax = qmax;
+  layer.group = group < depth ? group : 0;
   layer.threads = threads;
   layer.tokens = tokens, layer.rows = rows, layer.depth = depth;
   layer.x = {x, static_cast<DType>(x_dtype), x_stride};
-  layer.weight = weight, layer.weight_stride = depth, layer.weight_scale = weight_scale;
+  layer.weight = weight, layer.weight_stride = depth, layer.packed = packed, layer.weight_scale = weight_scale;
   layer.bias = bias, layer.bias_dtype = static_cast<DType>(bias_dtype);
   layer.out = out, layer.out_stride = out_stride;
   return linear(layer) ? 0 : 1;
@@ -66,9 +70,10 @@ MQ_API int mq_half_linear(int isa, int threads, int64_t tokens, int64_t rows, in
 // x [images, height, width, groups * channels], weight int8 [groups * rows, kernel_h * kernel_w * channels] in the
 // order kernel row, kernel column, channel; out [images, out_h, out_w, groups * rows]. `shape` holds images, groups,
 // rows and the twelve sizes of `Patches` in their order, then out_h and out_w.
-MQ_API int mq_conv(int isa, int qmax, int threads, const int64_t* shape, const void* x, int x_dtype,
-                   const int8_t* weight, const float* weight_scale, const void* bias, int bias_dtype, void* out) {
-  if (qmax < 1 || qmax > 2047 || !known(x_dtype) || !known(bias_dtype)) return 2;
+MQ_API int mq_conv(int isa, int qmax, int64_t group, int threads, const int64_t* shape, const void* x, int x_dtype,
+                   const int8_t* weight, const int32_t* packed, const float* weight_scale, const void* bias,
+                   int bias_dtype, void* out) {
+  if (!known(x_dtype) || !known(bias_dtype) || !fits(qmax, group)) return 2;
   for (int i = 0; i < 16; ++i) {
     if (shape[i] < 0) return 2;
   }
@@ -84,19 +89,39 @@ MQ_API int mq_conv(int isa, int qmax, int threads, const int64_t* shape, const v
   layer.tokens = images * patches.out_h * patches.out_w;
   layer.rows = rows;
   layer.depth = patches.kernel_h * patches.kernel_w * patches.channels;
+  layer.group = group < layer.depth ? group : 0;
   layer.patches = &patches;
   layer.weight_stride = layer.depth;
   layer.bias_dtype = bias_type;
   layer.out_stride = groups * rows;
   if (layer.tokens == 0 || rows == 0) return 0;
+  const int64_t words = packed == nullptr ? 0 : packed_words(*product_kernels(layer.isa, false, qmax), rows, layer.depth);
   for (int64_t g = 0; g < groups; ++g) {
     layer.x = {static_cast<const char*>(x) + g * patches.channels * size_of(dtype), dtype, groups * patches.channels};
     layer.weight = weight + g * rows * layer.depth;
+    layer.packed = packed == nullptr ? nullptr : packed + g * words;
     layer.weight_scale = weight_scale + g * rows;
     layer.bias = bias == nullptr ? nullptr : static_cast<const char*>(bias) + g * rows * size_of(bias_type);
     layer.out = static_cast<char*>(out) + g * rows * size_of(dtype);
     if (!linear(layer)) return 1;
   }
+  return 0;
+}
+
+// Words of 32 bits that mq_pack writes for a weight [rows, depth]; 0 where the kernels read weights as they are.
+MQ_API int64_t mq_packed_words(int isa, int qmax, int64_t rows, int64_t depth) {
+  if (rows < 0 || depth < 0 || !fits(qmax, 0)) return 0;
+  return packed_words(*product_kernels(static_cast<Isa>(isa), false, qmax), rows, depth);
+}
+
+// weight int8 [groups * rows, depth] to `words`, 64-byte aligned, mq_packed_words for each group.
+MQ_API int mq_pack(int isa, int qmax, int threads, int64_t groups, int64_t rows, int64_t depth, const int8_t* weight,
+                   int32_t* words) {
+  if (groups < 0 || rows < 0 || depth < 0 || !fits(qmax, 0)) return 2;
+  const ProductKernels& product = *product_kernels(static_cast<Isa>(isa), false, qmax);
+  const int64_t step = packed_words(product, rows, depth);
+  if (step == 0) return 1;
+  for (int64_t g = 0; g < groups; ++g) pack(product, weight + g * rows * depth, rows, depth, threads, words + g * step);
   return 0;
 }
 

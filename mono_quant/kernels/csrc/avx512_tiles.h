@@ -117,18 +117,11 @@ void interleave(const int8_t* weight, int64_t stride, int rows, int64_t depth, i
   }
 }
 
+constexpr int kColumns = kVectors * kLanes;
+
 template <class Op, int T, int V>
-MQ_TARGET void tile_of(const int32_t* codes, int64_t stride, const int32_t* panel, int64_t words, int32_t* sums,
-                     bool accumulate) {
-  constexpr int kColumns = kVectors * kLanes;
-  __m512i acc[T][V];
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) {
-      acc[t][v] = accumulate ? _mm512_loadu_si512(sums + t * kColumns + v * kLanes) : _mm512_setzero_si512();
-    }
-  }
+MQ_TARGET MQ_INLINE void add_words(__m512i acc[T][V], const int32_t* codes, int64_t stride, const int32_t* panel,
+                                   int64_t words) {
   for (int64_t i = 0; i < words; ++i, panel += V * kLanes) {
     __m512i b[V];
 #pragma GCC unroll 3
@@ -140,6 +133,20 @@ MQ_TARGET void tile_of(const int32_t* codes, int64_t stride, const int32_t* pane
       for (int v = 0; v < V; ++v) acc[t][v] = Op::add(acc[t][v], b[v], a);
     }
   }
+}
+
+template <class Op, int T, int V>
+MQ_TARGET void tile_of(const int32_t* codes, int64_t stride, const int32_t* panel, int64_t words, int32_t* sums,
+                       bool accumulate) {
+  __m512i acc[T][V];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      acc[t][v] = accumulate ? _mm512_loadu_si512(sums + t * kColumns + v * kLanes) : _mm512_setzero_si512();
+    }
+  }
+  add_words<Op, T, V>(acc, codes, stride, panel, words);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 3
@@ -168,6 +175,46 @@ void tile(const int32_t* codes, int64_t stride, int tokens, const int32_t* panel
     case 7: return tile_rows<Op, 7>(codes, stride, panel, rows, words, sums, accumulate);
     default: return tile_rows<Op, 8>(codes, stride, panel, rows, words, sums, accumulate);
   }
+}
+
+// A group's sums leave the registers as floats: with both there were too few.
+template <class Op, int T, int V>
+MQ_TARGET void group_tile_of(const int32_t* codes, int64_t stride, const int32_t* panel, int64_t words,
+                             const Token* token, int64_t token_stride, float* totals, bool accumulate) {
+  __m512i acc[T][V];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) acc[t][v] = _mm512_set1_epi32(token[t * token_stride].correction);
+  }
+  add_words<Op, T, V>(acc, codes, stride, panel, words);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const __m512 scale = _mm512_set1_ps(token[t * token_stride].scale);
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      float* place = totals + t * kColumns + v * kLanes;
+      const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[t][v]), scale);
+      _mm512_storeu_ps(place, accumulate ? _mm512_add_ps(_mm512_loadu_ps(place), value) : value);
+    }
+  }
+}
+
+template <class Op, int T>
+void group_tile_rows(const int32_t* codes, int64_t stride, const int32_t* panel, int rows, int64_t words,
+                     const Token* token, int64_t token_stride, float* totals, bool accumulate) {
+  const auto run = rows > 2 * kLanes ? group_tile_of<Op, T, 3> : rows > kLanes ? group_tile_of<Op, T, 2>
+                                                                               : group_tile_of<Op, T, 1>;
+  run(codes, stride, panel, words, token, token_stride, totals, accumulate);
+}
+
+template <class Op>
+void group_tile(const int32_t* codes, int64_t stride, int tokens, const int32_t* panel, int rows, int64_t words,
+                const Token* token, int64_t token_stride, float* totals, bool accumulate) {
+  constexpr decltype(&group_tile_rows<Op, 1>) kRun[kTileTokens] = {
+      group_tile_rows<Op, 1>, group_tile_rows<Op, 2>, group_tile_rows<Op, 3>, group_tile_rows<Op, 4>,
+      group_tile_rows<Op, 5>, group_tile_rows<Op, 6>, group_tile_rows<Op, 7>, group_tile_rows<Op, 8>};
+  kRun[tokens - 1](codes, stride, panel, rows, words, token, token_stride, totals, accumulate);
 }
 
 MQ_TARGET MQ_INLINE __m256i halves(__m512i v) {
@@ -282,11 +329,115 @@ void dot(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void
   run(weight, depth, ahead, codes, stride, tokens, sums, sums_stride);
 }
 
+// The sums over all lanes of sixteen vectors, in their order.
+MQ_TARGET MQ_INLINE __m512i sixteen_totals(const __m512i v[16]) {
+  __m512i four[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i *a = v + 4 * i, *c = a + 2;
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c[0], c[1]), _mm512_unpackhi_epi32(c[0], c[1]));
+    four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  }
+  __m512i eight[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    eight[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(four[2 * i], four[2 * i + 1], 0x88),
+                                _mm512_shuffle_i32x4(four[2 * i], four[2 * i + 1], 0xdd));
+  }
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(eight[0], eight[1], 0x88),
+                          _mm512_shuffle_i32x4(eight[0], eight[1], 0xdd));
+}
+
+// Four weight rows by T tokens and 4 / T groups from the one at `k` on: sixteen sums, added up together. Lanes hold the rows
+// of the first group's first token, those of its second token, ...
+template <class Op, int T, bool Whole, bool Ahead>
+MQ_TARGET MQ_INLINE __m512i group_sums(const int8_t* const weight[4], int64_t k, int64_t depth, int64_t group,
+                                       int64_t ahead, const char* const codes[T]) {
+  constexpr int64_t kStep = 64 / Op::kCodeSize;
+  __m512i acc[16];
+#pragma GCC unroll 4
+  for (int g = 0; g < 4 / T; ++g) {
+    const int64_t start = k + g * group, end = Whole || start + group < depth ? start + group : depth;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4 * T; ++i) acc[g * 4 * T + i] = _mm512_setzero_si512();
+    for (int64_t j = start; j < end; j += kStep) {
+      const __mmask64 mask = Whole ? ~0ull : first_bytes(end - j);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        if constexpr (Ahead) _mm_prefetch(weight[r] + j + ahead, _MM_HINT_T1);
+        const __m512i w = Op::load(weight[r] + j, mask);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          __m512i& sum = acc[(g * T + t) * 4 + r];
+          sum = Op::add(sum, w, _mm512_loadu_si512(codes[t] + j * Op::kCodeSize));
+        }
+      }
+    }
+  }
+  return sixteen_totals(acc);
+}
+
+template <class Op, int T, bool Ahead>
+MQ_TARGET void group_dot_of(const int8_t* const weight[4], int64_t depth, int64_t group, int64_t ahead,
+                            const void* codes, int64_t stride, int tokens, const Token* token, int64_t token_stride,
+                            float* totals, int64_t totals_stride) {
+  constexpr int kGroups = 4 / T;
+  const int64_t groups = (depth + group - 1) / group;
+  // Without as many tokens the first stands in for the last.
+  const char* row[T];
+  for (int t = 0; t < T; ++t) row[t] = static_cast<const char*>(codes) + (t < tokens ? t : 0) * stride * Op::kCodeSize;
+  const __m512i scales = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+  const __m512i corrections = _mm512_or_si512(scales, _mm512_set1_epi32(1));
+  // "-0.0 + x" is x in every bit
+  __m512 total = _mm512_set1_ps(-0.0f);
+  for (int64_t g = 0; g < groups; g += kGroups) {
+    alignas(32) Token of[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int64_t t = i % T < tokens ? i % T : 0, mine = g + i / T < groups ? g + i / T : g;
+      std::memcpy(of + i, token + t * token_stride + mine, sizeof(Token));
+    }
+    const __m512i tokens4 = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(of)));
+    const bool whole = (g + kGroups) * group <= depth;
+    const __m512i sums = whole ? group_sums<Op, T, true, Ahead>(weight, g * group, depth, group, ahead, row)
+                               : group_sums<Op, T, false, false>(weight, g * group, depth, group, 0, row);
+    const __m512i exact = _mm512_add_epi32(sums, _mm512_permutexvar_epi32(corrections, tokens4));
+    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact),
+                                 _mm512_castsi512_ps(_mm512_permutexvar_epi32(scales, tokens4)));
+    const int64_t here = groups - g < kGroups ? groups - g : kGroups;
+    for (int64_t i = 0; i < here; ++i) {
+      total = _mm512_add_ps(total, value);
+      value = T == 1 ? _mm512_shuffle_f32x4(value, value, 0x39) : _mm512_shuffle_f32x4(value, value, 0x4e);
+    }
+  }
+  alignas(64) float out[16];
+  _mm512_store_ps(out, total);
+  for (int t = 0; t < tokens; ++t) std::memcpy(totals + t * totals_stride, out + 4 * t, 4 * sizeof(float));
+}
+
+template <class Op>
+void group_dot(const int8_t* const weight[4], int64_t depth, int64_t group, int64_t ahead, const void* codes,
+               int64_t stride, int tokens, const Token* token, int64_t token_stride, float* totals,
+               int64_t totals_stride) {
+  const auto near = tokens == 1   ? group_dot_of<Op, 1, false>
+                    : tokens == 2 ? group_dot_of<Op, 2, false>
+                                  : group_dot_of<Op, 4, false>;
+  const auto far = tokens == 1   ? group_dot_of<Op, 1, true>
+                   : tokens == 2 ? group_dot_of<Op, 2, true>
+                                 : group_dot_of<Op, 4, true>;
+  const auto run = ahead == 0 ? near : far;
+  run(weight, depth, group, ahead, codes, stride, tokens, token, token_stride, totals, totals_stride);
+}
+
 template <class Op>
 constexpr ProductKernels make() {
   constexpr int kShort = Op::kCodeSize == 1 ? 16 : Op::kCodeSize == 2 ? 24 : 48;
-  return {Op::kCodeSize, kWeightSize<Op>, kVectors * kLanes, kTileTokens, kDotTokens, kShort,
-          Op::kCodeSize == 1 ? 40 : 48, Op::kCodeSize == 1, interleave<Op::kCodeSize>, tile<Op>, dot<Op>};
+  ProductKernels kernels = {Op::kCodeSize, kWeightSize<Op>, kColumns, kTileTokens, kDotTokens, kShort,
+                            Op::kCodeSize == 1 ? 40 : 48, Op::kCodeSize == 1, interleave<Op::kCodeSize>, tile<Op>,
+                            dot<Op>, nullptr, nullptr};
+  if constexpr (Op::kCodeSize != 4) kernels.group_tile = group_tile<Op>, kernels.group_dot = group_dot<Op>;
+  return kernels;
 }
 
 }  // namespace

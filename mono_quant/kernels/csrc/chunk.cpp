@@ -48,10 +48,12 @@ bool quantize(const Chunk& chunk, int64_t t) {
     gather(layer, chunk.first + t, patch);
     row = patch;
   }
-  Token token = chunk.row_kernels.quantize(row, layer.x.dtype, layer.depth, chunk.padded, layer.qmax,
-                                           chunk.product.code_size, chunk.code_row(t));
-  if (!chunk.product.unsigned_weights) token.correction = 0;
-  chunk.token[t] = token;
+  Token* token = chunk.tokens_of(t);
+  chunk.row_kernels.quantize(row, layer.x.dtype, layer.depth, chunk.padded, layer.group, layer.qmax,
+                             chunk.product.code_size, chunk.code_row(t), token);
+  if (!chunk.product.unsigned_weights) {
+    for (int64_t g = 0; g < chunk.groups; ++g) token[g].correction = 0;
+  }
   return true;
 }
 
@@ -60,9 +62,9 @@ void finish(const Chunk& chunk, int64_t t, int64_t tokens, int64_t n, int64_t co
   const Linear& layer = chunk.layer;
   const DType dtype = layer.x.dtype;
   char* out = static_cast<char*>(layer.out) + ((chunk.first + t) * layer.out_stride + n) * size_of(dtype);
-  chunk.row_kernels.finish({sums, stride, tokens, columns, chunk.token + t,
-                            layer.weight_scale == nullptr ? nullptr : layer.weight_scale + n,
-                            chunk.bias == nullptr ? nullptr : chunk.bias + n, out, layer.out_stride, dtype});
+  const auto run = chunk.groups > 1 ? chunk.row_kernels.finish_totals : chunk.row_kernels.finish;
+  run({sums, stride, tokens, columns, chunk.tokens_of(t), layer.weight_scale == nullptr ? nullptr : layer.weight_scale + n,
+       chunk.bias == nullptr ? nullptr : chunk.bias + n, out, layer.out_stride, dtype});
 }
 
 }  // namespace mq

@@ -10,6 +10,7 @@
 #define MQ_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define MQ_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 #define MQ_VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define MQ_AVXVNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
 #endif
 #define MQ_INLINE inline __attribute__((always_inline))
 
@@ -36,10 +37,10 @@ struct Matrix {
   const void* at(int64_t row) const { return static_cast<const char*>(data) + row * stride * size_of(dtype); }
 };
 
-// What quantizing one token leaves beside its codes.
+// What quantizing a token, or a group of its values, leaves beside the codes.
 struct Token {
   float scale;
-  // Added to every integer sum of the token; undoes the offset of unsigned weights.
+  // Added to every integer sum; undoes the offset of unsigned weights.
   int32_t correction;
 };
 
@@ -58,12 +59,15 @@ struct Tile {
   char* out_row(int64_t t) const { return out + t * out_stride * size_of(dtype); }
 };
 
-// How float rows become codes and integer sums become floats.
+// How float rows become codes and sums become outputs.
 struct RowKernels {
-  // Writes `padded` codes of `code_size` bytes, zeros from `depth` on.
-  Token (*quantize)(const void* row, DType dtype, int64_t depth, int64_t padded, int qmax, int code_size, void* codes);
+  // Writes `padded` codes of `code_size` bytes, zeros from `depth` on, and a token for every `group` values.
+  void (*quantize)(const void* row, DType dtype, int64_t depth, int64_t padded, int64_t group, int qmax, int code_size,
+                   void* codes, Token* token);
   // out[t][n] = float(sum[t][n] + correction[t]) * (scale[t] * weight_scale[n]) + bias[n].
   void (*finish)(const Tile& tile);
+  // out[t][n] = total[t][n] * weight_scale[n] + bias[n]; the sums are the fp32 totals of groups.
+  void (*finish_totals)(const Tile& tile);
 };
 
 // A product of codes and weights on one instruction set. "Words" are 32 bits: one float, two int16 codes or four
@@ -89,6 +93,13 @@ struct ProductKernels {
   // is 0, weights are fetched ahead: so many bytes behind the ones in use, or what suits a single token.
   void (*dot)(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
               int tokens, int32_t* sums, int64_t sums_stride);
+  // The same two for one group of values, and for rows of groups. Every integer sum of a group becomes a float and joins
+  // the total of its token: total + float(sum + correction) * scale, each operation rounded.
+  void (*group_tile)(const int32_t* codes, int64_t stride, int tokens, const int32_t* panel, int rows, int64_t words,
+                     const Token* token, int64_t token_stride, float* totals, bool accumulate);
+  void (*group_dot)(const int8_t* const weight[4], int64_t depth, int64_t group, int64_t ahead, const void* codes,
+                    int64_t stride, int tokens, const Token* token, int64_t token_stride, float* totals,
+                    int64_t totals_stride);
 };
 
 extern const RowKernels kRowsPortable, kRowsAvx2, kRowsFloat;
@@ -96,7 +107,15 @@ extern const ProductKernels kProductPortable, kProductAvx2, kProductAvx512, kPro
 extern const ProductKernels kProductHalfAvx2, kProductHalfAvx512;
 
 // Order of preference; the numbers are part of the C interface.
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
+enum class Isa : int {
+  portable = 0,
+  avx2 = 1,
+  avxvnni = 2,
+  avx512 = 3,
+  avx512vnni = 4,
+  // The kernels of avxvnni in the encoding of AVX-512, so that they can be tested where that is all there is.
+  avx512vl_vnni = 5
+};
 
 bool runs(Isa isa);
 

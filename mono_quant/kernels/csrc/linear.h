@@ -19,6 +19,8 @@ struct Linear {
   // Weights are int8, or float16 with float activations.
   bool half;
   int qmax;
+  // Values of a token that share a scale, a multiple of kDepthAlign and less than `depth`; 0 for all of them.
+  int64_t group;
   int threads;
   int64_t tokens, rows, depth;
   Matrix x;
@@ -27,12 +29,26 @@ struct Linear {
   const int8_t* weight;
   // In bytes.
   int64_t weight_stride;
+  // The weights as `pack` writes them, or null.
+  const int32_t* packed;
   const float* weight_scale;
   const void* bias;
   DType bias_dtype;
   void* out;
   int64_t out_stride;
 };
+
+// How many tokens of `Token` a row leaves.
+inline int64_t groups_of(const Linear& layer) {
+  return layer.group == 0 ? 1 : (layer.depth + layer.group - 1) / layer.group;
+}
+
+// The kernels that a layer with codes up to `qmax` takes, or null.
+const ProductKernels* product_kernels(Isa isa, bool half, int qmax);
+
+// Words of `rows` weight rows interleaved once, panel after panel; 0 where weights are read as they are.
+int64_t packed_words(const ProductKernels& product, int64_t rows, int64_t depth);
+void pack(const ProductKernels& product, const int8_t* weight, int64_t rows, int64_t depth, int threads, int32_t* words);
 
 // Returns false when memory for scratch is not to be had.
 bool linear(const Linear& layer);

@@ -23,12 +23,6 @@ constexpr int64_t kBlocks = 8;
 constexpr int64_t kMaxPanel = 64;
 constexpr int64_t kMaxTile = 8;
 
-int64_t panels_of(int64_t rows, const ProductKernels& product) {
-  return (rows + product.panel_rows - 1) / product.panel_rows;
-}
-
-int64_t words_of(int64_t depth, const ProductKernels& product) { return (depth * product.code_size + 3) / 4; }
-
 bool is_far(const Linear& layer) { return layer.rows * layer.weight_stride > kFarBytes; }
 
 // `rows` weight rows from `n` on, by dot products.
@@ -45,8 +39,14 @@ void multiply_rows(const Chunk& chunk, int64_t n, int64_t rows) {
       // All tokens pass by four weight rows while these are in the first-level cache and the next four on their way.
       for (int64_t t = first; t < last; t += step) {
         const int64_t ahead = far && t == 0 ? 4 * layer.weight_stride : 0;
-        chunk.product.dot(weight, layer.depth, ahead, chunk.code_row(t), chunk.padded,
-                          static_cast<int>(std::min(step, last - t)), sums + (t - first) * kDotRows + r, kDotRows);
+        const int tokens = static_cast<int>(std::min(step, last - t));
+        int32_t* place = sums + (t - first) * kDotRows + r;
+        if (layer.group == 0) {
+          chunk.product.dot(weight, layer.depth, ahead, chunk.code_row(t), chunk.padded, tokens, place, kDotRows);
+        } else {
+          chunk.product.group_dot(weight, layer.depth, layer.group, ahead, chunk.code_row(t), chunk.padded, tokens,
+                                  chunk.tokens_of(t), chunk.groups, reinterpret_cast<float*>(place), kDotRows);
+        }
       }
     }
     finish(chunk, first, last - first, n, rows, sums, kDotRows);
@@ -83,12 +83,54 @@ void multiply_tiles(const Chunk& chunk, int64_t first, int64_t last, int64_t n, 
   }
 }
 
+// The same for tokens with groups, which keep their totals in the place of sums: group by group, so that a group's part of
+// the panel stays in the first-level cache while a block of tokens passes by.
+void multiply_groups(const Chunk& chunk, int64_t first, int64_t last, int64_t n, int64_t k, int64_t depth,
+                     const int32_t* panel, int32_t* sums) {
+  const ProductKernels& product = chunk.product;
+  const int64_t group = chunk.layer.group, end = k + depth;
+  const bool whole = depth == chunk.layer.depth, final = end == chunk.layer.depth;
+  const int rows = rows_from(n, chunk);
+  const int64_t lanes = std::min<int64_t>(round_up(rows, 16), product.panel_rows);
+  const int64_t blocks = (last - first + kBlockTokens - 1) / kBlockTokens;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t from = first + (last - first) * b / blocks, to = first + (last - first) * (b + 1) / blocks;
+    float* totals = reinterpret_cast<float*>(whole ? sums : sums + (from - first) * product.panel_rows);
+    const int64_t tiles = (to - from + product.tile_tokens - 1) / product.tile_tokens;
+    for (int64_t g = k / group; g * group < end; ++g) {
+      const int64_t start = g * group, words = words_of(std::min(group, end - start), product);
+      const int32_t* weights = panel + words_of(start - k, product) * lanes;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t t = from + (to - from) * i / tiles;
+        const int tokens = static_cast<int>(from + (to - from) * (i + 1) / tiles - t);
+        product.group_tile(reinterpret_cast<const int32_t*>(chunk.code_row(t) + start * product.code_size),
+                           chunk.code_bytes() / 4, tokens, weights, rows, words, chunk.tokens_of(t) + g, chunk.groups,
+                           totals + (t - from) * product.panel_rows, g > 0);
+      }
+    }
+    if (final) {
+      finish(chunk, from, to - from, n, rows, reinterpret_cast<const int32_t*>(totals), product.panel_rows);
+    }
+  }
+}
+
+void pass(const Chunk& chunk, int64_t first, int64_t last, int64_t n, int64_t k, int64_t depth, const int32_t* panel,
+          int32_t* sums) {
+  const auto run = chunk.layer.group == 0 ? multiply_tiles : multiply_groups;
+  run(chunk, first, last, n, k, depth, panel, sums);
+}
+
 // Tokens [first, last) pass by the panel of weights from row `n` on, which is interleaved block by block.
 void multiply_panel(const Chunk& chunk, int64_t n, int64_t first, int64_t last, int32_t* panel, int32_t* sums) {
+  if (chunk.layer.packed != nullptr) {
+    const int64_t step = panel_words(chunk.layer.depth, chunk.product);
+    const int32_t* packed = chunk.layer.packed + n / chunk.product.panel_rows * step;
+    return pass(chunk, first, last, n, 0, chunk.layer.depth, packed, sums);
+  }
   for (int64_t k = 0; k < chunk.layer.depth; k += kBlockDepth) {
     const int64_t depth = std::min(kBlockDepth, chunk.layer.depth - k);
     interleave(chunk, n, k, depth, panel);
-    multiply_tiles(chunk, first, last, n, k, depth, panel, sums);
+    pass(chunk, first, last, n, k, depth, panel, sums);
   }
 }
 
@@ -136,8 +178,10 @@ void run_task(const Chunk& chunk, const Plan& plan, int64_t task, int32_t* panel
 
 bool multiply(const Chunk& chunk) {
   const Plan plan = make_plan(chunk);
-  const int64_t panel_bytes = plan.dot ? 0 : kMaxPanel * kBlockDepth * chunk.product.code_size;
-  const int64_t sum_rows = chunk.layer.depth <= kBlockDepth ? kMaxTile : chunk.tokens;
+  const bool packed = chunk.layer.packed != nullptr;
+  const int64_t panel_bytes = plan.dot || packed ? 0 : kMaxPanel * kBlockDepth * chunk.product.code_size;
+  const int64_t at_once = chunk.layer.group == 0 ? kMaxTile : kBlockTokens;
+  const int64_t sum_rows = packed || chunk.layer.depth <= kBlockDepth ? at_once : chunk.tokens;
   const int64_t sum_bytes = plan.dot ? 0 : sum_rows * kMaxPanel * 4;
   bool ok = true;
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
@@ -162,7 +206,7 @@ bool multiply(const Chunk& chunk) {
 bool suits_blocks(const Linear& layer, const ProductKernels& product) {
   if (product.panel_rows == 0 || layer.depth == 0) return false;
   if (layer.tokens < kBlocks * kBlockTokens * std::max(1, layer.threads)) return false;
-  const int64_t panel = round_up(layer.depth, kDepthAlign) * product.panel_rows * product.code_size;
+  const int64_t panel = panel_words(layer.depth, product) * 4;
   return panel <= kPackedPanelBytes && panel * panels_of(layer.rows, product) <= kPackedBytes;
 }
 
@@ -170,30 +214,34 @@ bool multiply_blocks(const Chunk& whole) {
   static thread_local Scratch packed_scratch;
   const Linear& layer = whole.layer;
   const ProductKernels& product = whole.product;
-  const int64_t panel_words = words_of(round_up(layer.depth, kDepthAlign) * product.panel_rows, product);
+  const int64_t step = panel_words(layer.depth, product);
   const int64_t panels = panels_of(layer.rows, product), blocks = (layer.tokens + kBlockTokens - 1) / kBlockTokens;
   const int64_t code_bytes = kBlockTokens * whole.code_bytes();
-  int32_t* packed = static_cast<int32_t*>(packed_scratch.reserve(panel_words * panels * 4));
-  if (packed == nullptr) return false;
+  int32_t* own = nullptr;
+  if (layer.packed == nullptr) {
+    own = static_cast<int32_t*>(packed_scratch.reserve(step * panels * 4));
+    if (own == nullptr) return false;
+  }
+  const int32_t* packed = own == nullptr ? layer.packed : own;
   bool ok = true;
 #pragma omp parallel num_threads(layer.threads) if (layer.threads > 1)
   {
     static thread_local Scratch scratch;
-    char* memory = static_cast<char*>(scratch.reserve(code_bytes + kBlockTokens * sizeof(Token)));
+    char* memory = static_cast<char*>(scratch.reserve(code_bytes + kBlockTokens * whole.groups * sizeof(Token)));
 #pragma omp for schedule(static)
-    for (int64_t p = 0; p < panels; ++p) {
-      interleave(whole, p * product.panel_rows, 0, layer.depth, packed + p * panel_words);
+    for (int64_t p = 0; p < (own == nullptr ? 0 : panels); ++p) {
+      interleave(whole, p * product.panel_rows, 0, layer.depth, own + p * step);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) {
       Chunk block = {layer, whole.row_kernels, product, whole.bias, layer.tokens * b / blocks, 0,
-                     memory, reinterpret_cast<Token*>(memory + code_bytes), whole.padded};
+                     memory, reinterpret_cast<Token*>(memory + code_bytes), whole.groups, whole.padded};
       block.tokens = layer.tokens * (b + 1) / blocks - block.first;
       bool mine = memory != nullptr;
       for (int64_t t = 0; mine && t < block.tokens; ++t) mine = quantize(block, t);
-      alignas(64) int32_t sums[kMaxTile * kMaxPanel];
+      alignas(64) int32_t sums[kBlockTokens * kMaxPanel];
       for (int64_t p = 0; mine && p < panels; ++p) {
-        multiply_tiles(block, 0, block.tokens, p * product.panel_rows, 0, layer.depth, packed + p * panel_words, sums);
+        pass(block, 0, block.tokens, p * product.panel_rows, 0, layer.depth, packed + p * step, sums);
       }
       if (!mine) {
 #pragma omp atomic write

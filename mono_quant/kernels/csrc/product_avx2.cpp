@@ -114,14 +114,8 @@ void interleave_halves(const int8_t* weight, int64_t stride, int rows, int64_t d
 }
 
 template <class Op, int T>
-MQ_AVX2 void tile_of(const int32_t* codes, int64_t stride, const int32_t* panel, int64_t words, int32_t* sums,
-                     bool accumulate) {
-  __m256i acc[T][2];
-  __m256i* out = reinterpret_cast<__m256i*>(sums);
-#pragma GCC unroll 6
-  for (int t = 0; t < T; ++t) {
-    for (int v = 0; v < 2; ++v) acc[t][v] = accumulate ? _mm256_loadu_si256(out + 2 * t + v) : _mm256_setzero_si256();
-  }
+MQ_AVX2 MQ_INLINE void add_words(__m256i acc[T][2], const int32_t* codes, int64_t stride, const int32_t* panel,
+                                 int64_t words) {
   const __m256i* b = reinterpret_cast<const __m256i*>(panel);
   for (int64_t i = 0; i < words; ++i, b += 2) {
     const __m256i b0 = _mm256_load_si256(b), b1 = _mm256_load_si256(b + 1);
@@ -132,6 +126,18 @@ MQ_AVX2 void tile_of(const int32_t* codes, int64_t stride, const int32_t* panel,
       acc[t][1] = Op::add(acc[t][1], b1, a);
     }
   }
+}
+
+template <class Op, int T>
+MQ_AVX2 void tile_of(const int32_t* codes, int64_t stride, const int32_t* panel, int64_t words, int32_t* sums,
+                     bool accumulate) {
+  __m256i acc[T][2];
+  __m256i* out = reinterpret_cast<__m256i*>(sums);
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t) {
+    for (int v = 0; v < 2; ++v) acc[t][v] = accumulate ? _mm256_loadu_si256(out + 2 * t + v) : _mm256_setzero_si256();
+  }
+  add_words<Op, T>(acc, codes, stride, panel, words);
 #pragma GCC unroll 6
   for (int t = 0; t < T; ++t) {
     for (int v = 0; v < 2; ++v) _mm256_storeu_si256(out + 2 * t + v, acc[t][v]);
@@ -148,6 +154,38 @@ void tile(const int32_t* codes, int64_t stride, int tokens, const int32_t* panel
     case 4: return tile_of<Op, 4>(codes, stride, panel, words, sums, accumulate);
     case 5: return tile_of<Op, 5>(codes, stride, panel, words, sums, accumulate);
     default: return tile_of<Op, 6>(codes, stride, panel, words, sums, accumulate);
+  }
+}
+
+template <class Op, int T>
+MQ_AVX2 void group_tile_of(const int32_t* codes, int64_t stride, const int32_t* panel, int64_t words,
+                           const Token* token, int64_t token_stride, float* totals, bool accumulate) {
+  __m256i acc[T][2];
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm256_set1_epi32(token[t * token_stride].correction);
+  add_words<Op, T>(acc, codes, stride, panel, words);
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t) {
+    const __m256 scale = _mm256_set1_ps(token[t * token_stride].scale);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      float* place = totals + t * kPanel + v * kLanes;
+      const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(acc[t][v]), scale);
+      _mm256_storeu_ps(place, accumulate ? _mm256_add_ps(_mm256_loadu_ps(place), value) : value);
+    }
+  }
+}
+
+template <class Op>
+void group_tile(const int32_t* codes, int64_t stride, int tokens, const int32_t* panel, int, int64_t words,
+                const Token* token, int64_t token_stride, float* totals, bool accumulate) {
+  switch (tokens) {
+    case 1: return group_tile_of<Op, 1>(codes, stride, panel, words, token, token_stride, totals, accumulate);
+    case 2: return group_tile_of<Op, 2>(codes, stride, panel, words, token, token_stride, totals, accumulate);
+    case 3: return group_tile_of<Op, 3>(codes, stride, panel, words, token, token_stride, totals, accumulate);
+    case 4: return group_tile_of<Op, 4>(codes, stride, panel, words, token, token_stride, totals, accumulate);
+    case 5: return group_tile_of<Op, 5>(codes, stride, panel, words, token, token_stride, totals, accumulate);
+    default: return group_tile_of<Op, 6>(codes, stride, panel, words, token, token_stride, totals, accumulate);
   }
 }
 
@@ -289,12 +327,34 @@ void dot(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void
   run(weight, depth, ahead, codes, stride, tokens, sums, sums_stride);
 }
 
+template <class Op>
+MQ_AVX2 void group_dot(const int8_t* const weight[4], int64_t depth, int64_t group, int64_t ahead, const void* codes,
+                       int64_t stride, int tokens, const Token* token, int64_t token_stride, float* totals,
+                       int64_t totals_stride) {
+  __m128 total[kDotTokens];
+  for (int64_t k = 0, g = 0; k < depth; k += group, ++g) {
+    const int8_t* const part[4] = {weight[0] + k, weight[1] + k, weight[2] + k, weight[3] + k};
+    alignas(16) int32_t sums[kDotTokens * 4];
+    dot<Op>(part, group < depth - k ? group : depth - k, ahead, static_cast<const char*>(codes) + k * Op::kCodeSize,
+            stride, tokens, sums, 4);
+    for (int t = 0; t < tokens; ++t) {
+      const Token& of = token[t * token_stride + g];
+      const __m128i sum = _mm_add_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(sums + 4 * t)),
+                                        _mm_set1_epi32(of.correction));
+      const __m128 value = _mm_mul_ps(_mm_cvtepi32_ps(sum), _mm_set1_ps(of.scale));
+      total[t] = g == 0 ? value : _mm_add_ps(total[t], value);
+    }
+  }
+  for (int t = 0; t < tokens; ++t) _mm_storeu_ps(totals + t * totals_stride, total[t]);
+}
+
 }  // namespace
 
 const ProductKernels kProductAvx2 = {
-    2, 1, kPanel, kTileTokens, kDotTokens, 16, 24, false, interleave, tile<Pairs>, dot<Pairs>};
+    2, 1, kPanel, kTileTokens, kDotTokens, 16, 24, false, interleave, tile<Pairs>, dot<Pairs>,
+    group_tile<Pairs>, group_dot<Pairs>};
 const ProductKernels kProductHalfAvx2 = {
-    4, 2, kPanel, kTileTokens, kDotTokens, 12, 16, false, interleave_halves, tile<Floats>, dot<Floats>};
+    4, 2, kPanel, kTileTokens, kDotTokens, 12, 16, false, interleave_halves, tile<Floats>, dot<Floats>, nullptr, nullptr};
 
 }  // namespace mq
 #endif

@@ -56,7 +56,7 @@ MQ_AVX2 int32_t write_codes(const void* row, int64_t depth, int64_t padded, floa
 }
 
 template <DType D>
-MQ_AVX2 Token quantize_row(const void* row, int64_t depth, int64_t padded, int qmax, int code_size, void* codes) {
+MQ_AVX2 Token quantize_part(const void* row, int64_t depth, int64_t padded, int qmax, int code_size, void* codes) {
   const uint32_t bits = absmax_bits<D>(row, depth);
   const float limit = static_cast<float>(qmax);
   float absmax;
@@ -77,26 +77,40 @@ MQ_AVX2 Token quantize_row(const void* row, int64_t depth, int64_t padded, int q
   return {absmax / limit, static_cast<int32_t>(-128 * static_cast<int64_t>(sum))};
 }
 
-Token quantize(const void* row, DType dtype, int64_t depth, int64_t padded, int qmax, int code_size, void* codes) {
-  switch (dtype) {
-    case DType::f16:
-      return quantize_row<DType::f16>(row, depth, padded, qmax, code_size, codes);
-    case DType::bf16:
-      return quantize_row<DType::bf16>(row, depth, padded, qmax, code_size, codes);
-    default:
-      return quantize_row<DType::f32>(row, depth, padded, qmax, code_size, codes);
+template <DType D>
+void quantize_row(const void* row, int64_t depth, int64_t padded, int64_t group, int qmax, int code_size, void* codes,
+                  Token* token) {
+  const int64_t step = group == 0 ? padded : group;
+  for (int64_t k = 0; k == 0 || k < depth; k += step) {
+    const bool last = k + step >= depth;
+    *token++ = quantize_part<D>(static_cast<const char*>(row) + k * size_of(D), last ? depth - k : step,
+                                last ? padded - k : step, qmax, code_size, static_cast<char*>(codes) + k * code_size);
   }
 }
 
+void quantize(const void* row, DType dtype, int64_t depth, int64_t padded, int64_t group, int qmax, int code_size,
+              void* codes, Token* token) {
+  switch (dtype) {
+    case DType::f16:
+      return quantize_row<DType::f16>(row, depth, padded, group, qmax, code_size, codes, token);
+    case DType::bf16:
+      return quantize_row<DType::bf16>(row, depth, padded, group, qmax, code_size, codes, token);
+    default:
+      return quantize_row<DType::f32>(row, depth, padded, group, qmax, code_size, codes, token);
+  }
+}
+
+template <bool Totals>
 MQ_AVX2 MQ_INLINE __m256 finish8(const int32_t* sums, const float* weight_scale, const float* bias, __m256i correction,
                                  __m256 scale) {
   const __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums));
-  const __m256 value = _mm256_cvtepi32_ps(_mm256_add_epi32(sum, correction));
-  const __m256 scaled = _mm256_mul_ps(value, _mm256_mul_ps(scale, _mm256_loadu_ps(weight_scale)));
+  const __m256 value = Totals ? _mm256_castsi256_ps(sum) : _mm256_cvtepi32_ps(_mm256_add_epi32(sum, correction));
+  const __m256 by = _mm256_loadu_ps(weight_scale);
+  const __m256 scaled = _mm256_mul_ps(value, Totals ? by : _mm256_mul_ps(scale, by));
   return bias == nullptr ? scaled : _mm256_add_ps(scaled, _mm256_loadu_ps(bias));
 }
 
-template <DType D>
+template <DType D, bool Totals>
 MQ_AVX2 void finish_row(const Tile& tile, int64_t t) {
   const int32_t* sums = tile.sums + t * tile.sums_stride;
   const __m256i correction = _mm256_set1_epi32(tile.token[t].correction);
@@ -105,7 +119,7 @@ MQ_AVX2 void finish_row(const Tile& tile, int64_t t) {
   int64_t n = 0;
   for (; n + 8 <= tile.columns; n += 8) {
     const float* bias = tile.bias == nullptr ? nullptr : tile.bias + n;
-    store8<D>(finish8(sums + n, tile.weight_scale + n, bias, correction, scale), out, n);
+    store8<D>(finish8<Totals>(sums + n, tile.weight_scale + n, bias, correction, scale), out, n);
   }
   if (n == tile.columns) return;
   int32_t rest_sums[8] = {};
@@ -114,23 +128,24 @@ MQ_AVX2 void finish_row(const Tile& tile, int64_t t) {
   std::memcpy(rest_sums, sums + n, rest * 4);
   std::memcpy(weight_scale, tile.weight_scale + n, rest * 4);
   if (tile.bias != nullptr) std::memcpy(bias, tile.bias + n, rest * 4);
-  store8<D>(finish8(rest_sums, weight_scale, tile.bias == nullptr ? nullptr : bias, correction, scale), result, 0);
+  store8<D>(finish8<Totals>(rest_sums, weight_scale, tile.bias == nullptr ? nullptr : bias, correction, scale), result, 0);
   std::memcpy(out + n * size_of(D), result, rest * size_of(D));
 }
 
-template <DType D>
+template <DType D, bool Totals>
 MQ_AVX2 void finish_rows(const Tile& tile) {
-  for (int64_t t = 0; t < tile.tokens; ++t) finish_row<D>(tile, t);
+  for (int64_t t = 0; t < tile.tokens; ++t) finish_row<D, Totals>(tile, t);
 }
 
+template <bool Totals>
 void finish(const Tile& tile) {
   switch (tile.dtype) {
     case DType::f16:
-      return finish_rows<DType::f16>(tile);
+      return finish_rows<DType::f16, Totals>(tile);
     case DType::bf16:
-      return finish_rows<DType::bf16>(tile);
+      return finish_rows<DType::bf16, Totals>(tile);
     default:
-      return finish_rows<DType::f32>(tile);
+      return finish_rows<DType::f32, Totals>(tile);
   }
 }
 
@@ -142,7 +157,7 @@ MQ_AVX2 void widen_row(const void* row, int64_t depth, float* out) {
 }
 
 // Float activations are their own codes.
-Token widen(const void* row, DType dtype, int64_t depth, int64_t padded, int, int, void* codes) {
+void widen(const void* row, DType dtype, int64_t depth, int64_t padded, int64_t, int, int, void* codes, Token* token) {
   float* out = static_cast<float*>(codes);
   if (dtype == DType::f16) {
     widen_row<DType::f16>(row, depth, out);
@@ -152,7 +167,7 @@ Token widen(const void* row, DType dtype, int64_t depth, int64_t padded, int, in
     std::memcpy(out, row, depth * sizeof(float));
   }
   std::memset(out + depth, 0, (padded - depth) * sizeof(float));
-  return {1, 0};
+  *token = {1, 0};
 }
 
 template <DType D>
@@ -184,8 +199,8 @@ void finish_float(const Tile& tile) {
 
 }  // namespace
 
-const RowKernels kRowsAvx2 = {quantize, finish};
-const RowKernels kRowsFloat = {widen, finish_float};
+const RowKernels kRowsAvx2 = {quantize, finish<false>, finish<true>};
+const RowKernels kRowsFloat = {widen, finish_float, nullptr};
 
 }  // namespace mq
 #endif
