@@ -27,7 +27,7 @@ ROOMS = {
         ["reference", "weights", "build", "inputs", "pool"],
         ["cpu"],
         ["choice"],
-        ["encoding", "paths"],
+        ["encoding", "paths", "attention"],
         ["library"],
         ["transforms"],
         ["ops"],
@@ -52,7 +52,7 @@ ROOMS = {
     ],
     "hf": [
         ["configs", "names", "methods", "processors", "computed", "late", "encoders"],
-        ["dtypes", "compressed_tensors", "adapters"],
+        ["dtypes", "compressed_tensors", "adapters", "attention"],
         ["quantizer"],
         ["models"],
         ["state", "sentence", "around", "described", "placing"],

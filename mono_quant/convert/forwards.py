@@ -249,8 +249,10 @@ class AttentionForward(StoredModule):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         dropout = self.dropout if self.training else 0.0
-        if not need_weights:
+        if not need_weights and dropout:
             return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+        if not need_weights:
+            return kernels.attention(q, k, v, mask), None
         scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
         if mask is not None:
             scores = scores + mask

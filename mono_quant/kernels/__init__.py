@@ -5,6 +5,7 @@ its parts are its own affair.
 """
 
 from mono_quant.kernels.activations import ACTIVATIONS, AUTO, SCHEMES, ActivationScheme, check_activations
+from mono_quant.kernels.attention import attention, try_attention
 from mono_quant.kernels.choice import activation_scheme, describe, describe_half, environment, using
 from mono_quant.kernels.encoding import cast_half, encode_rows
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
@@ -19,6 +20,7 @@ __all__ = [
     "SCHEMES",
     "ActivationScheme",
     "activation_scheme",
+    "attention",
     "cast_half",
     "check_activations",
     "check_indices",
@@ -32,5 +34,6 @@ __all__ = [
     "int8_embedding",
     "int8_linear",
     "is_watched",
+    "try_attention",
     "using",
 ]

@@ -7,6 +7,7 @@ names the same runtime and is loaded after torch.
 import ctypes
 import json
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "mq_to_half": [_INT, _LONG, _POINTER, _INT, _POINTER, _POINTER],
     "mq_embedding": [_INT, _LONG, _LONG, _LONG] + [_POINTER] * 4 + [_INT],
     "mq_transpose": [_INT] + [_LONG] * 4 + [_POINTER] * 2,
+    "mq_attention": [ctypes.c_char_p],
 }
 
 
@@ -119,9 +121,10 @@ class Cpu:
     def __init__(self, library: ctypes.CDLL, path: str) -> None:
         self.path, self.activations = path, _OWN_ACTIVATIONS.get(path, _WIDE)
         self._isa = (PATHS | TWIN)[path]
+        self._isa_field = struct.pack("=q", self._isa)
         self._library = library
         self._linear, self._half_linear = library.mq_linear, library.mq_half_linear
-        self._embedding = library.mq_embedding
+        self._embedding, self._attention = library.mq_embedding, library.mq_attention
 
     def linear(
         self,
@@ -316,6 +319,10 @@ class Cpu:
 
     def _is_wide(self, qmax: int) -> bool:
         return self.path not in _BYTES or qmax > reference.QMAX
+
+    def attend(self, call: bytes) -> bool:
+        """Run attention; `call` is the `Attention` of csrc/attention.h, but for its first field. Return whether it ran."""
+        return bool(self._attention(self._isa_field + call) == 0)
 
     def _transposed(self, x: Tensor) -> Tensor:
         """Return a dense copy of [B, R, C] as [B, C, R]."""

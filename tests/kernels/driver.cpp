@@ -16,6 +16,7 @@ int mq_quantize_rows(int, int64_t, int64_t, const void*, int, int64_t, int, int8
 int mq_to_half(int, int64_t, const void*, int, void*, int64_t*);
 int mq_embedding(int, int64_t, int64_t, int64_t, const int64_t*, const int8_t*, const float*, void*, int);
 int mq_transpose(int, int64_t, int64_t, int64_t, int64_t, const void*, void*);
+int mq_attention(const void*);
 }
 
 namespace {
@@ -101,6 +102,49 @@ void conversions(int64_t rows, int64_t depth, int dtype, int threads) {
       out.size());
 }
 
+// As attention.h has it: strides of dense [batch, heads, length, size], of a mask for all heads.
+struct AttentionCall {
+  int64_t isa, threads, batch, heads, key_heads, queries, keys, size, value_size;
+  const void* q;
+  int64_t q_strides[4];
+  const void* k;
+  int64_t k_strides[4];
+  const void* v;
+  int64_t v_strides[4];
+  int64_t mask_kind;
+  const void* mask;
+  int64_t mask_strides[4];
+  int64_t causal, window;
+  double scale;
+  void* out;
+  int64_t out_strides[4];
+};
+
+void dense(int64_t heads, int64_t length, int64_t size, int64_t* strides) {
+  strides[0] = heads * length * size, strides[1] = length * size, strides[2] = size, strides[3] = 1;
+}
+
+void attentions(int isa, int64_t queries, int64_t keys, int64_t size, int kind, int threads) {
+  const int64_t batch = 2, heads = 4, key_heads = 1 + queries % 2, value_size = size % 7 + 3;
+  const auto q = floats(batch * heads * queries * size, 0), k = floats(batch * key_heads * keys * size, 0);
+  const auto v = floats(batch * key_heads * keys * value_size, 0);
+  const auto mask = floats(batch * queries * keys, 0);
+  std::vector<char> bytes_mask(batch * queries * keys), out(batch * heads * queries * value_size * 4);
+  for (char& b : bytes_mask) b = random_bits() >> 31;
+  AttentionCall call = {isa, threads, batch, heads, key_heads, queries, keys, size, value_size};
+  call.q = q.data(), call.k = k.data(), call.v = v.data(), call.out = out.data();
+  dense(heads, queries, size, call.q_strides);
+  dense(key_heads, keys, size, call.k_strides);
+  dense(key_heads, keys, value_size, call.v_strides);
+  dense(heads, queries, value_size, call.out_strides);
+  call.mask_kind = kind;
+  call.mask = kind == 1 ? mask.data() : bytes_mask.data();
+  call.mask_strides[0] = queries * keys, call.mask_strides[2] = keys, call.mask_strides[3] = 1;
+  call.causal = size % 2, call.window = size % 2 * (keys % 3) * 50;
+  call.scale = 0.25;
+  add(mq_attention(&call), out.data(), out.size());
+}
+
 }  // namespace
 
 int main() {
@@ -116,6 +160,16 @@ int main() {
     linears(isa, 700, 50, 4100, 0, 2);
     for (int64_t depth : {1, 31, 65, 300}) linears(isa, 1030, 49, depth, depth % 3, 1 + depth % 2);
     for (int dtype = 0; dtype < 3; ++dtype) convs(isa, 1 + dtype, dtype, 1 + dtype);
+  }
+  for (int isa = 0; isa < 6; ++isa) {
+    if (!(isas >> isa & 1)) continue;
+    for (int64_t keys : {1, 15, 64, 100, 257, 530}) {
+      for (int64_t queries : {1, 2, 13, 49, 200}) {
+        for (int64_t size : {1, 16, 33, 80}) attentions(isa, queries, keys, size, (keys + size) % 3, 1 + queries % 2);
+      }
+    }
+    // more threads than heads
+    attentions(isa, 1, 2000, 64, 2, 16);
   }
   for (int64_t rows : {1, 7, 8, 33, 200}) {
     for (int64_t columns : {1, 8, 31, 65}) transposes(rows, columns, (rows + columns) % 2, 2);

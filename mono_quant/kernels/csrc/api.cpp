@@ -1,4 +1,5 @@
 // The C interface. Pointers, sizes and strides only: no dependency on Python or torch, loaded with ctypes.
+#include "attention.h"
 #include "convert.h"
 #include "layout.h"
 #include "linear.h"
@@ -170,4 +171,14 @@ MQ_API int mq_transpose(int threads, int64_t images, int64_t rows, int64_t colum
   if (images < 0 || rows < 0 || columns < 0 || (size != 2 && size != 4)) return 2;
   if (images * rows * columns > 0) transpose(source, images, rows, columns, size, target, threads);
   return 0;
+}
+
+// Attention as attention.h describes it: `a` points to a filled `Attention`.
+MQ_API int mq_attention(const void* a) {
+  Attention call;
+  std::memcpy(&call, a, sizeof(call));
+  if (call.batch < 0 || call.queries < 0 || call.keys < 0 || call.size < 1 || call.value_size < 1) return 2;
+  if (call.key_heads < 1 || call.heads % call.key_heads != 0 || call.window < 0) return 2;
+  if (call.batch == 0 || call.queries == 0 || call.heads == 0) return 0;
+  return attention(call) ? 0 : 1;
 }

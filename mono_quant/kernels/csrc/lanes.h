@@ -198,8 +198,10 @@ MQ_LANE Lanes choose(Mask m, Lanes a, Lanes b) {
 }
 MQ_LANE Mask nonzero_bytes(const void* p, int64_t n) {
   alignas(16) char bytes[kLaneCount] = {};
-  std::memcpy(bytes, p, n >= kLaneCount ? kLaneCount : n < 0 ? 0 : n);
-  const __m128i v = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes)), zero = _mm_setzero_si128();
+  // a copy of a size that is not known is a call
+  if (n < kLaneCount) std::memcpy(bytes, p, n < 0 ? 0 : n);
+  const void* source = n < kLaneCount ? bytes : p;
+  const __m128i v = _mm_loadu_si128(static_cast<const __m128i*>(source)), zero = _mm_setzero_si128();
   // all ones where the byte is zero, then turned over
   const __m128i set = _mm_xor_si128(_mm_cmpeq_epi8(v, zero), _mm_set1_epi8(-1));
   return {_mm256_cvtepi8_epi32(set), _mm256_cvtepi8_epi32(_mm_srli_si128(set, 8))};

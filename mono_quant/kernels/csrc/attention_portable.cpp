@@ -1,0 +1,22 @@
+// Attention without vectors.
+#include "common.h"
+
+#define MQ_TARGET 
+#define MQ_LANES_ARRAY
+namespace mq {
+namespace {
+
+// Rows of a tile, by its width in vectors: as many as registers hold.
+constexpr int kWidest = 1;
+constexpr int kTile[] = {0, 4};
+
+}  // namespace
+}  // namespace mq
+
+#include "attention_lanes.h"
+
+namespace mq {
+
+const AttentionKernels kAttentionPortable = {scratch, attend, attend_block, join};
+
+}  // namespace mq
