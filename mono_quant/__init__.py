@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         push_to_hub,
         quantize,
         quantize_from_hub,
+        suggest,
         verify,
     )
     from mono_quant.errors import MonoQuantError
@@ -38,6 +39,7 @@ __all__ = [
     "push_to_hub",
     "quantize",
     "quantize_from_hub",
+    "suggest",
     "verify",
 ]
 # Where a name is, so that it is imported when it is asked for: what most of them need, torch, takes a second.
@@ -53,6 +55,7 @@ _HOMES = {
         "push_to_hub",
         "quantize",
         "quantize_from_hub",
+        "suggest",
         "verify",
     ),
     "errors": ("MonoQuantError",),

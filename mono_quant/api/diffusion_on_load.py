@@ -18,6 +18,7 @@ from mono_quant.api.recipe import decided
 from mono_quant.artifact.buffers import read_values, restore_
 from mono_quant.artifact.facts import Manifest
 from mono_quant.artifact.keeping import keep_loaded_
+from mono_quant.artifact.loading import restore_schemes_
 from mono_quant.convert.arrival import FILLED, Arrival
 from mono_quant.convert.int8 import install_
 from mono_quant.convert.schemes import ARRIVALS
@@ -170,6 +171,7 @@ def quantizer() -> type[Any]:
             if folder is not None and (folder / MANIFEST).exists():
                 manifest = Manifest.read(folder)
                 restore_(model, manifest.buffers, read_values(folder))
+                restore_schemes_(model, manifest, folder)
             keep_loaded_(folder or Path(), model, manifest)
 
         def _complete_(self, model: Any) -> None:

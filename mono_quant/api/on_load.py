@@ -17,7 +17,7 @@ from mono_quant.api.recipe import NOT_ASKED, convert_source, decided, finished
 from mono_quant.artifact.buffers import read_values, restore_
 from mono_quant.artifact.facts import Manifest
 from mono_quant.artifact.keeping import keep_, keep_loaded_
-from mono_quant.artifact.loading import check_foreign, tell_differences
+from mono_quant.artifact.loading import check_foreign, override_schemes_, restore_schemes_, tell_differences
 from mono_quant.artifact.tensors import ZERO_POINT
 from mono_quant.convert.arrival import Arrival, unfilled, unfinite
 from mono_quant.convert.contract import Task
@@ -42,6 +42,7 @@ from mono_quant.io.disk.manifest import FORMAT_VERSION, MANIFEST, REPORT
 from mono_quant.io.hub.repo import cached_commit
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint, open_weights
 from mono_quant.planning.config import QuantizationConfig, merge
+from mono_quant.planning.schemes import MEASURED, Asked
 from mono_quant.planning.walk import tensor_names
 from mono_quant.sources.folder import are_safe, loaded_from
 from mono_quant.sources.source import Source
@@ -68,6 +69,16 @@ def register() -> None:
         config_class, quantizer_class = classes()
         register_quantization_config(METHOD)(config_class)
         register_quantizer(METHOD)(quantizer_class)
+        _let_it_say_how_to_load_(config_class)
+
+
+def _let_it_say_how_to_load_(config_class: type[Any]) -> None:
+    """Let a config that is passed for an int8 folder say how to load it: transformers asks some methods, by a tuple of their classes."""
+    from transformers.quantizers import auto
+
+    asked = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)
+    if isinstance(asked, tuple):
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*asked, config_class)
 
 
 def asked_config(given: Any) -> Any:
@@ -276,6 +287,9 @@ class Loading:
                 tell_differences(self.folder, self.quantization_config.checkpoint, model)
             if self.manifest is not None:
                 restore_(model, self.manifest.buffers, read_values(self.folder))
+                restore_schemes_(model, self.manifest, self.folder)
+            if self.quantization_config.override is not None:
+                override_schemes_(model, self.quantization_config.override)
             keep_loaded_(self.folder, model, self.manifest)
         else:
             self._complete_(model)
@@ -316,6 +330,7 @@ def _classes() -> tuple[type[Any], type[Any]]:
         Attributes:
             request: the conversion.
             checkpoint: the `quantization_config` of an int8 checkpoint that is loaded as it is.
+            override: schemes of activations in place of those that such a checkpoint was saved with; None leaves them.
 
         Args:
             dtype: `int8` or `fp16`.
@@ -337,13 +352,25 @@ def _classes() -> tuple[type[Any], type[Any]]:
         ) -> None:
             self.quant_method = METHOD
             self.checkpoint, self.format_version = checkpoint, format_version
+            self.override: Asked | None = None
+            self._asks_for_schemes = "activations" in options
             self.request = merge(None, {"dtype": dtype, "fidelity": False, **options})
+            if self.request.activations == MEASURED:
+                raise ConfigError(
+                    Option("activations", MEASURED),
+                    " needs a run of the model, which is not made while it is quantized on load; name a scheme, or use "
+                    "mono_quant.quantize(...)",
+                )
             if self.request.fidelity is not False:
                 raise ConfigError(
                     Option("fidelity", self.request.fidelity),
                     " needs the float model, which is not there while a model is quantized on load; leave it out, or measure "
                     "with mono_quant.quantize(...)",
                 )
+
+        def get_loading_attributes(self) -> dict[str, Any]:
+            """Return what counts of a config that is passed for a checkpoint that is int8 already."""
+            return {"override": self.request.asked_activations} if self._asks_for_schemes else {}
 
         def to_dict(self) -> dict[str, Any]:
             """Return plain data; `from_dict` gives back an equal config."""

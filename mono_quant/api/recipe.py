@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from mono_quant.api.measuring import probe_for, suggestion
 from mono_quant.api.result import QuantizedModel
 from mono_quant.artifact.keeping import keep_
 from mono_quant.convert.contract import Decisions, Outcome, Progress, Scheme, Task, device_of
-from mono_quant.convert.diffusion_probes import make_diffusion_probe
 from mono_quant.convert.fidelity import Output, run
 from mono_quant.convert.int8 import keep_unfinite
-from mono_quant.convert.probes import Probe, ProbeError, given_probe, make_probe
+from mono_quant.convert.int8_layers import layers_with_schemes, put_scheme_
+from mono_quant.convert.probes import Probe, ProbeError
 from mono_quant.convert.schemes import ARRIVALS, SCHEMES
 from mono_quant.convert.surgery import own_memory_, recast_, rollback, structural_copy
 from mono_quant.errors import ConfigError, Option, Words
@@ -24,6 +25,8 @@ from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.report import QuantReport
 from mono_quant.planning.rows import as_shared
+from mono_quant.planning.schemes import MEASURED
+from mono_quant.planning.suggestion import Suggestion
 from mono_quant.planning.walk import common_dtype, tensor_names
 from mono_quant.sources.source import Source, Stored, Subject
 
@@ -37,7 +40,9 @@ def plan_source(source: Source, request: QuantizationConfig) -> QuantReport:
     scheme = SCHEMES[request.dtype]
     task, decisions = decided(source, source.subject, request)
     rows = scheme.planned(task, decisions).rows(task)
-    return QuantReport(request.dtype, rows, notes=(*source.notes, *scheme.notes(rows, None)), planned=True)
+    asked = request.activations_summary if request.dtype == "int8" else ""
+    notes = (*source.notes, *scheme.notes(task, rows, None))
+    return QuantReport(request.dtype, rows, asked, notes=notes, planned=True)
 
 
 def decided(source: Source, work: Subject, request: QuantizationConfig) -> tuple[Task, Decisions]:
@@ -84,14 +89,17 @@ def convert_source(
         decisions = scheme.decide(task)
     # what nobody else holds need not come back, and goes as it is converted
     guard = nullcontext() if source.owned else rollback(work.model)
-    with guard, _bar(type(work.core).__name__) as progress:
-        if stored is None:
-            outcome = scheme.apply_(task, decisions, progress)
-        else:
-            work.model, outcome = _arrived(stored, task, decisions, progress)
-            task = replace(task, model=work.model)
+    with guard:
+        with _bar(type(work.core).__name__) as progress:
+            if stored is None:
+                outcome = scheme.apply_(task, decisions, progress)
+            else:
+                work.model, outcome = _arrived(stored, task, decisions, progress)
+                task = replace(task, model=work.model)
         own_memory_(work.model, None if inplace or stored else source.subject.model)
         report = finished(task, outcome, names, source.notes)
+        if request.activations == MEASURED:
+            report = _widened_(work, report, suggestion(work, probe))
     report = _measured(report, scheme, work, reference, note)
     keep_(work, request.dtype, report, request)
     return QuantizedModel(work.model, report, request, work)
@@ -109,8 +117,14 @@ def finished(task: Task, outcome: Outcome, names: Sequence[str], notes: Sequence
     scheme = SCHEMES[task.request.dtype]
     task = replace(task, rows=as_shared(task.rows, task.model))
     rows = scheme.finish_(task, outcome).rows(task)
-    bits = scheme.activation_bits(device_of(task.model))
-    report = QuantReport(task.request.dtype, rows, bits, notes=(*notes, *scheme.notes(rows, task.model)))
+    auto = scheme.auto(device_of(task.model))
+    report = QuantReport(
+        task.request.dtype,
+        rows,
+        task.request.activations_summary if auto else "",
+        auto_activations=auto,
+        notes=(*notes, *scheme.notes(task, rows, task.model)),
+    )
     report.check(names)
     return report
 
@@ -184,12 +198,7 @@ def _reference(
     """
     original = _as_loaded(work, dtypes)
     try:
-        if given is not None:
-            probe, model = given_probe(given), original.model
-        else:
-            model = original.core
-            is_diffusion = work.kind == "diffusers"
-            probe = make_diffusion_probe(model) if is_diffusion else make_probe(model, _processor(work))
+        probe, model = probe_for(original, given)
         return (probe, _run(original, model, probe, written)), ""
     except ProbeError as e:
         if request.fidelity is True or given is not None:
@@ -212,12 +221,6 @@ def _run(subject: Subject, model: nn.Module, probe: Probe, written: set[str]) ->
         written |= {prefix + name for name in found}
 
 
-def _processor(work: Subject) -> Any:
-    if work.processor is None and work.kind == "sentence_transformer":
-        return getattr(work.model, "tokenizer", None)
-    return work.find_processor()
-
-
 def _measured(
     report: QuantReport,
     scheme: Scheme,
@@ -235,6 +238,21 @@ def _measured(
     except ProbeError as e:
         return report.with_fidelity(None, f"the converted model: {e}")
     return report.with_fidelity(facts, kernel=scheme.kernel(device_of(model)))
+
+
+def _widened_(work: Subject, report: QuantReport, found: Suggestion) -> QuantReport:
+    """Give the layers of a suggestion their scheme, and return the report that says so."""
+    choices, layers = found.choices(), layers_with_schemes(work.model)
+    for name, choice in choices.items():
+        put_scheme_(layers[name], choice.scheme)
+    rows = (
+        replace(row, activations=choices[row.module].scheme, why=choices[row.module].reason)
+        if row.action == "quantized" and row.module in choices
+        else row
+        for row in report.rows
+    )
+    note = f"activations were measured on {found.probe}: {found.verdict}"
+    return replace(report, rows=tuple(rows), notes=(*report.notes, note))
 
 
 @contextmanager

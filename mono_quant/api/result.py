@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from mono_quant.api.measuring import suggestion
 from mono_quant.artifact import loading
 from mono_quant.artifact.facts import read_report
 from mono_quant.artifact.keeping import keep_
@@ -21,6 +22,7 @@ from mono_quant.io.hub.push import PushResult
 from mono_quant.io.hub.target import PushOptions
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport
+from mono_quant.planning.suggestion import Suggestion
 from mono_quant.planning.walk import is_transformers_model
 from mono_quant.sources.source import Subject
 
@@ -97,6 +99,17 @@ class QuantizedModel:
         """Push, with all options in one value; see `push_to_hub`."""
         with temporary_folder() as scratch:
             return publish(self.save(scratch / "model"), repo_id, options, model=self.model, client=client)
+
+    def suggest(self, probe: Any = None) -> Suggestion:
+        """Measure for which layers a wider scheme of activations pays; see `mono_quant.suggest`. The model is left as it is.
+
+        Args:
+            probe: inputs to measure with: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+        Raises:
+            ConfigError: it cannot be run.
+        """
+        return suggestion(self._subject, probe)
 
     def card(self) -> str:
         """Return the README that `save` writes."""

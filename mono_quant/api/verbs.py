@@ -1,6 +1,7 @@
 """The public verbs, as straight-line recipes."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,25 @@ import torch
 from torch import nn
 
 from mono_quant.api.delivery import Order, deliver
+from mono_quant.api.measuring import suggestion
 from mono_quant.api.recipe import convert_source, plan_source
 from mono_quant.api.result import QuantizedModel
 from mono_quant.artifact import inspection, loading
 from mono_quant.artifact.inspection import Inspection, inspect_any
 from mono_quant.artifact.keeping import keep_loaded_
+from mono_quant.artifact.loading import override_schemes_
 from mono_quant.artifact.publishing import publish
+from mono_quant.convert.int8_layers import layers_with_schemes
+from mono_quant.errors import AlreadyQuantizedError
 from mono_quant.hf.placing import check_place, parse_float, place_
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.push import PushResult
 from mono_quant.io.hub.target import PushOptions
 from mono_quant.planning.config import QuantizationConfig, merge
 from mono_quant.planning.report import QuantReport
-from mono_quant.sources.opening import open_source, saved_folder
+from mono_quant.planning.schemes import parse_activations
+from mono_quant.planning.suggestion import Suggestion
+from mono_quant.sources.opening import from_module, open_source, saved_folder
 from mono_quant.sources.source import Access
 
 
@@ -236,6 +243,53 @@ def plan(
     return plan_source(open_source(source, access, weights=False), request)
 
 
+def suggest(
+    source: nn.Module | str | Path,
+    *,
+    config: QuantizationConfig | Mapping[str, Any] | None = None,
+    processor: Any = None,
+    probe: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    origin: str | None = None,
+    **options: Any,
+) -> Suggestion:
+    """Measure for which layers a wider scheme of activations pays.
+
+    The int8 model runs on the inputs that fidelity is measured with. Of each layer its crest is measured (how far a token's largest
+    value is above the rest) and how far its output is off when its inputs are rounded by each scheme.
+
+    Args:
+        source: a float model as for `quantize`, which is converted for this and left as it is; or an int8 one, in memory, in a
+            folder or on the Hub.
+        config, processor, probe, revision, token, trust_remote_code, allow_pickle, origin: as for `quantize`.
+        **options: fields of `QuantizationConfig`.
+
+    Returns:
+        What was measured (`table()`), and what to pass as `activations=`: the few layers that make most of the noise, or
+        `auto` where no few do. `quantize(..., activations="measured")` does both.
+
+    Raises:
+        ConfigError: the model cannot be run.
+        MonoQuantError: as `quantize`.
+    """
+    access = Access(revision, Hub(token=token), trust_remote_code, allow_pickle, origin)
+    if isinstance(source, nn.Module) and layers_with_schemes(source):
+        return suggestion(from_module(source, processor).subject, probe)
+    request = _request(config, UNSET, {"fidelity": False, **options})
+    try:
+        opened = open_source(source, access, processor=processor)
+    except AlreadyQuantizedError:
+        if isinstance(source, nn.Module):
+            raise
+        path, _ = saved_folder(source, access)
+        model, _ = loading.load(path)
+        return suggestion(replace(from_module(model, processor).subject, folder=path), probe)
+    return convert_source(opened, request, inplace=opened.owned, probe=None).suggest(probe)
+
+
 def load(
     folder: str | Path,
     model: nn.Module | Callable[[], nn.Module] | None = None,
@@ -244,6 +298,7 @@ def load(
     device: str | torch.device | int | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     offload_folder: str | Path | None = None,
+    activations: str | Mapping[str, str] | None = None,
     verify: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -260,6 +315,7 @@ def load(
         device: that the model goes to.
         device_map: for a model of transformers, `auto` or a device by name of module, as `from_pretrained` takes it.
         offload_folder: for what `device_map` puts on the disk.
+        activations: how inputs of int8 layers become codes, as for `quantize`; None leaves it as it was saved.
         verify: compare every file with the manifest's sha256 first.
         revision, token, origin: for a Hub id, as for `quantize`.
 
@@ -272,8 +328,11 @@ def load(
     """
     cast = parse_float(dtype)
     check_place(device, device_map)
+    asked = None if activations is None else parse_activations(activations)
     path, _ = saved_folder(folder, Access(revision, Hub(token=token), place=origin))
     loaded, manifest = loading.load(path, model, verify=verify)
+    if asked is not None:
+        override_schemes_(loaded, asked)
     keep_loaded_(path, loaded, manifest)
     return place_(loaded, cast, device, device_map, offload_folder)
 

@@ -1,7 +1,7 @@
 """What the commands do; each gives its answer as JSON and as lines and tables, and prints nothing."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ __all__ = [
     "push",
     "push_options",
     "quantize",
+    "schemes",
     "seen",
+    "suggest",
     "verify",
 ]
 
@@ -104,6 +106,29 @@ def quantize(
 def plan(source: str, dtype: str, **options: Any) -> Answer:
     report = verbs.plan(source, dtype, **options)
     return Answer(report.to_json().rstrip("\n"), tuple(report.parts()))
+
+
+def suggest(source: str, **options: Any) -> Answer:
+    found = verbs.suggest(source, **options)
+    return Answer(_json(found.to_dict()), tuple(found.parts()))
+
+
+def schemes(given: Sequence[str]) -> str | dict[str, str]:
+    """Read what `--activations` says: a scheme for all layers, PATTERN=SCHEME, or one of the first and any of the second.
+
+    Raises:
+        ConfigError: several schemes are for all layers.
+    """
+    single = [text for text in given if "=" not in text]
+    if len(single) > 1:
+        raise ConfigError(
+            f"--activations says {' and '.join(single)} for all layers; give one of them, and PATTERN=SCHEME for others"
+        )
+    # a pattern may hold the sign itself
+    pairs = dict(text.rsplit("=", 1) for text in given if "=" in text)
+    if not pairs:
+        return single[0] if single else "auto"
+    return {**({"*": single[0]} if single else {}), **pairs}
 
 
 def inspect(place: str, access: Access) -> Answer:

@@ -75,6 +75,16 @@ KeptOption = Annotated[
         metavar="DTYPE",
     ),
 ]
+ActivationsOption = Annotated[
+    list[str] | None,
+    _choice(
+        ("auto", "int8", "int8-g128", "int8-g64", "int12", "measured"),
+        "--activations",
+        help="How inputs become codes: auto, int8, int8-g128, int8-g64, int12 or measured; or PATTERN=SCHEME for some layers, "
+        "repeatable.",
+        metavar="SCHEME",
+    ),
+]
 DisableOption = Annotated[
     list[str] | None,
     _choice(
@@ -104,6 +114,9 @@ OverflowOption = Annotated[
     ),
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the repository.")]
+PickleOption = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickle weights in a guarded process.")
+]
 TokenOption = Annotated[
     str | None,
     typer.Option(
@@ -174,6 +187,7 @@ def quantize(
     disable_default: DisableOption = None,
     embeddings: EmbeddingsOption = False,
     kept: KeptOption = "same",
+    activations: ActivationsOption = None,
     on_nonfinite: NonfiniteOption = "error",
     on_overflow: OverflowOption = "keep",
     revision: RevisionOption = None,
@@ -187,9 +201,7 @@ def quantize(
         ),
     ] = False,
     fidelity: Annotated[bool, typer.Option(help="Measure the output against the original.")] = True,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickle weights in a guarded process.")
-    ] = False,
+    allow_pickle: PickleOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -201,6 +213,7 @@ def quantize(
     }
     with _work():
         access = commands.access(revision, origin, token, trust_remote_code, allow_pickle)
+        options["activations"] = commands.schemes(activations or ())
         push = commands.push_options(push_to, private, overwrite, create_pr)
         answer = commands.quantize(source, access, dtype, options, output, push_to, push)
     _show(answer, as_json)
@@ -215,6 +228,7 @@ def plan(
     disable_default: DisableOption = None,
     embeddings: EmbeddingsOption = False,
     kept: KeptOption = "same",
+    activations: ActivationsOption = None,
     revision: RevisionOption = None,
     origin: OriginOption = None,
     token: TokenOption = None,
@@ -227,8 +241,38 @@ def plan(
         answer = commands.plan(
             source,
             dtype,
+            activations=commands.schemes(activations or ()),
             revision=revision,
             token=token,
+            trust_remote_code=trust_remote_code,
+            origin=origin,
+            **options,
+        )
+    _show(answer, as_json)
+
+
+@app.command(short_help="Measure which layers need activations with more bits.")
+def suggest(
+    source: SourceArg,
+    skip: SkipOption = None,
+    min_params: MinParamsOption = 0,
+    disable_default: DisableOption = None,
+    embeddings: EmbeddingsOption = False,
+    revision: RevisionOption = None,
+    origin: OriginOption = None,
+    token: TokenOption = None,
+    allow_pickle: PickleOption = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a model in int8 and measure for which layers a wider scheme of activations pays: what --activations takes."""
+    options = _options(skip, min_params, disable_default, embeddings, "same")
+    with _work():
+        answer = commands.suggest(
+            source,
+            revision=revision,
+            token=token,
+            allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             origin=origin,
             **options,

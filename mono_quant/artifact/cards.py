@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 from mono_quant.artifact.card_text import mark, split
 from mono_quant.io.hub.metadata import parse_metadata
 from mono_quant.io.text import one_line
+from mono_quant.kernels import AUTO
 from mono_quant.planning.report import KeptLayer, QuantReport, gap_text, human_bytes
 from mono_quant.sources.origin import Origin
 
@@ -260,7 +261,22 @@ def _account_lines(report: QuantReport) -> list[str]:
             f"| {what} | {_cell(label)} | {len(rows)} | {sum(r.numel for r in rows):,} | "
             f"{human_bytes(sum(r.bytes_before for r in rows))} | {human_bytes(sum(r.bytes_after for r in rows))} |"
         )
-    return lines + list(_kept_lines(report.kept_layers))
+    return [*lines, *_scheme_lines(report), *_kept_lines(report.kept_layers)]
+
+
+def _scheme_lines(report: QuantReport) -> Iterator[str]:
+    schemes = report.schemes()
+    if not schemes:
+        return
+    yield ""
+    yield "How activations become codes while the model runs:"
+    yield ""
+    yield "| scheme | layers | why |"
+    yield "|---|---:|---|"
+    for scheme, why, layers in schemes:
+        here = f"; {report.auto_activations} where it was made" if report.auto_activations else ""
+        reason = f"what suits the processor that runs{here}" if scheme == AUTO else why
+        yield f"| {_code(scheme)} | {len(layers)} | {_cell(reason)} |"
 
 
 def _kept_lines(kept: Iterable[KeptLayer]) -> Iterator[str]:
@@ -303,11 +319,11 @@ def _fidelity_lines(report: QuantReport) -> list[str]:
                 "",
                 "A synthetic probe says how close the arithmetic is; it is no benchmark of the model's abilities.",
             ]
-        if report.fidelity.get("relative_error_8_bit") is not None:
+        if report.fidelity.get("relative_error_by_scheme"):
             lines += [
                 "",
-                f"The kernel that was used gives activations {report.activation_bits} bits. Where they get 8, as on other "
-                f"processors and in other engines, the relative error is the one for 8 bits.",
+                '"Everywhere" is the error with one scheme in all layers. Other engines compute with int8; int12 is the most accurate. A '
+                "scheme that has a name gives the same bits on every processor.",
             ]
     if report.overflow_warning:
         lines += ["", f"Warning: {_escape(report.overflow_warning)}."]

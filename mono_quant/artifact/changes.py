@@ -8,14 +8,18 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from mono_quant.convert.int8_layers import layers_with_schemes
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import UnsupportedModelError
 from mono_quant.hf.names import grouped
 from mono_quant.io.text import listed
+from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport, TensorReport, dtype_name
 from mono_quant.planning.walk import tensor_names
 
 _NONE: Mapping[str, Tensor] = MappingProxyType({})
+# Why a layer has a scheme that it did not have when it was converted.
+_OTHERWISE = "changed after the conversion"
 # Values of a tensor by which it is known again.
 _SAMPLES = 16
 # Of an encoder of sentence-transformers, the part that is its transformer.
@@ -40,7 +44,8 @@ def as_it_is(
     if {row.name for row in report.rows} != tensors.keys():
         report = _of_its_tensors(report, tensors, model, core_name)
     _refuse_replaced(report, tensors)
-    report = _without_stale_measures(_cast_or_resized(report, tensors), model, samples)
+    report = _with_schemes(_cast_or_resized(report, tensors), model)
+    report = _without_stale_measures(report, model, samples)
     report.check(tensors)
     return report
 
@@ -165,6 +170,46 @@ def _cast_or_resized(report: QuantReport, tensors: dict[str, Tensor]) -> QuantRe
             replace(row, shape=tuple(tensor.shape), dtype_after=dtype, bytes_before=before, bytes_after=after)
         )
     return report if list(report.rows) == rows else replace(report, rows=tuple(rows))
+
+
+def _with_schemes(report: QuantReport, model: nn.Module) -> QuantReport:
+    """Take the schemes of activations from the layers, which may have been given others since."""
+    layers = layers_with_schemes(model)
+    rows = [
+        replace(row, activations=layers[row.module].activations, why=_OTHERWISE)
+        if row.action == "quantized"
+        and row.module in layers
+        and layers[row.module].activations != row.activations
+        else row
+        for row in report.rows
+    ]
+    if list(report.rows) == rows:
+        return report
+    note = "" if report.fidelity is None else "the schemes of activations were changed after it was measured"
+    schemes = {layer.activations for layer in layers.values()}
+    return replace(
+        report,
+        rows=tuple(rows),
+        fidelity=None,
+        fidelity_note=note or report.fidelity_note,
+        activations="by pattern" if len(schemes) > 1 else schemes.pop(),
+    )
+
+
+def asked_again(config: QuantizationConfig, before: QuantReport, now: QuantReport) -> QuantizationConfig:
+    """Return the request that would make a model as it is now.
+
+    Args:
+        config: the request that made it.
+        before: the report of the conversion, or of the folder that the model was loaded from.
+        now: what `as_it_is` made of it.
+    """
+    if all(row.why != _OTHERWISE for row in now.rows) or now.rows == before.rows:
+        return config
+    schemes = {row.module: row.activations for row in now.quantized}
+    if len(set(schemes.values())) == 1:
+        return replace(config, activations=next(iter(schemes.values())))
+    return replace(config, activations=tuple(schemes.items()))
 
 
 def samples_of(model: nn.Module) -> dict[str, Tensor]:

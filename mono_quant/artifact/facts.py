@@ -19,8 +19,10 @@ from mono_quant.errors import (
 from mono_quant.hf.encoders import ENCODERS
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, FORMAT_VERSION, MANIFEST, REPORT, read_manifest, verify_files
+from mono_quant.kernels import ACTIVATIONS, AUTO
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.report import QuantReport, dtype_name
+from mono_quant.planning.schemes import spelled
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Subject
 from mono_quant.version import __version__
@@ -65,6 +67,7 @@ class Manifest:
         files: size and sha256 of every file.
         mono_quant_version: that wrote the folder.
         narrowed: the dtype that a forward sees of what is stored in half precision on request, by name in the model.
+        activations: scheme of the activations of all int8 layers, or of each by name in the model; `auto` in older folders.
     """
 
     class_name: str
@@ -83,6 +86,7 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     mono_quant_version: str = __version__
     narrowed: Mapping[str, torch.dtype] = field(default_factory=dict)
+    activations: str | Mapping[str, str] = AUTO
 
     @classmethod
     def read(cls, folder: Path, *, hashes: bool | None = None, extras: bool = False) -> "Manifest":
@@ -139,6 +143,7 @@ class Manifest:
             raw.get("files", {}),
             str(raw.get("mono_quant_version", "")),
             {name: _dtype(folder, name, dtype) for name, dtype in raw["narrowed"].items()},
+            _schemes(folder, raw.get("activations", AUTO)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,9 +165,31 @@ class Manifest:
             **({"encoder": self.encoder} if self.encoder else {}),
             **({} if self.built is None else {"built": dtype_name(self.built)}),
             **({"narrowed": {n: dtype_name(d) for n, d in self.narrowed.items()}} if self.narrowed else {}),
+            **self._activations(),
             "versions": dict(self.versions),
             "files": dict(self.files),
         }
+
+    def _activations(self) -> dict[str, Any]:
+        if isinstance(self.activations, str):
+            return {"activations": self.activations} if self.dtype == "int8" else {}
+        return {"activations": dict(self.activations)}
+
+
+def _schemes(folder: Path, given: Any) -> str | dict[str, str]:
+    """Check the schemes of activations that a manifest names."""
+    named = {"": given} if isinstance(given, str) else given
+    if not isinstance(named, Mapping):
+        raise CorruptCheckpointError(
+            f"{folder}: activations of {MANIFEST} is {given!r}, no scheme and no object of schemes; save the model again"
+        )
+    unknown = next((scheme for scheme in named.values() if scheme not in ACTIVATIONS), None)
+    if unknown is not None:
+        raise FormatVersionError(
+            f"{folder}: {MANIFEST} names the activation scheme {unknown!r}, which this version ({__version__}) does not know; "
+            f"update mono_quant"
+        )
+    return given if isinstance(given, str) else dict(named)
 
 
 def _stored(folder: Path, name: str, facts: Any) -> StoredCodes:
@@ -224,7 +251,8 @@ def read_card_facts(folder: Path, repo_id: str | None = None) -> CardFacts:
 def given_options(config: QuantizationConfig) -> dict[str, Any]:
     """Return the options that differ from the defaults, without the dtype."""
     default = QuantizationConfig().to_dict()
-    return {k: v for k, v in config.to_dict().items() if v != default[k] and k != "dtype"}
+    given = {k: v for k, v in config.to_dict().items() if v != default[k] and k != "dtype"}
+    return given | ({"activations": spelled(config.asked_activations)} if "activations" in given else {})
 
 
 def card_facts(

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mono_quant.artifact import loading
 from mono_quant.artifact.facts import Manifest, read_report
 from mono_quant.artifact.tensors import read_tensors
+from mono_quant.convert.int8_layers import layers_with_schemes
 from mono_quant.errors import CorruptCheckpointError, MissingFileError, SourceNotFoundError, Words
 from mono_quant.hf.diffusion import CLASS
 from mono_quant.io.disk.json_text import read_json_object
@@ -18,7 +20,8 @@ from mono_quant.io.disk.manifest import MANIFEST, REPORT
 from mono_quant.io.hub.repo import download, resolve
 from mono_quant.io.phases import phase
 from mono_quant.io.tensors.checkpoint import open_checkpoint
-from mono_quant.planning.report import dtype_name, human_bytes
+from mono_quant.kernels import AUTO
+from mono_quant.planning.report import QuantReport, dtype_name, human_bytes
 from mono_quant.planning.rules import reread
 from mono_quant.planning.tables import Columns, Part, plain
 from mono_quant.sources.guards import Shapes
@@ -181,8 +184,24 @@ def verify(folder: str | Path, *, extras: bool = False) -> list[str]:
         )
     else:
         model = loading.load(path, verify=False)[0]
+        _check_schemes(path, report, model)
         passed.append(f"loads as {type(model).__name__}")
     return passed
+
+
+def _check_schemes(path: Path, report: QuantReport, model: nn.Module) -> None:
+    """Refuse a report that gives activations other schemes than the manifest, which a loaded model has."""
+    layers = layers_with_schemes(model)
+    wrong = [
+        row
+        for row in report.quantized
+        if row.module in layers and layers[row.module].activations != row.activations
+    ]
+    if wrong:
+        raise CorruptCheckpointError(
+            f"{path}: the report gives {wrong[0].module} {wrong[0].activations} activations, and {MANIFEST} "
+            f"{layers[wrong[0].module].activations}; save the model again"
+        )
 
 
 def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
@@ -206,9 +225,14 @@ def _facts(path: Path, manifest: Manifest | None) -> dict[str, Any]:
         **({"encoder": manifest.encoder} if manifest.encoder else {}),
         "dtype": manifest.dtype,
         "layout": manifest.layout,
+        **({} if manifest.activations == AUTO else {"inputs": _told(manifest.activations)}),
         "source": f"{source.repo_id}@{source.sha}" if source.repo_id else None,
         "made by": f"mono_quant {manifest.mono_quant_version}",
     }
+
+
+def _told(schemes: str | Mapping[str, str]) -> str:
+    return schemes if isinstance(schemes, str) else f"{', '.join(sorted(set(schemes.values())))}, by layer"
 
 
 def _reasons(path: Path) -> dict[str, str]:

@@ -16,13 +16,14 @@ from mono_quant.artifact.tensors import ZERO_POINT, check_zero_point, read_tenso
 from mono_quant.convert.filling import fill_, misfit
 from mono_quant.convert.half import compute_in_float_
 from mono_quant.convert.int8 import install_
-from mono_quant.convert.int8_layers import Int8Module
+from mono_quant.convert.int8_layers import Int8Module, layers_with_schemes, put_scheme_, put_schemes_
 from mono_quant.convert.kept import hold_named_
 from mono_quant.convert.surgery import structural_copy
 from mono_quant.errors import (
     ConfigError,
     CorruptCheckpointError,
     MissingFileError,
+    Name,
     UnsupportedModelError,
 )
 from mono_quant.hf.around import around, fill_around_
@@ -37,7 +38,8 @@ from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.phases import phase
 from mono_quant.io.tensors.checkpoint import Checkpoint, open_checkpoint
-from mono_quant.planning.walk import weight_owners
+from mono_quant.planning.schemes import MEASURED, Asked, blocks_of, check_patterns, choose, plain
+from mono_quant.planning.walk import module_aliases, weight_owners
 from mono_quant.sources.folder import find_side_files
 from mono_quant.sources.guards import Shapes, check_proportion, packed_weights
 from mono_quant.sources.source import Subject
@@ -155,10 +157,54 @@ def _settled(
     """
     settle_(core, dtype)
     restore_(core, manifest.buffers, read_values(folder))
+    restore_schemes_(core, manifest, folder)
     if manifest.layout == PLAIN:
         compute_in_float_(model, next(path for path, module in model.named_modules() if module is core))
     hold_named_(core, manifest.narrowed)
     return model.eval()
+
+
+def restore_schemes_(core: nn.Module, manifest: Manifest, folder: Path) -> None:
+    """Give the int8 layers of a loaded model the schemes of the model that was saved.
+
+    Raises:
+        CorruptCheckpointError: the manifest names layers that the class which was saved does not have.
+    """
+    strange = put_schemes_(core, manifest.activations)
+    if strange and type(core).__name__ == manifest.class_name:
+        raise CorruptCheckpointError(
+            f"{folder}: {MANIFEST} gives {strange[0]} a scheme for its activations, but {type(core).__name__} has no int8 layer "
+            f"there; save the model again"
+        )
+
+
+def override_schemes_(model: nn.Module, asked: Asked) -> None:
+    """Give the int8 layers of a loaded model other schemes than it was saved with.
+
+    Args:
+        model: that was loaded.
+        asked: as in a request; patterns see names in `model`.
+
+    Raises:
+        ConfigError: it has no int8 layers, or a run would have to find the scheme.
+        PatternError: a pattern matches none of them.
+    """
+    if asked == MEASURED:
+        raise ConfigError(
+            Name("activations"),
+            f" is {MEASURED!r}, which a loaded model cannot be given; ask mono_quant.suggest(model), and pass its activations",
+        )
+    aliases = module_aliases(model)
+    layers = layers_with_schemes(model)
+    if not layers:
+        raise ConfigError(
+            Name("activations"),
+            f" is {plain(asked)!r}, but {type(model).__name__} has no int8 layers; leave it out",
+        )
+    names = {name: (name, *aliases[id(layer)]) for name, layer in layers.items()}
+    check_patterns(names.values(), asked)
+    for name, choice in choose(names, asked, blocks_of(model)).items():
+        put_scheme_(layers[name], choice.scheme)
 
 
 def settle_(model: nn.Module, dtype: torch.dtype) -> None:

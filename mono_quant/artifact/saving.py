@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mono_quant.artifact.buffers import buffers_of, write_values
 from mono_quant.artifact.cards import CardFacts, render
-from mono_quant.artifact.changes import as_it_is
+from mono_quant.artifact.changes import as_it_is, asked_again
 from mono_quant.artifact.facts import Manifest, StoredCodes, card_facts
 from mono_quant.artifact.layouts import IN_OWN_NAMES, PLAIN, float_dtype, layout_of
 from mono_quant.artifact.merging import foresee, merge_card
-from mono_quant.convert.int8_layers import Int8Module, narrow_scales, tensors_of
+from mono_quant.convert.int8_layers import Int8Module, narrow_scales, schemes_in, tensors_of
 from mono_quant.convert.kept import read_dtypes
 from mono_quant.errors import MonoQuantError, OutputExistsError, UnsupportedModelError
 from mono_quant.hf import diffusion, models
@@ -117,7 +117,9 @@ def _save(
 ) -> None:
     refuse_adapters(subject.model)
     refuse_offloaded(subject.model)
+    converted = report
     report = as_it_is(report, subject.model, subject.core_name, subject.samples)
+    config = asked_again(config, converted, report)
     state = state_of(subject, report)
     layout = _layout(subject, report, state)
     if subject.kind == "diffusers":
@@ -152,6 +154,7 @@ def _save(
             about.encoder,
             buffers.built,
             narrowed=narrowed_in(subject, report),
+            activations=schemes_in(subject.core),
         ).to_dict()
 
 
@@ -204,7 +207,9 @@ def render_card(subject: Subject, report: QuantReport, config: QuantizationConfi
     """Return the card that `save` would write."""
     subject = _as_saved(subject)
     with at_rest(subject.model):
+        converted = report
         report = as_it_is(report, subject.model, subject.core_name, subject.samples)
+        config = asked_again(config, converted, report)
     # float16 has one layout, whatever the tensors: none is cast to choose it
     state = {} if report.dtype == "fp16" else state_of(subject, report)
     layout = _layout(subject, report, state)

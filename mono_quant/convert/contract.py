@@ -104,10 +104,10 @@ class Scheme:
         planned: what `apply_` would do, as far as it can be told without values.
         apply_: converts the model of a task in place; the caller puts it back when that fails.
         finish_: makes a converted model run, once its memory is its own, and returns the outcome with what it did to the rest.
-        notes: what a user must not overlook, from the rows of the report and the converted model (None for a plan).
+        notes: what a user must not overlook, from the task, the rows of the report and the converted model (None for a plan).
         measure: runs the converted model on a probe; fidelity against the original's output.
         kernel: names the path that runs its products on a device.
-        activation_bits: width of the activation codes on a device; None where activations stay in float.
+        auto: what activations that are left open become on a device; empty where activations stay in float.
     """
 
     dtype: str
@@ -116,10 +116,10 @@ class Scheme:
     planned: Callable[[Task, Decisions], Outcome]
     apply_: Callable[[Task, Decisions, Progress], Outcome]
     finish_: Callable[[Task, Outcome], Outcome]
-    notes: Callable[[Sequence[TensorReport], nn.Module | None], Iterable[str]]
+    notes: Callable[[Task, Sequence[TensorReport], nn.Module | None], Iterable[str]]
     measure: Callable[[nn.Module, Probe, Output], dict[str, Any]]
     kernel: Callable[[torch.device], str]
-    activation_bits: Callable[[torch.device], int | None]
+    auto: Callable[[torch.device], str]
 
 
 def device_of(model: nn.Module) -> torch.device:

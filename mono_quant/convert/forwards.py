@@ -66,7 +66,7 @@ class ConvForward(StoredModule):
             return F.pad(input, self._pad), (0,) * len(self.kernel_size)
         return input, self.padding
 
-    def extra_repr(self) -> str:
+    def _sizes(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
@@ -89,7 +89,7 @@ class TransposedForm(StoredModule):
 
     __repr__ = nn.Module.__repr__
 
-    def extra_repr(self) -> str:
+    def _sizes(self) -> str:
         return f"nf={self.nf}, nx={self.nx}"
 
 
@@ -164,7 +164,7 @@ class ExpertsForward(StoredModule):
         """The weights of the way back, float [E, H, I]."""
         return self.read("down_proj")
 
-    def extra_repr(self) -> str:
+    def _sizes(self) -> str:
         return f"num_experts={self.num_experts}"
 
 
@@ -259,7 +259,7 @@ class AttentionForward(StoredModule):
         weights = F.dropout(scores.softmax(dim=-1), dropout)
         return weights @ v, weights
 
-    def extra_repr(self) -> str:
+    def _sizes(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
 
 

@@ -256,8 +256,8 @@ FP16 = Scheme(
     planned=planned,
     apply_=to_half_,
     finish_=finish_,
-    notes=memory_notes,
+    notes=lambda task, rows, model: memory_notes(rows, model),
     measure=measure,
     kernel=kernels.describe_half,
-    activation_bits=lambda device: None,
+    auto=lambda device: "",
 )

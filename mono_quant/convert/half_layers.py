@@ -100,7 +100,7 @@ class HalfLinear(_HalfWeight, nn.Linear):  # type: ignore[misc, override]
         """Map [..., in] to [..., out] in the dtype of `input`."""
         return kernels.half_linear(input, self.stored("weight"), self.bias)
 
-    def extra_repr(self) -> str:
+    def _sizes(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
@@ -141,7 +141,7 @@ class HalfEmbedding(_HalfWeight, nn.Embedding):  # type: ignore[override]
             raise FrozenWeightError(kernels.NO_GRADIENT)
         return F.embedding(input, rows, self.padding_idx).to(self.float_dtype)
 
-    def extra_repr(self) -> str:
+    def _sizes(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 

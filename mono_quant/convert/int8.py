@@ -1,6 +1,8 @@
 """Putting int8 layers in the place of float ones: what that would make, doing it, and empty layers for loading."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from mono_quant.convert.int8_layers import (
     Int8Module,
     Int8MultiheadAttention,
     Int8TransposedLinear,
+    layers_with_schemes,
+    put_scheme_,
 )
 from mono_quant.convert.int8_recurrent import (
     Int8GRU,
@@ -31,15 +35,21 @@ from mono_quant.convert.int8_recurrent import (
 )
 from mono_quant.convert.probes import Probe
 from mono_quant.convert.surgery import clash, disable_float_fast_paths_, put_, recast_, relink_
-from mono_quant.errors import CorruptCheckpointError, NonFiniteWeightError, Option
+from mono_quant.errors import CorruptCheckpointError, Name, NonFiniteWeightError, Option, Words
 from mono_quant.kernels import encode_rows
 from mono_quant.kernels.weights import RowCodes, stored_scale, weight_limit_db
 from mono_quant.planning.kinds import as_rows, kind_of, obstacle, rows_of
 from mono_quant.planning.report import TensorReport
 from mono_quant.planning.rows import Converted, int8_notes, layer_reasons
 from mono_quant.planning.rules import Decision, Layer, keep_also, select
+from mono_quant.planning.schemes import Choice, blocks_of, check_patterns, choose, without_layer
 from mono_quant.planning.walk import module_aliases
 from mono_quant.planning.writes import WRITTEN
+
+# Measured beside what a model runs with: what other engines do, and the most accurate; larger models get the first alone, as
+# every one costs a forward pass.
+COMPARED = ("int8", "int12")
+CHEAP_PARAMETERS = 10**9
 
 # By kind of layer.
 INT8_LAYERS: Mapping[str, Callable[..., Int8Module]] = {
@@ -65,6 +75,8 @@ INT8_LAYERS: Mapping[str, Callable[..., Int8Module]] = {
 def decide(task: Task) -> dict[str, Decision]:
     """Decide about every layer by the rules, with patterns checked against every module of the model."""
     names = {name: type(module).__name__ for name, module in task.model.named_modules()}
+    possible = [layer for layer in task.layers if not layer.unsupported]
+    check_patterns(_names(possible).values(), task.request.asked_activations)
     chosen = select(task.layers, task.request.rules(), names)
     reasons = {name: _why_not(task, d.layer) for name, d in chosen.items() if d.quantize}
     return keep_also(chosen, {name: reason for name, reason in reasons.items() if reason})
@@ -208,34 +220,87 @@ def planned(task: Task, decisions: Decisions) -> Outcome:
             size = min(4, task.floats.get(full, weight.dtype).itemsize)
             scales = size * rows_of(weight.shape, layer.kind).numel()
             done[full] = Converted(weight.numel() + scales, torch.int8)
-    return kept.planned(task, outcome_of(task, decisions, done))
+    chosen = [decision.layer for decision in decisions.values() if decision.quantize]
+    return kept.planned(task, _with_schemes(task, chosen, outcome_of(task, decisions, done)))
 
 
 def finish_(task: Task, outcome: Outcome) -> Outcome:
-    """Store what stayed in float as it is asked for, and make the model run; see `Scheme`."""
+    """Store what stayed in float as it is asked for, choose how activations become codes, and make the model run; see `Scheme`."""
     outcome = kept.narrow_(task, outcome)
     disable_float_fast_paths_(task.model)
-    return outcome
+    made = layers_with_schemes(task.model)
+    chosen = [layer for layer in task.layers if layer.name in made]
+    for name, choice in _choices(task, chosen).items():
+        put_scheme_(made[name], choice.scheme)
+    return _with_schemes(task, chosen, outcome)
 
 
-def notes(rows: Sequence[TensorReport], model: nn.Module | None) -> Iterator[str]:
+def _names(layers: Iterable[Layer]) -> dict[str, tuple[str, ...]]:
+    """Return all names of the layers that quantize activations."""
+    return {layer.name: (layer.name, *layer.aliases) for layer in layers if layer.kind != "embedding"}
+
+
+def _choices(task: Task, layers: Iterable[Layer]) -> dict[str, Choice]:
+    return choose(_names(layers), task.request.asked_activations, blocks_of(task.model))
+
+
+def _with_schemes(task: Task, layers: Sequence[Layer], outcome: Outcome) -> Outcome:
+    """Note the schemes of layers with what became of their weights."""
+    choices, done = _choices(task, layers), dict(outcome.done)
+    for layer in layers:
+        for name in layer.matrices if layer.name in choices else ():
+            full = f"{layer.name}.{name}".lstrip(".")
+            done[full] = replace(done[full], choice=choices[layer.name])
+    return Outcome(done, outcome.reasons)
+
+
+def notes(task: Task, rows: Sequence[TensorReport], model: nn.Module | None) -> Iterator[str]:
     """Yield what a user must not overlook; see `Scheme`."""
     yield from int8_notes(rows, model)
     yield from memory_notes([row for row in rows if row.narrowed], model)
-
-
-def _activation_bits(device: torch.device) -> int:
-    return kernels.SCHEMES[kernels.activation_scheme(device=device)].bits
+    became = {row.module for row in rows if row.action == "quantized"}
+    chosen = _names(layer for layer in task.layers if layer.name in became)
+    idle = list(without_layer(chosen, task.request.asked_activations))
+    if idle:
+        yield Words(f"no layer that {', '.join(idle)} of ", Name("activations"), " names became int8")
 
 
 def measure(model: nn.Module, probe: Probe, expected: Output) -> dict[str, Any]:
-    """Compare the output with the original's; where activations have more than 8 bits, at 8 bits as well."""
+    """Compare the output with the original's, and what it would be with other schemes in all layers.
+
+    These are the one that other engines run, and the most accurate one.
+    """
     facts = compare(expected, run(model, probe), probe.name)
-    if _activation_bits(device_of(model)) > 8:
-        with kernels.using(activations="int8"):
-            narrow = compare(expected, run(model, probe), probe.name)
-        facts["relative_error_8_bit"] = narrow["relative_error"]
-    return facts
+    used = schemes_that_run(model)
+    errors = {}
+    for scheme in COMPARED if used else ():
+        if used == {scheme}:
+            errors[scheme] = facts["relative_error"]
+        elif scheme == COMPARED[0] or sum(p.numel() for p in model.parameters()) <= CHEAP_PARAMETERS:
+            with all_as(model, scheme):
+                errors[scheme] = compare(expected, run(model, probe), probe.name)["relative_error"]
+    return facts | ({"relative_error_by_scheme": errors} if errors else {})
+
+
+def schemes_that_run(model: nn.Module) -> set[str]:
+    """Return the schemes by which activations become codes in a model where it is."""
+    device = device_of(model)
+    layers = layers_with_schemes(model).values()
+    return {kernels.activation_scheme(layer.activations, device) for layer in layers}
+
+
+@contextmanager
+def all_as(model: nn.Module, scheme: str) -> Iterator[None]:
+    """Let all layers make codes by one scheme while the context lasts."""
+    layers = layers_with_schemes(model).values()
+    before = [(layer, layer.activations) for layer in layers]
+    try:
+        for layer in layers:
+            put_scheme_(layer, scheme)
+        yield
+    finally:
+        for layer, own in before:
+            put_scheme_(layer, own)
 
 
 def record(old: nn.Module, layer: Layer, encoded: Mapping[str, RowCodes], done: dict[str, Converted]) -> None:
@@ -261,5 +326,5 @@ INT8 = Scheme(
     notes=notes,
     measure=measure,
     kernel=kernels.describe,
-    activation_bits=_activation_bits,
+    auto=lambda device: kernels.activation_scheme(kernels.AUTO, device),
 )

@@ -10,7 +10,8 @@ whose place it takes, where it can do all that one does: libraries that look for
 `forward` writes no attribute.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,9 +30,11 @@ class Int8Module(StoredModule):
 
     Attributes:
         kind: of layer, as `planning.kinds` has it; says which axis of a weight is a row.
+        activations: how its inputs become codes: `auto`, or a scheme of `kernels`; empty where none do.
     """
 
     kind: str
+    activations: str = kernels.AUTO
     # of the float weights
     _shapes: dict[str, torch.Size]
 
@@ -103,7 +106,36 @@ class Int8Module(StoredModule):
 
     def _product(self, x: Tensor, name: str, rows: int | slice, bias: Tensor | None) -> Tensor:
         codes = int8_values(self.stored(name)[rows])
-        return kernels.int8_linear(x, codes, self.scale(name)[rows], bias)
+        return self.multiply(x, codes, self.scale(name)[rows], bias)
+
+    def multiply(self, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product with rows of codes, in the scheme of this layer; see `kernels.int8_linear`."""
+        return kernels.int8_linear(x, weight, weight_scale, bias, self.activations)
+
+    def convolve(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        """Return the convolution with codes, in the scheme of this layer; see `kernels.int8_conv`."""
+        how = (stride, padding, dilation, groups)
+        return kernels.int8_conv(x, weight, weight_scale, bias, *how, self.activations)
+
+    @contextmanager
+    def answering(self, **products: Callable[..., Tensor]) -> Iterator[None]:
+        """Let others give the products of this layer while the context lasts: in place of `multiply` and `convolve`."""
+        vars(self).update(products)
+        try:
+            yield
+        finally:
+            for name in products:
+                del vars(self)[name]
 
     def _stored_names(self) -> tuple[str, ...]:
         return (*self.held, *(f"{name}_scale" for name in self.held))
@@ -159,6 +191,11 @@ class Int8Module(StoredModule):
     def _form(self, name: str) -> str:
         return "int8 codes"
 
+    def extra_repr(self) -> str:
+        """Say what the float layer says of itself, and the scheme of the activations unless that is left open."""
+        is_open = self.activations in ("", kernels.AUTO)
+        return self._sizes() + ("" if is_open else f", activations={self.activations!r}")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scales = {n: p.data for n, p in self._parameters.items() if n.endswith("_scale") and p is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -168,6 +205,55 @@ class Int8Module(StoredModule):
                 # a scale in half precision would move every weight of its row
                 after.data = before.to(after.device)
         return self
+
+
+def layers_with_schemes(model: nn.Module) -> dict[str, Int8Module]:
+    """Return the int8 layers that quantize activations, by name; the projection of an attention belongs to it."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Int8Module) and module.activations
+    }
+    inner = {f"{name}.{child}".lstrip(".") for name, m in found.items() for child, _ in m.named_children()}
+    return {name: module for name, module in found.items() if name not in inner}
+
+
+def put_scheme_(layer: Int8Module, scheme: str) -> None:
+    """Let a layer, and what is in it, make codes of its activations by a scheme."""
+    for module in layer.modules():
+        if isinstance(module, Int8Module):
+            module.activations = scheme
+
+
+def schemes_in(model: nn.Module) -> str | dict[str, str]:
+    """Return the scheme that all int8 layers of a model have, or that of each by name where they differ."""
+    named = {name: layer.activations for name, layer in layers_with_schemes(model).items()}
+    schemes = set(named.values()) or {kernels.AUTO}
+    return named if len(schemes) > 1 else schemes.pop()
+
+
+def put_schemes_(model: nn.Module, schemes: str | Mapping[str, str]) -> list[str]:
+    """Give the int8 layers of a model their schemes, and return the names among them that no layer has.
+
+    Args:
+        model: its layers are changed.
+        schemes: one for all, or by name; of a model with another head, or without one, the names may lack a prefix or have one.
+    """
+    layers = layers_with_schemes(model)
+    if isinstance(schemes, str):
+        for layer in layers.values():
+            put_scheme_(layer, schemes)
+        return []
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    left = []
+    for name, scheme in schemes.items():
+        places = (name, f"{prefix}{name}", name.removeprefix(prefix))
+        place = next((place for place in places if place in layers), None)
+        if place is None:
+            left.append(name)
+        else:
+            put_scheme_(layers[place], scheme)
+    return left
 
 
 def tensors_of(model: nn.Module) -> dict[str, Any]:
@@ -243,9 +329,9 @@ class Int8Linear(_Int8Weight, nn.Linear):  # type: ignore[misc, override]
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in the dtype of `input`."""
-        return kernels.int8_linear(input, self.codes(), self.scale(), self.bias)
+        return self.multiply(input, self.codes(), self.scale(), self.bias)
 
-    def extra_repr(self) -> str:
+    def _sizes(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
@@ -262,7 +348,7 @@ class Int8TransposedLinear(TransposedForm, _Int8Weight):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in the dtype of `x`."""
-        return kernels.int8_linear(x, self.codes(), self.scale(), self.bias)
+        return self.multiply(x, self.codes(), self.scale(), self.bias)
 
 
 class _Int8Conv(ConvForward, _Int8Weight):
@@ -282,7 +368,7 @@ class _Int8Conv(ConvForward, _Int8Weight):
     ) -> Tensor:
         codes = int8_values(self.stored("weight"))
         codes = codes if codes.dim() == 4 else codes.unsqueeze(2)
-        return kernels.int8_conv(x, codes, self.scale(), self.bias, stride, padding, dilation, self.groups)
+        return self.convolve(x, codes, self.scale(), self.bias, stride, padding, dilation, self.groups)
 
 
 class Int8Conv2d(_Int8Conv, nn.Conv2d):  # type: ignore[misc, override]
@@ -301,6 +387,7 @@ class Int8Embedding(_Int8Weight, nn.Embedding):  # type: ignore[override]
     """`nn.Embedding` with int8 rows."""
 
     kind = "embedding"
+    activations = ""
 
     def __init__(self, source: nn.Embedding, encoded: RowCodes | None) -> None:
         super().__init__(source.weight, None, encoded)
@@ -311,7 +398,7 @@ class Int8Embedding(_Int8Weight, nn.Embedding):  # type: ignore[override]
         """Map integer indices [...] to rows [..., D] in the dtype the table had."""
         return kernels.int8_embedding(input, self.codes(), self.scale(), self.float_dtype)
 
-    def extra_repr(self) -> str:
+    def _sizes(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 

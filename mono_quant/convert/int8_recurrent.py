@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mono_quant import kernels
 from mono_quant.convert.int8_layers import Int8Module
 from mono_quant.convert.recurrent import Product, RecurrentCellForward, RecurrentForward
 from mono_quant.kernels.weights import RowCodes
@@ -34,9 +33,7 @@ class _Int8Recurrent(Int8Module):
 
     def _matrix(self, name: str, bias: Tensor | None) -> Product:
         if name in self.held:
-            return partial(
-                kernels.int8_linear, weight=self.codes(name), weight_scale=self.scale(name), bias=bias
-            )
+            return partial(self.multiply, weight=self.codes(name), weight_scale=self.scale(name), bias=bias)
         weight = self.stored(name).float()
         return partial(F.linear, weight=weight, bias=None if bias is None else bias.float())
 

@@ -241,7 +241,7 @@ class RecurrentForward(_Recurrent):
         outputs, state = run(torch.split(enter(x), sizes), state, advance)
         return torch.cat(outputs), state
 
-    extra_repr = nn.RNNBase.extra_repr
+    _sizes = nn.RNNBase.extra_repr
 
 
 class RecurrentCellForward(_Recurrent):
@@ -272,4 +272,4 @@ class RecurrentCellForward(_Recurrent):
         answer = tuple((part if batched else part.squeeze(0)).to(input.dtype) for part in new)
         return answer if self.mode == "LSTM" else answer[0]
 
-    extra_repr = nn.RNNCellBase.extra_repr
+    _sizes = nn.RNNCellBase.extra_repr

@@ -191,3 +191,11 @@ class StoredModule(nn.Module):
     def _form(self, name: str) -> str:
         """Say what a stored parameter holds."""
         raise NotImplementedError
+
+    def _sizes(self) -> str:
+        """Say what the representation of the float layer says."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Say what the float layer says of itself."""
+        return self._sizes()

@@ -121,7 +121,7 @@ def rollback(model: nn.Module) -> Iterator[None]:
 
 def clash(old: nn.Module, cls: Any) -> str:
     """Return why a layer of the class `cls` cannot take over the attributes of `old`; empty when it can."""
-    tensors = {"_float", "_shapes", *(f"{weight}_scale" for weight in weights_of(old))}
+    tensors = {"_float", "_shapes", "activations", *(f"{weight}_scale" for weight in weights_of(old))}
     # the projection of an attention is replaced with it
     held = {n for m in (old, *old.children()) if m is old or isinstance(m, nn.Linear) for n in vars(m)}
     names = sorted(n for n in held - cls.replaces if n in tensors or _is_code(getattr(cls, n, None)))

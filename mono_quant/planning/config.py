@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 import torch
 
 from mono_quant.errors import ConfigError, Name, Option
+from mono_quant.kernels import AUTO
 from mono_quant.planning.rules import Rules
+from mono_quant.planning.schemes import Asked, parse_activations, plain
 
 DTYPES = ("int8", "fp16")
 # What matrices that stay in float can be stored in beside int8 layers, by the name of the request.
@@ -78,6 +80,10 @@ class QuantizationConfig:
             parameters that can be run).
         kept: how matrices that an int8 conversion leaves in float are stored: `same`, or in `fp16` or `bf16` where they are
             wider. What is declared to need float32, routers, and vectors stay as they are.
+        activations: how the inputs of int8 layers become codes: `auto` (what suits the processor that runs, and what the block
+            of a layer needs), `int8`, `int8-g128`, `int8-g64` or `int12` (the same bits on every processor), `measured` (the few
+            layers for which it pays get more bits), or a mapping of patterns, as in `skip`, to schemes; of several that match
+            the last one counts, and what none matches is `auto`.
     """
 
     # what transformers asks a `quantization_config`
@@ -93,6 +99,7 @@ class QuantizationConfig:
     on_overflow: str = "keep"
     fidelity: bool | str = "auto"
     kept: str = "same"
+    activations: Asked | Mapping[str, str] = AUTO
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -107,6 +114,12 @@ class QuantizationConfig:
         _one_of("fidelity", self.fidelity, (True, False, "auto"))
         _one_of("embeddings", self.embeddings, (True, False))
         _one_of("kept", self.kept, ("same", *HALVES))
+        put(self, "activations", parse_activations(self.activations))
+        if self.dtype == "fp16" and self.activations != AUTO:
+            raise ConfigError(
+                Name("activations"),
+                f" is {plain(self.asked_activations)!r}, but fp16 leaves activations in float. Leave it out, or convert to int8",
+            )
         if self.dtype == "fp16" and self.kept == "bf16":
             raise ConfigError(
                 Option("kept", "bf16"),
@@ -118,9 +131,20 @@ class QuantizationConfig:
         """Return the selection rules of this request."""
         return Rules(self.skip, self.skip_types, self.min_params, self.disable_defaults, self.embeddings)
 
+    @property
+    def asked_activations(self) -> Asked:
+        """`activations` in its one form: a name, or pairs of a pattern and a scheme."""
+        return parse_activations(self.activations)
+
+    @property
+    def activations_summary(self) -> str:
+        """What is asked for in a word: a name, or `by pattern`."""
+        return self.asked_activations if isinstance(self.asked_activations, str) else "by pattern"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` gives back an equal config."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        data = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return data | {"activations": plain(self.asked_activations)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "QuantizationConfig":

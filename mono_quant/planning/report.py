@@ -15,6 +15,7 @@ import torch
 
 from mono_quant.errors import CorruptCheckpointError, Words
 from mono_quant.io.disk.json_text import canonical_json
+from mono_quant.kernels import AUTO, SCHEMES
 from mono_quant.kernels.weights import FP16_MAX
 from mono_quant.planning.tables import Columns, Part, plain
 
@@ -40,6 +41,8 @@ class TensorReport:
         gap_db: distance to what 8 bits reach on Gaussian rows of this length, in dB; negative is better.
         flushed: non-zero values that became zero (fp16).
         narrowed: kept in float, but stored in half precision on request.
+        activations: scheme of the inputs of an int8 layer; `auto` where it is left open, and of no meaning for others.
+        why: it is that scheme; empty where it is left open.
     """
 
     name: str
@@ -58,6 +61,8 @@ class TensorReport:
     gap_db: float | None = None
     flushed: int = 0
     narrowed: bool = False
+    activations: str = AUTO
+    why: str = ""
 
     @property
     def numel(self) -> int:
@@ -89,22 +94,25 @@ class QuantReport:
     Attributes:
         dtype: `int8` or `fp16`.
         rows: one per parameter and persistent buffer.
-        activation_bits: width of the activation codes; None for fp16.
+        activations: what was asked for: a scheme, `auto`, `measured` or `by pattern`; empty for fp16, and in reports of older
+            versions.
         kernel: the path that ran when fidelity was measured.
         fidelity: measured output fidelity, see `mono_quant.fidelity`; None when the model was not run.
         fidelity_note: why fidelity is None.
         notes: other facts the user should know.
         planned: True when nothing was converted.
+        auto_activations: what `auto` is on the path that ran when fidelity was measured, or that would have run.
     """
 
     dtype: str
     rows: tuple[TensorReport, ...]
-    activation_bits: int | None = None
+    activations: str = ""
     kernel: str = ""
     fidelity: Mapping[str, Any] | None = None
     fidelity_note: str = ""
     notes: tuple[str, ...] = field(default=())
     planned: bool = False
+    auto_activations: str = ""
 
     def __repr__(self) -> str:
         return f"<QuantReport: {self.summary}>"
@@ -175,6 +183,13 @@ class QuantReport:
         """Return the measured fidelity as pairs of a name and a number, both as text."""
         facts = self.fidelity or {}
         found = [(name, number(facts[k])) for k, name in _MEASURES.items() if facts.get(k) is not None]
+        errors = facts.get("relative_error_by_scheme") or {}
+        # in the order of the schemes: a file sorts them by name
+        found[1:1] = [
+            (f"relative error, {scheme} everywhere", number(errors[scheme]))
+            for scheme in SCHEMES
+            if errors.get(scheme) is not None
+        ]
         bad = facts.get("non_finite_positions")
         return found + ([("positions with NaN or infinity", str(bad))] if bad else [])
 
@@ -188,6 +203,15 @@ class QuantReport:
             f"activations reach {number(peak)}, beyond {FP16_MAX:.0f}: the float32 arithmetic used here holds them, "
             f"float16 arithmetic (.half(), a loader that computes in float16) overflows"
         )
+
+    def schemes(self) -> list[tuple[str, str, list[str]]]:
+        """Return the int8 layers by the scheme of their activations and its reason, those that are left open first."""
+        found: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+        for row in self.quantized if self.activations else ():
+            if row.dtype_after == "int8" and row.kind != "embedding":
+                found[row.activations, row.why][row.module] = None
+        ordered = sorted(found.items(), key=lambda item: (item[0][0] != AUTO, -len(item[1]), item[0]))
+        return [(scheme, why, list(layers)) for (scheme, why), layers in ordered]
 
     def groups(self) -> list[tuple[Action, str, list[TensorReport]]]:
         """Return the rows by action and kind or reason, quantized ones first, then the largest."""
@@ -248,7 +272,8 @@ class QuantReport:
             CorruptCheckpointError: a field is missing or has the wrong type.
         """
         try:
-            fields = {k: v for k, v in data.items() if k != "totals"}
+            # `activation_bits` is of older versions
+            fields = {k: v for k, v in data.items() if k not in ("totals", "activation_bits")}
             if fields.get("fidelity") is not None:
                 _ = [fields["fidelity"][key] for key in ("output", "probe", "positions")]
             rows = tuple(TensorReport(**{**row, "shape": tuple(row["shape"])}) for row in fields.pop("rows"))
@@ -290,6 +315,8 @@ _ROW_DEFAULTS = {
     "gap_db": None,
     "flushed": 0,
     "narrowed": False,
+    "activations": AUTO,
+    "why": "",
 }
 
 
@@ -333,6 +360,7 @@ def _parts(report: QuantReport) -> Iterator[Part]:
     head = ("", "tensors", "parameters", "before", "after", "why")
     yield Columns(list(_group_rows(report)), head, right=frozenset({1, 2, 3, 4}))
     yield from _layer_parts(report)
+    yield from _scheme_lines(report)
     yield from _fidelity_lines(report)
     yield from (Words("note    ", note) for note in report.notes)
 
@@ -369,6 +397,14 @@ def _layer_parts(report: QuantReport) -> Iterator[Part]:
     flushed = sum(r.flushed for r in report.rows)
     if flushed:
         yield f"weights {flushed:,} non-zero values ({flushed / report.parameters:.2%}) became zero in float16"
+
+
+def _scheme_lines(report: QuantReport) -> Iterator[str]:
+    label = "inputs"
+    for scheme, why, layers in report.schemes():
+        meant = f" (here {report.auto_activations})" if scheme == AUTO and report.auto_activations else ""
+        yield f"{label:<7} {scheme}{meant} in {len(layers)} layer{'s' * (len(layers) != 1)}{f': {why}' if why else ''}"
+        label = ""
 
 
 def _fidelity_lines(report: QuantReport) -> Iterator[str]:

@@ -12,6 +12,7 @@ from mono_quant.io.text import listed
 from mono_quant.planning.kinds import RECURRENT_KINDS
 from mono_quant.planning.report import TensorReport, dtype_name
 from mono_quant.planning.rules import DEFAULTS, Decision, Layer, short_rows
+from mono_quant.planning.schemes import OPEN, Choice
 from mono_quant.planning.walk import tensor_names
 
 
@@ -20,7 +21,7 @@ class Converted:
     """What became of one float tensor.
 
     `kept` when it only got another float dtype, for a reason other than the request; `narrowed` when what stays in float is to be
-    stored so.
+    stored so; `choice` is the scheme of what an int8 weight is multiplied with.
     """
 
     bytes_after: int
@@ -30,6 +31,7 @@ class Converted:
     flushed: int = 0
     kept: bool = False
     narrowed: bool = False
+    choice: Choice = OPEN
 
 
 def account(
@@ -54,6 +56,8 @@ def account(
                 gap_db=c.gap_db,
                 flushed=c.flushed,
                 narrowed=c.narrowed,
+                activations=c.choice.scheme,
+                why=c.choice.reason,
             )
     return tuple(rows.values())
 

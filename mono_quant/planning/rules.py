@@ -115,7 +115,7 @@ class Rules:
         if self.min_params < 0:
             raise ConfigError(Name("min_params"), f" is {self.min_params}; give 0 or a number of weights")
         for pattern in self.skip:
-            _compile(pattern)
+            compile_pattern(pattern, "skip")
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def user_reason(names: Iterable[str], class_name: str, weights: int | None, rule
         rules: the user's rules.
     """
     for pattern in rules.skip:
-        if any(_matches(pattern, name) for name in names):
+        if any(matches(pattern, name) for name in names):
             return f"skipped by the user: {pattern}"
     if class_name in rules.skip_types:
         return f"skipped by the user: type {class_name}"
@@ -238,13 +238,19 @@ def _size_reason(weights: int, rules: Rules) -> str:
 
 
 def _units(layers: Sequence[Layer]) -> Iterable[list[Layer]]:
-    families: dict[tuple[str, tuple[str, ...]], list[Layer]] = defaultdict(list)
-    for layer in layers:
-        parent, _, last = layer.name.rpartition(".")
+    by_name = {layer.name: layer for layer in layers}
+    return ([by_name[name] for name in unit] for unit in units_of(by_name))
+
+
+def units_of(names: Iterable[str]) -> list[list[str]]:
+    """Return the layers among these that are decided together, in groups of more than one."""
+    families: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+    for name in names:
+        parent, _, last = name.rpartition(".")
         for unit in _UNITS:
             if last in unit:
-                families[parent, unit].append(layer)
-    return (unit for unit in families.values() if len(unit) > 1)
+                families[parent, unit].append(name)
+    return [unit for unit in families.values() if len(unit) > 1]
 
 
 def keep_also(decisions: Mapping[str, Decision], reasons: Mapping[str, str]) -> dict[str, Decision]:
@@ -276,10 +282,19 @@ def _keep_unit_together(unit: list[Layer], reasons: dict[str, str]) -> None:
             reasons[layer.name] = f"decided together with {kept.name.rpartition('.')[2]}, which is kept"
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str, option: str = "") -> re.Pattern[str]:
+    """Return a pattern of names as an expression for the whole name.
+
+    Args:
+        pattern: a name, which covers any dotted part, a glob, or `re:` and an expression.
+        option: that it is of, for errors.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
     if not isinstance(pattern, str) or not pattern or pattern == "re:":
         raise ConfigError(
-            f"skip pattern {pattern!r} is empty or no text; give a name, a glob or re:<expression>"
+            f"{option} pattern {pattern!r} is empty or no text; give a name, a glob or re:<expression>"
         )
     try:
         if pattern.startswith("re:"):
@@ -287,22 +302,22 @@ def _compile(pattern: str) -> re.Pattern[str]:
         if any(c in pattern for c in "*?["):
             return re.compile(fnmatch.translate(pattern))
     except re.error as e:
-        raise ConfigError(f"skip pattern {pattern!r} is no valid regular expression: {e}") from e
+        raise ConfigError(f"{option} pattern {pattern!r} is no valid regular expression: {e}") from e
     return re.compile(rf"(?:.*\.)?{re.escape(pattern)}(?:\..*)?", re.DOTALL)
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
     """True when the pattern covers `name`: expressions and globs the whole name, plain names any dotted part."""
-    return _compile(pattern).fullmatch(name) is not None
+    return compile_pattern(pattern).fullmatch(name) is not None
 
 
 def _check_matches(layers: Sequence[Layer], rules: Rules, modules: Mapping[str, str]) -> None:
     names = sorted({n for layer in layers for n in (layer.name, *layer.aliases)} | modules.keys() - {""})
     types = sorted({layer.class_name for layer in layers} | set(modules.values()))
     problems = [
-        f"{pattern!r} matches no module; {_near(pattern, names)}"
+        f"{pattern!r} matches no module; {near(pattern, names)}"
         for pattern in rules.skip
-        if not any(_matches(pattern, name) for name in names)
+        if not any(matches(pattern, name) for name in names)
     ] + [
         f"type {name!r} is no module of this model; its types are {', '.join(types) or 'none'}"
         for name in rules.skip_types
@@ -312,7 +327,8 @@ def _check_matches(layers: Sequence[Layer], rules: Rules, modules: Mapping[str, 
         raise PatternError(f"skip rule without a match: {'; '.join(problems)}")
 
 
-def _near(pattern: str, names: list[str]) -> str:
+def near(pattern: str, names: list[str]) -> str:
+    """Say which names are like a pattern that matches none."""
     parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
     known = dict.fromkeys([*names, *parts])
     near = difflib.get_close_matches(pattern.removeprefix("re:"), known, n=5, cutoff=0.4)

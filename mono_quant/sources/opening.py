@@ -53,7 +53,7 @@ def open_source(
     place = place_of(source, access)
     if isinstance(source, nn.Module):
         check_module(source)
-        return _from_module(source, processor)
+        return from_module(source, processor)
     if place in ("hub", "local"):
         if place == "hub":
             with looked_up(str(source), access):
@@ -183,7 +183,12 @@ def locate(text: str, place: str | None = None) -> str:
     )
 
 
-def _from_module(model: nn.Module, processor: Any) -> Source:
+def from_module(model: nn.Module, processor: Any = None) -> Source:
+    """Return a model in memory, float or converted, with what belongs to it.
+
+    Raises:
+        UnsupportedModelError: it is an encoder around something that is no torch model.
+    """
     if is_encoder(model):
         core = transformer_in(model)
         if not is_transformers_model(core):

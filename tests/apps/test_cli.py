@@ -11,6 +11,7 @@ import torch
 from models import tiny_llama
 
 import mono_quant
+from mono_quant import kernels
 from mono_quant.apps import cli, commands, interrupt, usage
 from mono_quant.errors import ConfigError, Option
 
@@ -268,3 +269,47 @@ def test_why_nothing_was_measured_names_a_flag(run, source, monkeypatch):
     monkeypatch.setattr("mono_quant.api.recipe.AUTO_FIDELITY_PARAMETERS", 1)
     out = run("quantize", source)[1]
     assert re.search(r"output  not measured: [\d,]+ parameters; ask for it with --fidelity\n", out)
+
+
+def test_schemes_of_activations_are_read_from_names_and_pairs(source, run):
+    schemes = commands.schemes
+    assert (schemes([]), schemes(["int12"])) == ("auto", "int12")
+    assert schemes(["*.a=int12", "int8", "re:.*=b=int8-g64"]) == {
+        "*": "int8", "*.a": "int12", "re:.*=b": "int8-g64"
+    }  # fmt: skip
+    said = ["--activations", "*.down_proj=int12", "--activations", "int8"]
+    code, out, _ = run("plan", source, *said, "--json")
+    assert code == 0
+    rows = {
+        r["module"]: r.get("activations", "auto")
+        for r in json.loads(out)["rows"]
+        if r["action"] == "quantized"
+    }
+    assert {scheme for name, scheme in rows.items() if name.endswith("down_proj")} == {"int12"}
+    assert {scheme for name, scheme in rows.items() if not name.endswith("down_proj")} == {"int8"}
+    for command, given, message in (
+        ("plan", ["int8", "int12"], "--activations says int8 and int12 for all layers; give one of them"),
+        ("quantize", ["int9"], "--activations is 'int9'; use one of 'auto'"),
+        ("plan", ["*.dwn=int8"], "--activations without a match among the layers that can be int8"),
+    ):
+        options = [part for text in given for part in ("--activations", text)]
+        assert message in refusal(run(command, source, *options))
+    assert "--activations is 'int12', but fp16" in refusal(
+        run("plan", source, "--dtype", "fp16", "--activations", "int12")
+    )
+
+
+def test_suggest_says_what_to_pass(source, saved, run):
+    code, out, _ = run("suggest", source)
+    assert code == 0 and out.startswith("no few layers suffice: ")
+    code, told, _ = run("suggest", saved, "--json")
+    data = json.loads(told)
+    assert data["activations"] == "auto" and len(data["layers"]) == 14
+    assert data["verdict"] in out
+    code, out, _ = run("quantize", source, "--activations", "measured", "--output", "out", "--json")
+    assert code == 0 and any(data["verdict"] in note for note in json.loads(out)["notes"])
+
+
+def test_completion_offers_the_schemes_that_there_are():
+    (option,) = usage.ActivationsOption.__metadata__
+    assert option.autocompletion() == [*kernels.ACTIVATIONS, "measured"]

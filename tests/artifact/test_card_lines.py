@@ -25,9 +25,8 @@ def row(name, action="kept", **changes):
 
 
 def lines(*rows, dtype="int8", report=None, **changes):
-    report = QuantReport(
-        dtype, rows or (row("fc.weight", "quantized"),), 8, "reference", FIDELITY, **report or {}
-    )
+    given = {"kernel": "reference", "fidelity": FIDELITY, **(report or {})}
+    report = QuantReport(dtype, rows or (row("fc.weight", "quantized"),), **given)
     base = CardFacts(
         report, ORIGIN, "mono_quant", "transformers", {}, {"torch": "2.13.0"}, False, "me/tiny-int8"
     )
@@ -73,16 +72,38 @@ def test_the_measured_output_is_told_with_its_probe_or_the_reason_why_there_is_n
     )
     assert any(line.startswith("A synthetic probe says") for line in found)
     assert not any("SQNR" in line or "Warning" in line or "zero in float16" in line for line in lines())
-    report = QuantReport("int8", (), 8, "reference", FIDELITY | {"probe": "the given inputs"})
+    report = QuantReport("int8", (), "auto", "reference", FIDELITY | {"probe": "the given inputs"})
     facts = CardFacts(report, ORIGIN, "mono_quant", "transformers", {}, {}, False)
     assert "synthetic probe" not in cards.render(facts)
     assert "8 bits" not in cards.render(facts)
     without = replace(report, fidelity=None, fidelity_note="it's too large")
     assert "The output was not measured: it's too large." in cards.render(replace(facts, report=without))
-    narrow = replace(report, activation_bits=12, fidelity=FIDELITY | {"relative_error_8_bit": 0.02})
-    assert "gives activations 12 bits" in cards.render(replace(facts, report=narrow))
+    # in the order that a file has
+    each = replace(report, fidelity=FIDELITY | {"relative_error_by_scheme": {"int12": 0.004, "int8": 0.02}})
+    text = cards.render(replace(facts, report=each))
+    assert "| relative error, int8 everywhere | 0.02 |\n| relative error, int12 everywhere | 0.004 |" in text
+    assert "Other engines compute with int8; int12 is the most accurate." in text
     hot = replace(report, fidelity=FIDELITY | {"peak_activation": 70_000.0})
     assert "\n\nWarning: activations reach 70000, beyond 65504" in cards.render(replace(facts, report=hot))
+
+
+def test_the_schemes_of_activations_are_told_with_their_reasons():
+    layer = {"dtype_after": "int8", "kind": "linear"}
+    rows = (
+        row("a.weight", "quantized", **layer),
+        row("b.weight", "quantized", **layer, activations="int12", why="asked for: b|c"),
+        row("c.weight", "quantized", **layer, activations="int12", why="asked for: b|c"),
+        row("table.weight", "quantized", **layer | {"kind": "embedding"}),
+    )
+    found = lines(*rows, report={"activations": "by pattern", "auto_activations": "int8-g128"})
+    start = found.index("| scheme | layers | why |")
+    assert found[start + 2 : start + 5] == [
+        "| `auto` | 1 | what suits the processor that runs; int8-g128 where it was made |",
+        "| `int12` | 2 | asked for: b\\|c |",
+        "",
+    ]
+    # a report of an older version says nothing of them
+    assert not any("codes while" in line for line in lines(*rows))
 
 
 def test_notes_and_values_that_became_zero_are_told():

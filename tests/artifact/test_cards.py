@@ -47,7 +47,7 @@ def facts(**changes: object) -> CardFacts:
     )
     fidelity = {"output": "logits", "probe": "4 x 32 random tokens", "positions": 128}
     fidelity |= {"relative_error": 0.0123, "cosine_mean": 0.9998, "cosine_min": 0.999, "kl_mean": 1e-4}
-    report = QuantReport("int8", rows, 8, "reference", fidelity)
+    report = QuantReport("int8", rows, "auto", "reference", fidelity)
     origin = Origin(
         "TinyModel",
         "org/tiny",

@@ -467,7 +467,7 @@ def test_embedding_refuses_an_index_out_of_range():
 # Attention: the logic around the projections is held against torch with the products made float.
 
 
-def float_kernel(x, weight, weight_scale, bias):
+def float_kernel(x, weight, weight_scale, bias, activations):
     return F.linear(x, (weight.float() * weight_scale).to(x.dtype), bias)
 
 

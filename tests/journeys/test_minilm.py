@@ -194,8 +194,9 @@ def test_a_pipeline_takes_the_loaded_model(loaded, result, tokenizer):
         result.pipeline("feature-extraction"),
     ):
         found = torch.tensor(pipe(SENTENCES[0]))[0]
-        # the padding of a batch changes the float attention around int8 by rounding only
-        assert relative_error(expected, found) < 1e-2
+        # the padding of a batch changes the float attention by rounding, which turns codes: both are as far from the original as
+        # the report says
+        assert relative_error(expected, found) < 2 * result.report.fidelity["relative_error"]
 
 
 def test_the_folder_holds_exactly_the_model(folder):

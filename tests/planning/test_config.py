@@ -23,6 +23,7 @@ OPTIONS = {
     "on_overflow": ("keep", "error", "keep"),
     "fidelity": ("auto", True, False),
     "kept": ("same", "fp16", "same"),
+    "activations": ("auto", "int12", (("*", "int8"), ("*.down_proj", "int12"))),
 }
 EACH = pytest.mark.parametrize("option", sorted(OPTIONS))
 
@@ -48,10 +49,11 @@ def test_arguments_win_over_the_config_and_the_config_over_defaults(option):
 
 @EACH
 def test_one_argument_leaves_the_other_options_of_the_config(option):
-    config = QuantizationConfig(**{name: values[1] for name, values in OPTIONS.items()})
-    merged = merge(config, {option: OPTIONS[option][0]})
+    # fp16 takes no scheme of activations
+    given = {name: values[1] for name, values in OPTIONS.items()} | {"dtype": "int8"}
+    merged = merge(QuantizationConfig(**given), {option: OPTIONS[option][0]})
     for other, values in OPTIONS.items():
-        assert getattr(merged, other) == (values[0] if other == option else values[1])
+        assert getattr(merged, other) == (values[0] if other == option else given[other])
 
 
 @EACH
@@ -135,7 +137,7 @@ def test_any_other_dtype_is_refused_with_what_works(dtype):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"skp": ["a"]}, "unknown option 'skp'; the options are disable_defaults, dtype, embeddings"),
+        ({"skp": ["a"]}, "unknown option 'skp'; the options are activations, disable_defaults, dtype"),
         ({"skip": 3}, "skip is 3; give a name or a list of names"),
         ({"skip": ["a", 3]}, "skip holds 3, which is no name"),
         ({"skip_types": [nn.Linear(2, 2)]}, "skip_types holds Linear"),
