@@ -26,11 +26,12 @@ ROOMS = {
         ["activations"],
         ["reference", "weights", "build", "inputs", "pool"],
         ["cpu"],
-        ["choice"],
+        ["choice", "packs"],
         ["encoding", "paths", "attention"],
         ["library"],
         ["transforms"],
         ["ops"],
+        ["fused"],
     ],
     "planning": [
         ["rules", "tables", "forward_code"],

@@ -1,15 +1,17 @@
 """Arithmetic: definitions (`weights`, `reference`) and the fast paths that are held against them.
 
-`ops` is what runs at every forward, `encoding` what makes codes, `choice` decides which path does it. From outside this is one room:
-its parts are its own affair.
+`ops` is what runs at every forward, `fused` what graphs call, `encoding` what makes codes, `choice` decides which path does it. From
+outside this is one room: its parts are its own affair.
 """
 
 from mono_quant.kernels.activations import ACTIVATIONS, AUTO, SCHEMES, ActivationScheme, check_activations
 from mono_quant.kernels.attention import attention, try_attention
 from mono_quant.kernels.choice import activation_scheme, describe, describe_half, environment, using
 from mono_quant.kernels.encoding import cast_half, encode_rows
+from mono_quant.kernels.fused import Norm, Product, chain, chain_parts, norm, rotary
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
 from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear, is_watched
+from mono_quant.kernels.packs import bytes_held
 from mono_quant.kernels.reference import MAX_IN_FEATURES
 
 __all__ = [
@@ -19,9 +21,14 @@ __all__ = [
     "NO_GRADIENT",
     "SCHEMES",
     "ActivationScheme",
+    "Norm",
+    "Product",
     "activation_scheme",
     "attention",
+    "bytes_held",
     "cast_half",
+    "chain",
+    "chain_parts",
     "check_activations",
     "check_indices",
     "check_input",
@@ -34,6 +41,8 @@ __all__ = [
     "int8_embedding",
     "int8_linear",
     "is_watched",
+    "norm",
+    "rotary",
     "try_attention",
     "using",
 ]

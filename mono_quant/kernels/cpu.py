@@ -52,6 +52,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "mq_conv": [_INT] * 2 + [_LONG, _INT] + [_POINTER] * 2 + [_INT] + [_POINTER] * 4 + [_INT, _POINTER],
     "mq_packed_words": [_INT] * 2 + [_LONG] * 2,
     "mq_pack": [_INT] * 3 + [_LONG] * 3 + [_POINTER] * 2,
+    "mq_chain": [ctypes.c_char_p],
+    "mq_norm": [_INT] * 2 + [_LONG] * 2 + [_INT] + [_POINTER] * 2 + [ctypes.c_double] + [_POINTER] * 4,
+    "mq_rotary": [_INT] * 2 + [ctypes.c_char_p] + [_POINTER] * 3 + [_LONG, _POINTER],
     "mq_quantize_rows": [_INT, _LONG, _LONG, _POINTER, _INT, _LONG, _INT] + [_POINTER] * 3,
     "mq_to_half": [_INT, _LONG, _POINTER, _INT, _POINTER, _POINTER],
     "mq_embedding": [_INT, _LONG, _LONG, _LONG] + [_POINTER] * 4 + [_INT],
@@ -108,6 +111,21 @@ class Packed(NamedTuple):
     wide: bool
 
 
+class Samples:
+    """Bytes of some memory, read again and again without a tensor; the memory has to outlive the reading."""
+
+    _COUNT = 4
+
+    def __init__(self, address: int, size: int) -> None:
+        places = (
+            {address + (size - 8) * i // (self._COUNT - 1) for i in range(self._COUNT)} if size >= 8 else ()
+        )
+        self._words = [ctypes.c_int64.from_address(place) for place in places]
+
+    def read(self) -> list[int]:
+        return [word.value for word in self._words]
+
+
 class Cpu:
     """The library on one instruction set.
 
@@ -125,6 +143,9 @@ class Cpu:
         self._library = library
         self._linear, self._half_linear = library.mq_linear, library.mq_half_linear
         self._embedding, self._attention = library.mq_embedding, library.mq_attention
+        # the C functions of `fused` and the number by which they know the path
+        self.isa, self.chain = self._isa, library.mq_chain
+        self.norm, self.rotary = library.mq_norm, library.mq_rotary
 
     def linear(
         self,
@@ -310,14 +331,15 @@ class Cpu:
             weight.data_ptr(),
             words.data_ptr(),
         )
-        return None if failed else Packed(words, self.path, self._is_wide(qmax))
+        return None if failed else Packed(words, self.path, self.is_wide(qmax))
 
     def _words_of(self, packed: Packed | None, qmax: int) -> int | None:
-        if packed is None or packed.path != self.path or packed.wide != self._is_wide(qmax):
+        if packed is None or packed.path != self.path or packed.wide != self.is_wide(qmax):
             return None
         return packed.words.data_ptr()
 
-    def _is_wide(self, qmax: int) -> bool:
+    def is_wide(self, qmax: int) -> bool:
+        """Say whether products with codes up to `qmax` read weights as pairs of 16 bits."""
         return self.path not in _BYTES or qmax > reference.QMAX
 
     def attend(self, call: bytes) -> bool:

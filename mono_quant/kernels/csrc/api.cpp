@@ -1,5 +1,6 @@
 // The C interface. Pointers, sizes and strides only: no dependency on Python or torch, loaded with ctypes.
 #include "attention.h"
+#include "chain.h"
 #include "convert.h"
 #include "layout.h"
 #include "linear.h"
@@ -13,6 +14,17 @@ namespace {
 bool known(int dtype) { return dtype >= 0 && dtype <= 2; }
 
 bool fits(int qmax, int64_t group) { return qmax >= 1 && qmax <= 2047 && group >= 0 && group % kDepthAlign == 0; }
+
+bool known_product(const Chain& chain, const Product& product, int64_t first) {
+  if (product.parts == 0) return true;
+  if (product.parts < 0 || product.depth < 0 || !fits(static_cast<int>(product.qmax), product.group)) return false;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < product.parts; ++i) {
+    if (chain.parts[first + i].rows < 0) return false;
+    rows += chain.parts[first + i].rows;
+  }
+  return rows == product.rows;
+}
 
 }  // namespace
 
@@ -123,6 +135,47 @@ MQ_API int mq_pack(int isa, int qmax, int threads, int64_t groups, int64_t rows,
   const int64_t step = packed_words(product, rows, depth);
   if (step == 0) return 1;
   for (int64_t g = 0; g < groups; ++g) pack(product, weight + g * rows * depth, rows, depth, threads, words + g * step);
+  return 0;
+}
+
+// `record` is a `Chain` whose parts follow it in memory: see chain.h. All pointers are to fp32, dense.
+MQ_API int mq_chain(const void* record) {
+  Chain all;
+  std::memcpy(&all, record, sizeof(all));
+  all.parts = reinterpret_cast<const Part*>(static_cast<const char*>(record) + sizeof(all));
+  if (all.tokens < 0 || all.first.parts < 1 || !known_product(all, all.first, 0) ||
+      !known_product(all, all.gate, all.first.parts) ||
+      !known_product(all, all.second, all.first.parts + all.gate.parts)) {
+    return 2;
+  }
+  if (all.second.parts > 0 && all.second.depth != all.first.rows) return 2;
+  if (all.gate.parts > 0 && (all.gate.depth != all.first.depth || all.gate.parts != all.first.parts)) return 2;
+  for (int64_t i = 0; i < all.gate.parts; ++i) {
+    if (all.parts[i].rows != all.parts[all.first.parts + i].rows) return 2;
+  }
+  if (all.tokens == 0 || all.first.rows == 0 || (all.second.parts > 0 && all.second.rows == 0)) return 0;
+  return chain(all) ? 0 : 1;
+}
+
+// x [rows, n] to out [rows, n]; with a residual, its sum with x goes to `sum` [rows, n] and is what is normed.
+MQ_API int mq_norm(int isa, int threads, int64_t rows, int64_t n, int kind, const float* weight, const float* bias,
+                   double eps, const float* x, const float* residual, float* sum, float* out) {
+  if (rows < 0 || n < 1 || kind < 1 || kind > 2) return 2;
+  norm_rows(static_cast<Isa>(isa), {static_cast<NormKind>(kind), weight, bias, eps}, rows, n, x, residual, sum, out, threads);
+  return 0;
+}
+
+// x [batch, heads, tokens, dim] with any strides but the last; `sizes` holds those four and three strides. cos and sin [batch or 1, tokens, dim], out
+// [batch, tokens, heads, dim].
+MQ_API int mq_rotary(int isa, int threads, const void* sizes, const float* x, const float* cos, const float* sin,
+                     int64_t angle_stride, float* out) {
+  int64_t shape[7];
+  std::memcpy(shape, sizes, sizeof(shape));
+  for (int i = 0; i < 4; ++i) {
+    if (shape[i] < 0) return 2;
+  }
+  if (shape[3] % 2 != 0) return 2;
+  rotate(static_cast<Isa>(isa), shape, shape + 4, x, cos, sin, angle_stride, out, threads);
   return 0;
 }
 

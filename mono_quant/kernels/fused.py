@@ -1,0 +1,386 @@
+"""Products with what lies around them in a model, as one call each: what graphs call.
+
+Plain functions on tensors. Where the native library can do it, a whole chain runs in blocks of tokens whose intermediate
+values never leave the caches; anywhere else (gradients, other dtypes and devices, transforms, no library) the same call is
+the composition of torch's operations and `int8_linear`. A single product has the bits of `int8_linear`; a chain gives the
+same bits on every path, for any number of threads and any batch. From the composition it differs by what float arithmetic in
+another order does, and by one code of an activation where a value lies next to a tie of rounding.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from mono_quant.kernels import packs, pool
+from mono_quant.kernels.activations import ActivationScheme
+from mono_quant.kernels.choice import active, scheme_on
+from mono_quant.kernels.cpu import Cpu, Packed
+from mono_quant.kernels.ops import int8_linear, is_watched
+
+# Weights int8 [N_i, K], their scales fp32 [N_i, 1], biases float [N_i] or None, and an activation scheme: several weights are
+# one product, their outputs side by side.
+Product: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], str]
+# "layer" or "rms", weight [N] or None, bias [N] or None, epsilon.
+Norm: TypeAlias = tuple[str, Tensor | None, Tensor | None, float]
+
+# Each with the number by which the library knows it.
+_ACTS: dict[str | None, tuple[int, Callable[[Tensor], Tensor]]] = {
+    None: (0, lambda x: x),
+    "gelu": (1, F.gelu),
+    "gelu_tanh": (2, partial(F.gelu, approximate="tanh")),
+    "silu": (3, F.silu),
+    "relu": (4, F.relu),
+}
+_NORMS = {"layer": 1, "rms": 2}
+# Fewer outputs are no affair of the pool.
+_SMALL = pool.SMALLEST // 4
+_NO_NORM = (0, 0, 0, 0.0)
+_NO_PRODUCT = (0, 0, 0, 0, 0)
+# The C struct `Chain`: path, threads, tokens, x, residual, out; two norms; activation; three products; a pointer that the
+# library sets; five words for each part.
+_HEADER = "=6q3qd3qd17q"
+_records: dict[int, struct.Struct] = {}
+# The largest code by scheme, row length and path, and whether its weights are worth packing.
+_codes: dict[tuple[str, int, str], tuple[int, bool]] = {}
+
+
+def chain(
+    x: Tensor,
+    first: Product,
+    *,
+    pre: Norm | None = None,
+    act: str | None = None,
+    gate: Product | None = None,
+    second: Product | None = None,
+    residual: Tensor | None = None,
+    post: Norm | None = None,
+) -> Tensor:
+    """Apply norm `pre`, product `first`, an activation, product `second`, an addition and norm `post`; most are optional.
+
+    Args:
+        x: float [..., K].
+        first: a product of the normed `x`.
+        pre: a norm of `x`.
+        act: "gelu", "gelu_tanh", "silu", "relu" or None.
+        gate: a second product of the normed `x`; `act(gate) * first` takes the place of `act(first)`.
+        second: a product of that.
+        residual: float [..., N], added to the outputs of the last product.
+        post: a norm of the sum.
+
+    Returns:
+        [..., N] in the dtype of `x`. Each row depends on that row of `x` and `residual` alone.
+
+    Raises:
+        ValueError: there is no such activation, norm or activation scheme.
+        InputError: `x` is not floating point, or has another width.
+        FrozenWeightError: a weight is not int8.
+    """
+    if act not in _ACTS:
+        raise ValueError(f"unknown activation {act!r}; choose from {', '.join(map(repr, _ACTS))}")
+    cpu = active.cpu
+    if cpu is not None and _is_plain(x):
+        out = _native_chain(cpu, x, first, pre, act, gate, second, residual, post)
+        if out is not None:
+            return out
+    y = x if pre is None else _composed_norm(x, pre)
+    y, run = _composed_product(y, first), _ACTS[act][1]
+    if gate is not None:
+        y = run(_composed_product(x if pre is None else _composed_norm(x, pre), gate)) * y
+    else:
+        y = run(y)
+    y = y if second is None else _composed_product(y, second)
+    y = y if residual is None else y + residual
+    return y if post is None else _composed_norm(y, post)
+
+
+def chain_parts(x: Tensor, first: Product, *, pre: Norm | None = None) -> tuple[Tensor, ...]:
+    """Apply norm `pre` and product `first`; return the outputs of each of its weights.
+
+    Args:
+        x: float [..., K].
+        first: weights of [N_i, K].
+        pre: a norm of `x`.
+
+    Returns:
+        One [..., N_i] for each weight: views of one tensor where the library ran.
+
+    Raises:
+        see `chain`.
+    """
+    return torch.split(chain(x, first, pre=pre), [weight.shape[0] for weight in first[0]], -1)
+
+
+def norm(x: Tensor, how: Norm, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Norm the last dimension of `x`, or of its sum with `residual`.
+
+    Args:
+        x: float [..., N].
+        how: ("layer" or "rms", weight, bias, epsilon); an rms weight is used as it is.
+        residual: like `x`.
+
+    Returns:
+        [..., N]; with a residual also the sum.
+
+    Raises:
+        ValueError: there is no such norm.
+    """
+    cpu = active.cpu
+    if cpu is not None and _is_plain(x):
+        found = _native_norm(cpu, x, how, residual)
+        if found is not None:
+            return found
+    if residual is None:
+        return _composed_norm(x, how)
+    total = x + residual
+    return _composed_norm(total, how), total
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries or keys by their places, halves of the last dimension with each other (Su et al., 2104.09864).
+
+    Args:
+        x: float [B, H, L, D], any strides.
+        cos, sin: float [B or 1, L, D], the angles of each half.
+
+    Returns:
+        `x * cos + (-x2, x1) * sin` for the halves x1, x2 of `x`: [B, H, L, D], in memory as [B, L, H, D].
+    """
+    cpu = active.cpu
+    if cpu is not None and _is_plain(x):
+        out = _native_rotary(cpu, x, cos, sin)
+        if out is not None:
+            return out
+    low, high = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat((-high, low), -1) * sin.unsqueeze(1)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Say whether `x` is what the kernels take and nobody looks on: no compiler, tracer, transform or mode."""
+    return (
+        type(x) is Tensor
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and not is_watched()
+        and forward_ad._current_level < 0
+    )
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _dense(x: Tensor) -> Tensor:
+    # a tensor marked as negated shares its memory with the positive one
+    return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
+
+
+def _native_chain(
+    cpu: Cpu,
+    x: Tensor,
+    first: Product,
+    pre: Norm | None,
+    act: str | None,
+    gate: Product | None,
+    second: Product | None,
+    residual: Tensor | None,
+    post: Norm | None,
+) -> Tensor | None:
+    shape = x.shape
+    if torch.is_grad_enabled() and _chain_wants_gradient(x, first, pre, gate, second, residual, post):
+        return None
+    depth = shape[-1] if shape else 0
+    parts: list[int] = []
+    # packed weights that another thread may drop meanwhile
+    held: list[Packed] = []
+    one = _product_words(cpu, first, depth, parts, held)
+    if one is None or depth == 0:
+        return None
+    other = _NO_PRODUCT if gate is None else _product_words(cpu, gate, depth, parts, held)
+    two = _NO_PRODUCT if second is None else _product_words(cpu, second, one[1], parts, held)
+    if other is None or two is None or (gate is not None and not _same_strips(first, gate, one, other)):
+        return None
+    width = two[1] if second is not None else one[1]
+    before, after = _norm_words(pre, depth), _norm_words(post, width)
+    if before is None or after is None or width == 0 or one[1] == 0:
+        return None
+    x = _dense(x)
+    tokens = x.numel() // depth
+    wanted = (*shape[:-1], width)
+    out = x.new_empty(wanted) if tokens * width < _SMALL else pool.empty(wanted, x)
+    term = 0
+    if residual is not None:
+        if residual.dtype is not torch.float32 or not residual.is_cpu or residual.shape != out.shape:
+            return None
+        residual = _dense(residual)
+        term = residual.data_ptr()
+    record = _records.get(len(parts)) or _record(len(parts))
+    words = record.pack(
+        cpu.isa, torch.get_num_threads(), tokens, x.data_ptr(), term, out.data_ptr(),
+        *before, *after, _ACTS[act][0], *one, *other, *two, 0, *parts,
+    )  # fmt: skip
+    return None if cpu.chain(words) else out
+
+
+def _chain_wants_gradient(
+    x: Tensor,
+    first: Product,
+    pre: Norm | None,
+    gate: Product | None,
+    second: Product | None,
+    residual: Tensor | None,
+    post: Norm | None,
+) -> bool:
+    norms = [tensor for how in (pre, post) if how is not None for tensor in how[1:3]]
+    biases = [bias for product in (first, gate, second) if product is not None for bias in product[2]]
+    return _wants_gradient(x, residual, *norms, *biases)
+
+
+def _record(words: int) -> struct.Struct:
+    return _records.setdefault(words, struct.Struct(f"{_HEADER}{words}q"))
+
+
+def _same_strips(
+    first: Product, gate: Product, one: tuple[int, int, int, int, int], other: tuple[int, int, int, int, int]
+) -> bool:
+    return one == other and all(a.shape == b.shape for a, b in zip(first[0], gate[0], strict=True))
+
+
+def _product_words(
+    cpu: Cpu, product: Product, depth: int, parts: list[int], held: list[Packed]
+) -> tuple[int, int, int, int, int] | None:
+    """Return the C struct `Product` and append its parts; None where the library does not take it."""
+    weights, scales, biases, activations = product
+    scheme = scheme_on(activations, True)
+    known = _codes.get((scheme.name, depth, cpu.path))
+    qmax, narrow = known if known is not None else _learn_codes(cpu, scheme, depth)
+    total = words = 0
+    for weight, scale, bias in zip(weights, scales, biases, strict=True):
+        rows, columns = weight.shape
+        if (
+            columns != depth
+            or weight.dtype is not torch.int8
+            or not weight.is_cpu
+            or not weight.is_contiguous()
+            or not _is_row(scale, rows)
+            or not (bias is None or _is_row(bias, rows))
+        ):
+            return None
+        place = weight.data_ptr()
+        if narrow:
+            packed = packs.find(cpu, weight, (place, rows, depth), scheme)
+            if packed is None:
+                words = 0
+            else:
+                held.append(packed)
+                words = packed.words.data_ptr()
+        parts += (place, words, scale.data_ptr(), 0 if bias is None else bias.data_ptr(), rows)
+        total += rows
+    return depth, total, qmax, scheme.group, len(weights)
+
+
+def _learn_codes(cpu: Cpu, scheme: ActivationScheme, depth: int) -> tuple[int, bool]:
+    # weights as pairs of 16 bits take twice their memory, and bring many tokens a twentieth of the time and few ones none
+    qmax = scheme.widest_code(depth)
+    return _codes.setdefault((scheme.name, depth, cpu.path), (qmax, not cpu.is_wide(qmax)))
+
+
+def _is_row(values: Tensor, count: int) -> bool:
+    """Say whether these are `count` fp32 values next to each other on the CPU."""
+    return (
+        values.dtype is torch.float32 and values.numel() == count and values.is_contiguous() and values.is_cpu
+    )
+
+
+def _norm_words(how: Norm | None, count: int) -> tuple[int, int, int, float] | None:
+    """Return the C struct `Norm`, or None where the library does not take it."""
+    if how is None:
+        return _NO_NORM
+    kind, weight, bias, epsilon = how
+    number = _NORMS.get(kind, 0)
+    if number == 0 or (weight is not None and not _is_row(weight, count)):
+        return None
+    if bias is not None and not _is_row(bias, count):
+        return None
+    scale, shift = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+    return number, scale, shift, epsilon
+
+
+def _native_norm(
+    cpu: Cpu, x: Tensor, how: Norm, residual: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    width = x.shape[-1] if x.dim() else 0
+    words = _norm_words(how, width)
+    if words is None or width == 0:
+        return None
+    if torch.is_grad_enabled() and _wants_gradient(x, residual, *how[1:3]):
+        return None
+    x = _dense(x)
+    total, term = x, None
+    if residual is not None:
+        if residual.dtype is not torch.float32 or not residual.is_cpu or residual.shape != x.shape:
+            return None
+        residual = _dense(residual)
+        total, term = pool.empty(x.shape, x), residual.data_ptr()
+    out = pool.empty(x.shape, x)
+    kind, weight, bias, epsilon = words
+    failed = cpu.norm(
+        cpu.isa, torch.get_num_threads(), x.numel() // width, width, kind, weight, bias, epsilon,
+        x.data_ptr(), term, total.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        return None
+    return out if residual is None else (out, total)
+
+
+def _native_rotary(cpu: Cpu, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    if x.dim() != 4 or x.stride(-1) != 1 or x.is_neg() or x.shape[-1] % 2:
+        return None
+    batch, heads, tokens, width = x.shape
+    angles = ((1, tokens, width), (batch, tokens, width))
+    for angle in (cos, sin):
+        if angle.dtype is not torch.float32 or not angle.is_cpu or tuple(angle.shape) not in angles:
+            return None
+    if cos.shape != sin.shape or (torch.is_grad_enabled() and _wants_gradient(x, cos, sin)):
+        return None
+    cos, sin = _dense(cos), _dense(sin)
+    out = pool.empty((batch, tokens, heads, width), x)
+    sizes = struct.pack("=7q", batch, heads, tokens, width, *x.stride()[:3])
+    step = tokens * width if cos.shape[0] > 1 else 0
+    failed = cpu.rotary(
+        cpu.isa,
+        torch.get_num_threads(),
+        sizes,
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        step,
+        out.data_ptr(),
+    )
+    return None if failed else out.transpose(1, 2)
+
+
+def _composed_product(x: Tensor, product: Product) -> Tensor:
+    weights, scales, biases, activations = product
+    outs = [
+        int8_linear(x, weight, scale, bias, activations)
+        for weight, scale, bias in zip(weights, scales, biases, strict=True)
+    ]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+
+
+def _composed_norm(x: Tensor, how: Norm) -> Tensor:
+    kind, weight, bias, epsilon = how
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+    if kind != "rms":
+        raise ValueError(f"unknown norm {kind!r}; choose 'layer' or 'rms'")
+    wide = x.float()
+    y = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+    y = y if weight is None else weight * y
+    return y if bias is None else y + bias

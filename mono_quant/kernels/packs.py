@@ -1,0 +1,168 @@
+"""Weights once more in the order in which kernels read them, kept from the second use on.
+
+Interleaving a weight costs as much as a product with a few tokens, so it pays to keep it; it takes as much memory as the
+weight again, so it is bounded. An entry belongs to the memory of one weight: it is found by the storage object itself, never
+by an address alone, and is dropped when that memory is given back, written to (the tensor's version), replaced (`.data =`),
+or moved, to shared memory or another device. Packed words never change once they are there.
+
+What versions cannot show is a write through something that shares the memory but not the version: `weight.data.copy_(...)`, a
+numpy view, another process. Therefore a few codes are compared at each use, which notices a weight that was replaced as a whole,
+but not every change of single values: call `forget()` after such a write, or write under `torch.no_grad()` without `.data`.
+"""
+
+import os
+import threading
+import weakref
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mono_quant.kernels.activations import ActivationScheme
+from mono_quant.kernels.cpu import Cpu, Packed, Samples
+
+# The address, rows and columns of a weight.
+Key: TypeAlias = tuple[int, int, int]
+
+
+class _Entry:
+    """What is known of one weight.
+
+    Attributes:
+        storage: the memory of the codes, as long as it is there.
+        version: of the tensor when it was used first.
+        packed: by path; None where a path reads the weight as it is, or there was no room.
+    """
+
+    __slots__ = ("_samples", "_seen", "packed", "storage", "version")
+
+    def __init__(self, storage: "weakref.ref[torch.UntypedStorage]", version: int, samples: Samples) -> None:
+        self.storage, self.version = storage, version
+        self.packed: dict[str, Packed | None] = {}
+        self._samples, self._seen = samples, samples.read()
+
+    def unchanged(self) -> bool:
+        """Say whether some codes are what they were; the storage has to be alive."""
+        return self._samples.read() == self._seen
+
+
+# Single operations on a dict are atomic: a thread finds an entry or does without.
+_entries: dict[Key, _Entry] = {}
+_packing = threading.Lock()
+_MISSING = Packed(torch.empty(0, dtype=torch.int32), "", False)
+
+
+class _Budget:
+    """How many bytes packed weights may take: a quarter of the memory that is free when this is first asked."""
+
+    def __init__(self) -> None:
+        self._bytes: int | None = None
+
+    def __call__(self) -> int:
+        if self._bytes is None:
+            self._bytes = 0 if os.environ.get("MONO_QUANT_PACK") == "0" else _free_bytes() // 4
+        return self._bytes
+
+
+_budget = _Budget()
+
+
+def find(cpu: Cpu, weight: Tensor, key: Key, scheme: ActivationScheme) -> Packed | None:
+    """Return the packed form of a weight, or None where there is none (yet).
+
+    Args:
+        cpu: the path that reads it.
+        weight: int8 [N, K], dense, on CPU.
+        key: its address, N and K, which the caller knows.
+        scheme: what becomes of the activations: one of 8 bits.
+
+    Returns:
+        What `cpu.pack` made; hold it as long as a kernel reads it.
+    """
+    storage = weight.untyped_storage()
+    entry = _entries.get(key)
+    if (
+        entry is None
+        or entry.storage() is not storage
+        or entry.version != weight._version
+        or not entry.unchanged()
+    ):
+        _remember(key, storage, weight)
+        return None
+    packed = entry.packed.get(cpu.path, _MISSING)
+    return _pack(cpu, weight, scheme, entry) if packed is _MISSING else packed
+
+
+def bytes_held() -> int:
+    """Return how many bytes packed weights take now."""
+    held = [packed for entry in list(_entries.values()) for packed in list(entry.packed.values())]
+    return sum(packed.words.nbytes for packed in held if packed is not None)
+
+
+def forget() -> None:
+    """Give all packed weights back; those that are used again are packed anew."""
+    _entries.clear()
+
+
+def _remember(key: Key, storage: torch.UntypedStorage, weight: Tensor) -> None:
+    # an inference tensor has no version: a change could not be seen
+    if _budget() > 0 and not weight.is_inference():
+        # the callback runs wherever the last tensor goes away, so it takes no lock
+        _entries[key] = _Entry(
+            weakref.ref(storage, partial(_drop, key)), weight._version, Samples(key[0], weight.nbytes)
+        )
+
+
+def _drop(key: Key, storage: "weakref.ref[torch.UntypedStorage]") -> None:
+    entry = _entries.get(key)
+    if entry is not None and entry.storage is storage:
+        _entries.pop(key, None)
+
+
+def _pack(cpu: Cpu, weight: Tensor, scheme: ActivationScheme, entry: _Entry) -> Packed | None:
+    # a thread that would have to wait is faster without
+    if not _packing.acquire(blocking=False):
+        return None
+    try:
+        _drop_moved()
+        if cpu.path in entry.packed:
+            return entry.packed[cpu.path]
+        # rows and columns are padded besides
+        has_room = bytes_held() + weight.nbytes <= _budget()
+        packed = cpu.pack(weight, scheme) if has_room else None
+        # written to meanwhile
+        if weight._version != entry.version:
+            return None
+        entry.packed[cpu.path] = packed
+        return packed
+    finally:
+        _packing.release()
+
+
+def _drop_moved() -> None:
+    """Drop the entries whose storage has its memory elsewhere now, as after `share_memory_`."""
+    for key, entry in list(_entries.items()):
+        storage = entry.storage()
+        if storage is None or not 0 <= key[0] - storage.data_ptr() < max(1, storage.nbytes()):
+            _entries.pop(key, None)
+
+
+def _free_bytes() -> int:
+    """Return the memory that is free for this process: the machine's, or its control group's if that is less."""
+    free = _number("/proc/meminfo", "MemAvailable:")
+    if free is None:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024
+    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
+    return free * 1024 if limit is None or used is None else max(0, min(free * 1024, limit - used))
+
+
+def _number(file: str, name: str | None = None) -> int | None:
+    """Return the number in a file, or the one after `name`; None where there is none, as in "max"."""
+    try:
+        words = Path(file).read_text(encoding="ascii").split()
+    except OSError:
+        return None
+    place = 0 if name is None else words.index(name) + 1 if name in words else len(words)
+    return int(words[place]) if place < len(words) and words[place].isdecimal() else None
