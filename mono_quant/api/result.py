@@ -14,6 +14,7 @@ from mono_quant.artifact.keeping import keep_
 from mono_quant.artifact.publishing import publish
 from mono_quant.artifact.saving import MAX_SHARD_SIZE, render_card, save
 from mono_quant.errors import ConfigError, MissingFileError, MonoQuantError, UnsupportedModelError
+from mono_quant.graphs.backend import mono_quant
 from mono_quant.hf.processors import pipeline
 from mono_quant.io.disk.manifest import MANIFEST
 from mono_quant.io.disk.output import temporary_folder
@@ -110,6 +111,18 @@ class QuantizedModel:
             ConfigError: it cannot be run.
         """
         return suggestion(self._subject, probe)
+
+    def compile(self, *, dynamic: bool | None = None, fullgraph: bool = False) -> None:
+        """Compile the model in place, as `torch.compile(model, backend="mono_quant")` does; no compiler is needed.
+
+        What the model does in a forward becomes a few fused calls: attention, and layers with their norms, activations and
+        residuals. The first call of each kind of shape takes seconds. Everything else about the model stays as it is.
+
+        Args:
+            dynamic: whether sizes vary. None: those that did vary, from then on.
+            fullgraph: raise where the model cannot be one graph, instead of compiling the parts.
+        """
+        self.model.compile(backend=mono_quant, dynamic=dynamic, fullgraph=fullgraph)
 
     def card(self) -> str:
         """Return the README that `save` writes."""

@@ -6,6 +6,7 @@ outside this is one room: its parts are its own affair.
 
 from mono_quant.kernels.activations import ACTIVATIONS, AUTO, SCHEMES, ActivationScheme, check_activations
 from mono_quant.kernels.attention import attention, try_attention
+from mono_quant.kernels.captured import ATTENTION_OPS, CONV_OPS, HALF_OPS, LINEAR_OPS
 from mono_quant.kernels.choice import activation_scheme, describe, describe_half, environment, using
 from mono_quant.kernels.encoding import cast_half, encode_rows
 from mono_quant.kernels.fused import Norm, Product, chain, chain_parts, norm, rotary
@@ -16,7 +17,11 @@ from mono_quant.kernels.reference import MAX_IN_FEATURES
 
 __all__ = [
     "ACTIVATIONS",
+    "ATTENTION_OPS",
     "AUTO",
+    "CONV_OPS",
+    "HALF_OPS",
+    "LINEAR_OPS",
     "MAX_IN_FEATURES",
     "NO_GRADIENT",
     "SCHEMES",
