@@ -420,3 +420,11 @@ def test_adapters_that_are_merged_leave_the_schemes(tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     assert named(mq.load(tmp_path / "merged")) == before
     shutil.rmtree(tmp_path / "merged")
+
+
+def test_a_layer_whose_own_plain_attribute_has_that_name_stays_in_float():
+    model = tiny_llama()
+    model.model.layers[0].mlp.down_proj.activations = "mine"
+    report = mq.quantize(model, fidelity=False).report
+    (row,) = (r for r in report.rows if r.name == "model.layers.0.mlp.down_proj.weight")
+    assert row.action == "kept" and "attributes of its own (activations)" in row.reason
