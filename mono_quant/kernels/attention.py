@@ -1,4 +1,4 @@
-"""Attention in float32 on CPU, by a kernel of our own; whatever it is not made for goes to torch.
+"""Attention on CPU, in float32 arithmetic, by a kernel of our own; whatever it is not made for goes to torch.
 
 softmax(scale * q k^T + mask) v, with the same bits for every instruction set, thread count and batch. A query's result does
 not depend on other queries, nor on keys that it does not see: a token has the bits in a decode step that it has in a
@@ -18,7 +18,10 @@ from mono_quant.kernels import pool
 from mono_quant.kernels.choice import active
 
 # `Attention` of csrc/attention.h, without its first field.
-_CALL = struct.Struct("=8q" + 3 * "Q4q" + "qQ4q" + "2qd" + "Q4q")
+_CALL = struct.Struct("=9q" + 3 * "Q4q" + "qQ4q" + "2qd" + "Q4q")
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# What outputs of the kernel are like.
+_FLOAT = torch.empty(0, dtype=torch.float32, device="cpu")
 _NONE = 0
 _KINDS = {torch.float32: 1, torch.bool: 2}
 _NO_STEPS = (0, 0, 0, 0)
@@ -91,11 +94,10 @@ def native(
     window: int | None,
 ) -> Tensor | None:
     """Attend by our own kernel; None where it has no answer."""
-    if active.cpu is None or q.dtype is not torch.float32 or not q.is_cpu:
+    dtype = q.dtype
+    if active.cpu is None or not k.dtype is v.dtype is dtype or not (q.is_cpu and k.is_cpu and v.is_cpu):
         return None
-    if k.dtype is not torch.float32 or v.dtype is not torch.float32 or not (k.is_cpu and v.is_cpu):
-        return None
-    if not q.dim() == k.dim() == v.dim() == 4:
+    if dtype not in _DTYPES or not q.dim() == k.dim() == v.dim() == 4:
         return None
     batch, heads, queries, size = q.shape
     key_batch, key_heads, keys, key_size = k.shape
@@ -112,6 +114,8 @@ def native(
     kind, pointer = _NONE, 0
     steps: tuple[int, ...] = _NO_STEPS
     if mask is not None:
+        if dtype is not torch.float32 and mask.dtype is dtype:
+            mask = mask.float()
         kind = _KINDS.get(mask.dtype, _NONE)
         if kind == _NONE or not mask.is_cpu or mask.dim() > 4:
             return None
@@ -126,15 +130,18 @@ def native(
         q_steps, k_steps, v_steps = q.stride(), k.stride(), v.stride()
     row = heads * width
     if batch * queries * row < _SMALL:
-        out = torch.empty_strided((batch, heads, queries, width), (queries * row, width, row, 1))
+        steps_out = (queries * row, width, row, 1)
+        out = q.new_empty_strided((batch, heads, queries, width), steps_out, dtype=torch.float32)
     else:
-        out = pool.empty((batch, queries, heads, width), q).transpose(1, 2)
+        out = pool.empty((batch, queries, heads, width), _FLOAT).transpose(1, 2)
     call = _CALL.pack(
-        torch.get_num_threads(), batch, heads, key_heads, queries, keys, size, width, q.data_ptr(), *q_steps,
+        torch.get_num_threads(), _DTYPES[dtype], batch, heads, key_heads, queries, keys, size, width, q.data_ptr(), *q_steps,
         k.data_ptr(), *k_steps, v.data_ptr(), *v_steps, kind, pointer, *steps, causal, window or 0,
         size**-0.5 if scale is None else scale, out.data_ptr(), queries * row, width, row, 1,
     )  # fmt: skip
-    return out if active.cpu.attend(call) else None
+    if not active.cpu.attend(call):
+        return None
+    return out if dtype is torch.float32 else out.to(dtype)
 
 
 def by_torch(
@@ -208,7 +215,7 @@ def _is_captured(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         return False
     if not compiling and torch._C._get_tracing_state() is not None:
         return False
-    if q.dtype is not torch.float32 or q.device.type != "cpu" or _wants_gradients(q, k, v, mask):
+    if q.dtype not in _DTYPES or q.device.type != "cpu" or _wants_gradients(q, k, v, mask):
         return False
     fits = q.dim() == k.dim() == v.dim() == 4 and q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3]
     return fits and q.shape[3] == k.shape[3] <= WIDEST_HEAD and q.shape[1] % k.shape[1] == 0

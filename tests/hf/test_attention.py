@@ -20,7 +20,7 @@ from mono_quant.hf import attention
 
 pytestmark = native_only
 # Layers that attend by the interface.
-LAYERS = {"bert": 2, "llama": 2, "gpt2": 2, "t5": 6, "vit": 2, "whisper": 6, "qwen3_moe": 2}
+LAYERS = {"bert": 2, "llama": 2, "llama_bf16": 2, "gpt2": 2, "t5": 6, "vit": 2, "whisper": 6, "qwen3_moe": 2}
 
 
 @pytest.fixture(autouse=True)

@@ -107,7 +107,7 @@ void conversions(int64_t rows, int64_t depth, int dtype, int threads) {
 
 // As attention.h has it: strides of dense [batch, heads, length, size], of a mask for all heads.
 struct AttentionCall {
-  int64_t isa, threads, batch, heads, key_heads, queries, keys, size, value_size;
+  int64_t isa, threads, dtype, batch, heads, key_heads, queries, keys, size, value_size;
   const void* q;
   int64_t q_strides[4];
   const void* k;
@@ -127,14 +127,14 @@ void dense(int64_t heads, int64_t length, int64_t size, int64_t* strides) {
   strides[0] = heads * length * size, strides[1] = length * size, strides[2] = size, strides[3] = 1;
 }
 
-void attentions(int isa, int64_t queries, int64_t keys, int64_t size, int kind, int threads) {
+void attentions(int isa, int dtype, int64_t queries, int64_t keys, int64_t size, int kind, int threads) {
   const int64_t batch = 2, heads = 4, key_heads = 1 + queries % 2, value_size = size % 7 + 3;
-  const auto q = floats(batch * heads * queries * size, 0), k = floats(batch * key_heads * keys * size, 0);
-  const auto v = floats(batch * key_heads * keys * value_size, 0);
+  const auto q = floats(batch * heads * queries * size, dtype), k = floats(batch * key_heads * keys * size, dtype);
+  const auto v = floats(batch * key_heads * keys * value_size, dtype);
   const auto mask = floats(batch * queries * keys, 0);
   std::vector<char> bytes_mask(batch * queries * keys), out(batch * heads * queries * value_size * 4);
   for (char& b : bytes_mask) b = random_bits() >> 31;
-  AttentionCall call = {isa, threads, batch, heads, key_heads, queries, keys, size, value_size};
+  AttentionCall call = {isa, threads, dtype, batch, heads, key_heads, queries, keys, size, value_size};
   call.q = q.data(), call.k = k.data(), call.v = v.data(), call.out = out.data();
   dense(heads, queries, size, call.q_strides);
   dense(key_heads, keys, size, call.k_strides);
@@ -168,11 +168,11 @@ int main() {
     if (!(isas >> isa & 1)) continue;
     for (int64_t keys : {1, 15, 64, 100, 257, 530}) {
       for (int64_t queries : {1, 2, 13, 49, 200}) {
-        for (int64_t size : {1, 16, 33, 80}) attentions(isa, queries, keys, size, (keys + size) % 3, 1 + queries % 2);
+        for (int64_t size : {1, 16, 33, 80}) attentions(isa, (queries + size) % 3, queries, keys, size, (keys + size) % 3, 1 + queries % 2);
       }
     }
     // more threads than heads
-    attentions(isa, 1, 2000, 64, 2, 16);
+    attentions(isa, 0, 1, 2000, 64, 2, 16);
   }
   for (int64_t rows : {1, 7, 8, 33, 200}) {
     for (int64_t columns : {1, 8, 31, 65}) transposes(rows, columns, (rows + columns) % 2, 2);

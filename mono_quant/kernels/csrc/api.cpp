@@ -230,7 +230,7 @@ MQ_API int mq_transpose(int threads, int64_t images, int64_t rows, int64_t colum
 MQ_API int mq_attention(const void* a) {
   Attention call;
   std::memcpy(&call, a, sizeof(call));
-  if (call.batch < 0 || call.queries < 0 || call.keys < 0 || call.size < 1 || call.value_size < 1) return 2;
+  if (!known(static_cast<int>(call.dtype)) || call.batch < 0 || call.queries < 0 || call.keys < 0 || call.size < 1 || call.value_size < 1) return 2;
   if (call.key_heads < 1 || call.heads % call.key_heads != 0 || call.window < 0) return 2;
   if (call.batch == 0 || call.queries == 0 || call.heads == 0) return 0;
   return attention(call) ? 0 : 1;

@@ -14,15 +14,19 @@ enum class MaskKind : int64_t { none = 0, added = 1, visible = 2 };
 
 // Where the rows of [batch, heads, length, size] lie; the last stride is 1.
 struct Rows {
-  const float* data;
+  const void* data;
   int64_t batch, head, row, element;
 
-  const float* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
+  const void* at(int64_t b, int64_t h, int64_t i, DType dtype) const {
+    return static_cast<const char*>(data) + (b * batch + h * head + i * row) * size_of(dtype);
+  }
 };
 
 // Read from memory that the caller filled: eight-byte fields alone. Strides are in elements.
 struct Attention {
   int64_t isa, threads;
+  // Of queries, keys and values.
+  int64_t dtype;
   int64_t batch, heads, key_heads, queries, keys, size, value_size;
   Rows q, k, v;
   // Added to the scores (float), or what may be seen (bytes that are not zero).
@@ -36,6 +40,7 @@ struct Attention {
   float* out;
   int64_t out_batch, out_head, out_row, out_element;
 
+  DType type() const { return static_cast<DType>(dtype); }
   const char* mask_at(int64_t b, int64_t h, int64_t i) const {
     const int64_t bytes = mask_kind == MaskKind::added ? 4 : 1;
     return static_cast<const char*>(mask) + (b * mask_batch + h * mask_head + i * mask_row) * bytes;

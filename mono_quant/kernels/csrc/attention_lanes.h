@@ -114,16 +114,28 @@ void product(int64_t vectors, int64_t rows, const float* a, int64_t a_stride, co
   }
 }
 
+// Sixteen values of a row from d on, zeros behind its end.
+template <DType D>
+MQ_LANE Lanes load_part(const void* row, int64_t d, int64_t size) {
+  if constexpr (D == DType::f32) return load_first(static_cast<const float*>(row) + d, size - d);
+  if (size - d >= kLaneCount) return load_as<D>(row, d);
+  float part[kLaneCount] = {};
+  to_floats(static_cast<const char*>(row) + d * size_of(D), D, size - d, part);
+  return load(part);
+}
+
 // Keys [count, size] become panels [size][kPanel], zeros behind the last key.
-MQ_TARGET void pack_keys(const float* k, int64_t stride, int64_t count, int64_t size, float* panels) {
+template <DType D>
+MQ_TARGET void pack_keys(const void* k, int64_t stride, int64_t count, int64_t size, float* panels) {
   const int64_t padded = round_up(size, kLaneCount);
   for (int64_t p = 0; p < count; p += kLaneCount) {
+    const char* rows = static_cast<const char*>(k) + p * stride * size_of(D);
     float* column = panels + p / kPanel * kPanel * padded + p % kPanel;
     for (int64_t d = 0; d < size; d += kLaneCount) {
       Lanes r[kLaneCount];
 #pragma GCC unroll 16
       for (int i = 0; i < kLaneCount; ++i) {
-        r[i] = p + i < count ? load_first(k + (p + i) * stride + d, size - d) : zeros();
+        r[i] = p + i < count ? load_part<D>(rows + i * stride * size_of(D), d, size) : zeros();
       }
       transpose(r);
 #pragma GCC unroll 16
@@ -132,14 +144,19 @@ MQ_TARGET void pack_keys(const float* k, int64_t stride, int64_t count, int64_t 
   }
 }
 
-MQ_TARGET void copy_rows(const float* source, int64_t stride, int64_t count, int64_t size, float* target) {
+// Rows [count, size] become float rows of whole vectors.
+template <DType D>
+MQ_TARGET void copy_rows(const void* source, int64_t stride, int64_t count, int64_t size, float* target) {
   const int64_t padded = round_up(size, kLaneCount);
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t d = 0; d < size; d += kLaneCount) {
-      store(target + i * padded + d, load_first(source + i * stride + d, size - d));
-    }
+    const char* row = static_cast<const char*>(source) + i * stride * size_of(D);
+    for (int64_t d = 0; d < size; d += kLaneCount) store(target + i * padded + d, load_part<D>(row, d, size));
   }
 }
+
+using LayOut = void (*)(const void* source, int64_t stride, int64_t count, int64_t size, float* target);
+constexpr LayOut kPackKeys[] = {pack_keys<DType::f32>, pack_keys<DType::f16>, pack_keys<DType::bf16>};
+constexpr LayOut kCopyRows[] = {copy_rows<DType::f32>, copy_rows<DType::f16>, copy_rows<DType::bf16>};
 
 // Which part of a block one row sees, from its beginning.
 struct View {
@@ -293,13 +310,15 @@ void with_block(const Attention& a, const Span& span, const Buffers& b, int64_t 
   const int64_t head = span.head / (a.heads / a.key_heads), size = round_up(a.size, kLaneCount);
   const int64_t from = (begin - start) / kLaneCount * kLaneCount, count = end - start;
   for (int64_t p = from / kPanel * kPanel; p < count; p += kPanel) {
-    pack_keys(a.k.at(span.batch, head, start + p), a.k.row, smaller(kPanel, count - p), a.size, b.keys + p * size);
+    const void* keys = a.k.at(span.batch, head, start + p, a.type());
+    kPackKeys[a.dtype](keys, a.k.row, smaller(kPanel, count - p), a.size, b.keys + p * size);
   }
-  const float* values = a.v.at(span.batch, head, start);
+  const float* values = static_cast<const float*>(a.v.at(span.batch, head, start, a.type()));
   int64_t value_stride = a.v.row;
-  if (rows > kFewRows || a.value_size % kLaneCount != 0) {
+  if (rows > kFewRows || a.value_size % kLaneCount != 0 || a.type() != DType::f32) {
     value_stride = round_up(a.value_size, kLaneCount);
-    copy_rows(values + from * a.v.row, a.v.row, count - from, a.value_size, b.values + from * value_stride);
+    kCopyRows[a.dtype](a.v.at(span.batch, head, start + from, a.type()), a.v.row, count - from, a.value_size,
+                       b.values + from * value_stride);
     values = b.values;
   }
   each(Step{a, span, b, start, begin - start, count, values, value_stride});
@@ -308,8 +327,8 @@ void with_block(const Attention& a, const Span& span, const Buffers& b, int64_t 
 void copy_queries(const Attention& a, const Span& span, const Buffers& b) {
   const int64_t size = round_up(a.size, kLaneCount);
   for (int64_t r = span.first; r < span.end; ++r) {
-    const float* row = a.q.at(span.batch, span.head + r / a.queries, r % a.queries);
-    copy_rows(row, 0, 1, a.size, b.q + (r - span.first) * size);
+    const void* row = a.q.at(span.batch, span.head + r / a.queries, r % a.queries, a.type());
+    kCopyRows[a.dtype](row, 0, 1, a.size, b.q + (r - span.first) * size);
   }
 }
 
