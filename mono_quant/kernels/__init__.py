@@ -11,6 +11,7 @@ from mono_quant.kernels.encoding import cast_half, encode_rows
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
 from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear, is_watched
 from mono_quant.kernels.reference import MAX_IN_FEATURES
+from mono_quant.kernels.starvation import processors, starved
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,6 +35,8 @@ __all__ = [
     "int8_embedding",
     "int8_linear",
     "is_watched",
+    "processors",
+    "starved",
     "try_attention",
     "using",
 ]
