@@ -15,6 +15,7 @@ of which the fastest counts. `--cpu avx2` keeps the libraries from using AVX-512
 
 import argparse
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -22,9 +23,11 @@ import torch
 from bench import plots
 from bench.cases import CASES
 from bench.conversion import run_convert
+from bench.in_openvino import PEERS
 from bench.limits import processor
 from bench.loading import WAYS, run_loading
 from bench.products import SHAPES, TOKENS, run_kernels
+from bench.race import BACKENDS
 from bench.restriction import NOTE, restrict, restricted
 from bench.sentences import COUNT, run_sentences
 from bench.stacks import STACKS
@@ -53,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
         "--best", action="store_true", help="minima in place of medians, for a shared machine"
     )
     common.add_argument("--cpu", choices=["avx2"], help="keep every library that can be kept to AVX2")
+    common.add_argument(
+        "--peers", help="the Python of an environment with sentence-transformers[openvino] and optimum-intel"
+    )
     common.add_argument("--json", type=Path, help="write the result here")
     common.add_argument("--png", type=Path, help="draw the result here (needs matplotlib)")
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,6 +85,11 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sentences", parents=[common])
     command.set_defaults(run=run_sentences, plot=plots.plot_sentences)
     command.add_argument("--count", type=count, default=COUNT)
+    command.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    command.add_argument("--rounds", type=count, default=3)
+    command.add_argument(
+        "--onnx-python", help="the Python of an environment with sentence-transformers[onnx], as --peers"
+    )
     command = commands.add_parser("loading", parents=[common])
     command.set_defaults(run=run_loading, plot=plots.plot_loading)
     command.add_argument("--gigabytes", type=float, default=2.2, help="of the float checkpoint")
@@ -89,8 +100,10 @@ def parser() -> argparse.ArgumentParser:
     )
     command = commands.add_parser("worker", parents=[common])
     command.set_defaults(run=run_worker)
-    for name in ("--model", "--stack", "--reference"):
+    for name in ("--model", "--stack"):
         command.add_argument(name, required=True)
+    command.add_argument("--folder", type=Path, required=True, help="inputs, the fp32 output, graphs")
+    command.add_argument("--write", action="store_true", help="only write the graph's files")
     command.add_argument("--batch", type=int, required=True)
     return top
 
@@ -100,6 +113,9 @@ def main() -> None:
     options = parser().parse_args()
     restrict(options.cpu)
     torch.set_num_threads(options.threads)
+    if options.peers is not None:
+        # for the workers too
+        os.environ[PEERS] = options.peers
     if options.run is run_worker:
         print(json.dumps(options.run(options)))
         return

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import mono_quant
+from mono_quant import kernels
 from mono_quant.convert import fidelity, probes
 
 TASKS = {
@@ -62,6 +63,9 @@ def compare_speed(original: torch.nn.Module, loaded: torch.nn.Module, processor:
     except probes.ProbeError as e:
         print(f"not measured: {e}")
         return
+    starved = kernels.starved()
+    if starved is not None:
+        print(f"the times below say little: {starved}")
     ms = milliseconds({"original": original, "int8": loaded}, probe)
     print(
         f"{probe.name}: original {ms['original']:.1f} ms, int8 {ms['int8']:.1f} ms, {ms['original'] / ms['int8']:.2f}x"

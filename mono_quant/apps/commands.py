@@ -166,7 +166,12 @@ def verify(place: str, **how: Any) -> Answer:
 
 
 def env() -> Answer:
-    facts = {"mono_quant": __version__, **kernels.environment()}
+    facts = {
+        "mono_quant": __version__,
+        **kernels.environment(),
+        "processors": kernels.processors(),
+        "starved": kernels.starved(),
+    }
     return Answer(
         json.dumps(facts, indent=2), tuple(f"{key:<16} {_plain(value)}" for key, value in facts.items())
     )

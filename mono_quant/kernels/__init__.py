@@ -14,6 +14,7 @@ from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
 from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear, is_watched
 from mono_quant.kernels.packs import bytes_held
 from mono_quant.kernels.reference import MAX_IN_FEATURES
+from mono_quant.kernels.starvation import processors, starved
 
 __all__ = [
     "ACTIVATIONS",
@@ -47,7 +48,9 @@ __all__ = [
     "int8_linear",
     "is_watched",
     "norm",
+    "processors",
     "rotary",
+    "starved",
     "try_attention",
     "using",
 ]

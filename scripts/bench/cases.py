@@ -22,6 +22,7 @@ class Case:
         build: makes the float model; the same weights after the same seed.
         inputs: makes the inputs of a batch.
         kind: the model type of ONNX Runtime's graph optimizer, or "".
+        causal: a decoder, which sees no token behind its own.
         decode: feed the last STEPS tokens one by one, with the keys and values of all before them in a cache.
         images: the input is images, and convolutions matter.
     """
@@ -29,6 +30,7 @@ class Case:
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Inputs]
     kind: str
+    causal: bool = False
     decode: bool = False
     images: bool = False
 
@@ -89,10 +91,10 @@ _text, _generated = _tokens(LENGTH), _tokens(PROMPT + STEPS)
 CASES = {
     "minilm": Case(_minilm, _real_text, "bert"),
     "bert-base": Case(_random("BertConfig", "BertModel"), _text, "bert"),
-    "gpt2-prefill": Case(_gpt2, _text, "gpt2"),
-    "gpt2-decode": Case(_gpt2, _generated, "gpt2", decode=True),
-    "llama-prefill": Case(_llama, _text, "qwen3"),
-    "llama-decode": Case(_llama, _generated, "qwen3", decode=True),
+    "gpt2-prefill": Case(_gpt2, _text, "gpt2", causal=True),
+    "gpt2-decode": Case(_gpt2, _generated, "gpt2", causal=True, decode=True),
+    "llama-prefill": Case(_llama, _text, "qwen3", causal=True),
+    "llama-decode": Case(_llama, _generated, "qwen3", causal=True, decode=True),
     "vit-base": Case(_random("ViTConfig", "ViTModel"), _images, "vit", images=True),
     "resnet-50": Case(_random("ResNetConfig", "ResNetModel"), _images, "", images=True),
 }

@@ -12,6 +12,11 @@ def resident() -> float:
     return _status("VmRSS") - _libraries()
 
 
+def anonymous() -> float:
+    """Return the part of the resident set that belongs to no file, in MiB: what the system cannot take back."""
+    return _status("RssAnon")
+
+
 def peak() -> float:
     """Return the largest resident set since the start or the last `forget`, in MiB."""
     return _status("VmHWM") - _libraries()

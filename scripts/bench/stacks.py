@@ -1,69 +1,64 @@
-"""The competitors that run inside PyTorch, each a function from a float model to something that runs."""
+"""The competitors: inside PyTorch a function from a float model to something that runs; outside it files and what opens them."""
 
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from bench import graphs
-from bench.cases import PROMPT, Case, Inputs
+from bench import in_onnxruntime, in_openvino
+from bench.cases import Case, Inputs
+from bench.eager import eager
+from bench.exporting import ONNX_IMPORTS
+from bench.runner import Runner
 from bench.skip import Skip
 
-Run = Callable[[Inputs], torch.Tensor]
-Convert = Callable[[nn.Module, Case, Inputs], graphs.Runner]
-# What is entered here lasts as long as the process.
-_for_good = ExitStack()
-
-
-def eager(model: nn.Module, case: Case, dtype: torch.dtype = torch.float32) -> graphs.Runner:
-    """Run a torch model: one pass, or token by token behind a prompt that is read once."""
-
-    def forward(inputs: Inputs) -> torch.Tensor:
-        cast = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
-        return model(**cast)[0].float()  # type: ignore[no-any-return]
-
-    if not case.decode:
-        return graphs.Runner(forward)
-    from transformers import DynamicCache  # noqa: PLC0415
-
-    cache = DynamicCache()
-
-    def decode(inputs: Inputs) -> torch.Tensor:
-        ids = inputs["input_ids"]
-        known = cache.get_seq_length()
-        if known == 0:
-            model(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True)
-        elif known > PROMPT:
-            cache.crop(PROMPT - known)
-        steps = [
-            model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)[0]
-            for i in range(PROMPT, ids.shape[1])
-        ]
-        return torch.cat(steps, 1).float()
-
-    return graphs.Runner(decode)
+Convert = Callable[[nn.Module, Case], Runner]
 
 
 def _cast(dtype: torch.dtype) -> Convert:
-    return lambda model, case, _: eager(model.to(dtype), case, dtype)
+    return lambda model, case: eager(model.to(dtype), case, dtype)
 
 
-def _quantized(model: nn.Module, dtype: str) -> nn.Module:
-    from mono_quant import dynamic_quantize  # noqa: PLC0415
+def _quantized(model: nn.Module, dtype: str, activations: str = "auto") -> nn.Module:
+    from mono_quant import QuantizationConfig, dynamic_quantize  # noqa: PLC0415
 
-    return dynamic_quantize(model, dtype)[0]
+    if activations == "auto":
+        return dynamic_quantize(model, dtype)[0]
+    if "activations" not in {field.name for field in fields(QuantizationConfig)}:
+        raise Skip("this mono_quant has no activation schemes")
+    options: dict[str, Any] = {"activations": activations}
+    return dynamic_quantize(model, dtype, **options)[0]
 
 
-def _ours(dtype: str) -> Convert:
-    def convert(model: nn.Module, case: Case, _: Inputs) -> graphs.Runner:
+def _ours(dtype: str, activations: str = "auto") -> Convert:
+    def convert(model: nn.Module, case: Case) -> Runner:
         from mono_quant import kernels  # noqa: PLC0415
 
-        runner = eager(_quantized(model, dtype), case)
-        return runner.saying(kernels.describe()) if dtype == "int8" else runner
+        runner = eager(_quantized(model, dtype, activations), case)
+        if dtype != "int8":
+            return runner
+        return runner.saying(f"{kernels.describe()}, {kernels.activation_scheme(activations)}")
+
+    return convert
+
+
+def _fused(activations: str = "auto") -> Convert:
+    """Let our own graph backend fuse: no compiler runs, and decoders keep a static cache."""
+
+    def convert(model: nn.Module, case: Case) -> Runner:
+        from mono_quant import kernels  # noqa: PLC0415
+
+        model = _quantized(model, "int8", activations)
+        if "mono_quant" not in torch.compiler.list_backends():
+            raise Skip("this mono_quant has no graph backend")
+        model.compile(backend="mono_quant")
+        runner = eager(model, case, static=True)
+        return runner.saying(f"{kernels.describe()}, {kernels.activation_scheme(activations)}")
 
     return convert
 
@@ -71,30 +66,12 @@ def _ours(dtype: str) -> Convert:
 def _compiled(prepare: Callable[[nn.Module], nn.Module]) -> Convert:
     """Let torch.compile fuse what surrounds the products."""
 
-    def convert(model: nn.Module, case: Case, inputs: Inputs) -> graphs.Runner:
+    def convert(model: nn.Module, case: Case) -> Runner:
         if case.decode:
             raise Skip("torch.compile starts anew as the KV cache grows")
         model = prepare(model)
         model.compile()
-        runner = eager(model, case)
-        with torch.inference_mode():
-            runner.call(inputs)
-        return runner
-
-    return convert
-
-
-def _ours_at(bits: int) -> Convert:
-    """Run int8 at a width of the activation codes, where it is not the one of `ours`."""
-
-    def convert(model: nn.Module, case: Case, inputs: Inputs) -> graphs.Runner:
-        from mono_quant import kernels  # noqa: PLC0415
-
-        scheme = f"int{bits}"
-        if kernels.activation_scheme() == scheme:
-            raise Skip(f"`ours` has {bits}-bit activations on this kernel path")
-        _for_good.enter_context(kernels.using(activations=scheme))
-        return _ours("int8")(model, case, inputs)
+        return eager(model, case)
 
     return convert
 
@@ -105,7 +82,7 @@ def _needs(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
         raise Skip(f"it quantizes {names} only, and this model has none")
 
 
-def _torch_ao(model: nn.Module, case: Case, _: Inputs) -> graphs.Runner:
+def _torch_ao(model: nn.Module, case: Case) -> Runner:
     from torch.ao.quantization import quantize_dynamic  # noqa: PLC0415
 
     _needs(model, (nn.Linear,))
@@ -113,7 +90,7 @@ def _torch_ao(model: nn.Module, case: Case, _: Inputs) -> graphs.Runner:
 
 
 def _torchao(config: str) -> Convert:
-    def convert(model: nn.Module, case: Case, _: Inputs) -> graphs.Runner:
+    def convert(model: nn.Module, case: Case) -> Runner:
         quantization = importlib.import_module("torchao.quantization")
         _needs(model, (nn.Linear,))
         quantization.quantize_(model, getattr(quantization, config)())
@@ -122,7 +99,7 @@ def _torchao(config: str) -> Convert:
     return convert
 
 
-def _quanto(model: nn.Module, case: Case, _: Inputs) -> graphs.Runner:
+def _quanto(model: nn.Module, case: Case) -> Runner:
     library = importlib.import_module("optimum.quanto")
     _needs(model, (nn.Linear, nn.Conv2d))
     library.quantize(model, weights=library.qint8)
@@ -130,7 +107,7 @@ def _quanto(model: nn.Module, case: Case, _: Inputs) -> graphs.Runner:
     return eager(model, case)
 
 
-def _bitsandbytes(model: nn.Module, case: Case, _: Inputs) -> graphs.Runner:
+def _bitsandbytes(model: nn.Module, case: Case) -> Runner:
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415
 
     library = importlib.import_module("bitsandbytes", ("bitsandbytes",))
@@ -147,31 +124,67 @@ def _bitsandbytes(model: nn.Module, case: Case, _: Inputs) -> graphs.Runner:
     return eager(model.eval(), case)
 
 
+def _sdnq(model: nn.Module, case: Case) -> Runner:
+    """Multiply in int8 as its README does after loading; on a CPU the products are OpenVINO's, the rest torch.compile's."""
+    library = importlib.import_module("sdnq")
+    _needs(model, (nn.Linear, nn.Conv2d))
+    conv = {"quant_conv": True, "use_quantized_matmul_conv": True} if case.images else {}
+    with torch.no_grad():
+        model = library.sdnq_post_load_quant(
+            model, weights_dtype="int8", use_quantized_matmul=True, add_skip_keys=False, **conv
+        )
+    common = importlib.import_module("sdnq.common")
+    by = "OpenVINO" if importlib.import_module("sdnq.kernel_wrappers").use_openvino_mm else "torch"
+    return eager(model, case).saying(
+        f"products by {by}, {'compiled' if common.use_torch_compile else 'eager'}"
+    )
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A runtime that opens a file, so that what made the file is not in its memory.
+
+    Attributes:
+        write: from the float model to files in a folder.
+        open: from them to something that runs.
+        open_nothing: loads the runtime, without a model.
+    """
+
+    write: Callable[[nn.Module, Case, Inputs, Path], None]
+    open: Callable[[Path, Case, Inputs], Runner]
+    open_nothing: Callable[[], None]
+
+
 @dataclass(frozen=True)
 class Stack:
     """One competitor.
 
     Attributes:
-        convert: from the float model to something that runs.
+        way: from the float model to something that runs, in one process or in two.
         package: the distribution whose version is reported; torch itself when empty.
         imports: what to load before memory is measured.
     """
 
-    convert: Convert
+    way: Convert | Graph
     package: str = ""
     imports: tuple[str, ...] = ()
 
 
+SCHEMES = ("int8", "int8-g128", "int8-g64", "int12")
+_MONO = ("mono_quant",)
+_IN_ONNXRUNTIME = Graph(in_onnxruntime.write, in_onnxruntime.open_, in_onnxruntime.open_nothing)
+_IN_OPENVINO = Graph(in_openvino.write, in_openvino.open_, in_openvino.open_nothing)
 STACKS = {
     "fp32": Stack(_cast(torch.float32)),
     "bf16": Stack(_cast(torch.bfloat16)),
     "fp16": Stack(_cast(torch.float16)),
     "fp32-compiled": Stack(_compiled(lambda model: model)),
-    "ours": Stack(_ours("int8"), imports=("mono_quant",)),
-    "ours-compiled": Stack(_compiled(lambda model: _quantized(model, "int8")), imports=("mono_quant",)),
-    "ours-8bit": Stack(_ours_at(8), imports=("mono_quant",)),
-    "ours-12bit": Stack(_ours_at(12), imports=("mono_quant",)),
-    "ours-fp16": Stack(_ours("fp16"), imports=("mono_quant",)),
+    "ours": Stack(_ours("int8"), imports=_MONO),
+    "ours-compiled": Stack(_compiled(lambda model: _quantized(model, "int8")), imports=_MONO),
+    "ours-fused": Stack(_fused(), imports=_MONO),
+    **{f"ours-{name}": Stack(_ours("int8", name), imports=_MONO) for name in SCHEMES},
+    **{f"ours-fused-{name}": Stack(_fused(name), imports=_MONO) for name in SCHEMES},
+    "ours-fp16": Stack(_ours("fp16"), imports=_MONO),
     "torch.ao": Stack(_torch_ao),
     "torchao-dynamic": Stack(
         _torchao("Int8DynamicActivationInt8WeightConfig"), "torchao", ("torchao.quantization",)
@@ -179,8 +192,9 @@ STACKS = {
     "torchao-weight": Stack(_torchao("Int8WeightOnlyConfig"), "torchao", ("torchao.quantization",)),
     "quanto": Stack(_quanto, "optimum-quanto", ("optimum.quanto",)),
     "bitsandbytes": Stack(_bitsandbytes, "bitsandbytes", ("bitsandbytes",)),
-    "onnxruntime": Stack(graphs.onnxruntime, "onnxruntime", graphs.ONNX_IMPORTS),
-    "openvino": Stack(graphs.openvino, "openvino", ("openvino", "nncf", *graphs.ONNX_IMPORTS)),
+    "sdnq": Stack(_sdnq, "sdnq", ("sdnq",)),
+    "onnxruntime": Stack(_IN_ONNXRUNTIME, "onnxruntime", ONNX_IMPORTS),
+    "openvino": Stack(_IN_OPENVINO, "openvino", ("openvino",)),
 }
 
 

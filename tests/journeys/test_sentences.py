@@ -272,7 +272,7 @@ def test_minilm_by_id_keeps_its_embeddings_and_their_neighbours(
     """`python scripts/benchmark.py sentences` does it with 500 sentences."""
     mq.quantize_from_hub("org/minilm", output=tmp_path / "out", push_to="ann/minilm", **QUIET)
     model: Any = mq.load("ann/minilm")
-    texts = bench.sentences(60)
+    texts = bench.texts(60)
     expected = bench.embeddings(SentenceTransformer(str(minilm), device="cpu"), texts)
     for scheme, mean in (("int8", 0.997), ("int12", 0.999)):
         with kernels.using(activations=scheme):
