@@ -3,15 +3,19 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
 extern "C" {
 int mq_isas();
-int mq_linear(int, int, int, int64_t, int64_t, int64_t, const void*, int, int64_t, const int8_t*, const float*,
-              const void*, int, void*, int64_t);
+int mq_linear(int, int, int64_t, int, int64_t, int64_t, int64_t, const void*, int, int64_t, const int8_t*,
+              const int32_t*, const float*, const void*, int, void*, int64_t);
+int64_t mq_packed_words(int, int, int64_t, int64_t);
+int mq_pack(int, int, int, int64_t, int64_t, int64_t, const int8_t*, int32_t*);
 int mq_half_linear(int, int, int64_t, int64_t, int64_t, const void*, int, int64_t, const void*, const void*, int, void*,
                    int64_t);
-int mq_conv(int, int, int, const int64_t*, const void*, int, const int8_t*, const float*, const void*, int, void*);
+int mq_conv(int, int, int64_t, int, const int64_t*, const void*, int, const int8_t*, const int32_t*, const float*,
+            const void*, int, void*);
 int mq_quantize_rows(int, int64_t, int64_t, const void*, int, int64_t, int, int8_t*, float*, double*);
 int mq_to_half(int, int64_t, const void*, int, void*, int64_t*);
 int mq_embedding(int, int64_t, int64_t, int64_t, const int64_t*, const int8_t*, const float*, void*, int);
@@ -54,14 +58,37 @@ void add(int status, const void* data, size_t size) {
   for (size_t i = 0; i < size; ++i) checksum = checksum * 31 + static_cast<const uint8_t*>(data)[i];
 }
 
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Words = std::unique_ptr<int32_t, Free>;
+
+// The weights packed, in exactly as much memory as they say; null where a path packs nothing.
+Words pack(int isa, int qmax, int64_t groups, int64_t rows, int64_t depth, int threads,
+           const std::vector<int8_t>& weight) {
+  const int64_t count = groups * mq_packed_words(isa, qmax, rows, depth);
+  if (count == 0) return nullptr;
+  Words words(static_cast<int32_t*>(std::aligned_alloc(64, count * 4)));
+  if (mq_pack(isa, qmax, threads, groups, rows, depth, weight.data(), words.get()) != 0) std::abort();
+  return words;
+}
+
 void linears(int isa, int64_t tokens, int64_t rows, int64_t depth, int dtype, int threads) {
   const auto x = floats(tokens * depth, dtype), scale = floats(rows, 0), bias = floats(rows, dtype);
   std::vector<char> out(tokens * rows * (dtype == 0 ? 4 : 2));
   const auto weight = bytes(rows * depth);
-  for (int qmax : {127, depth <= 8192 ? 2047 : 511}) {
-    add(mq_linear(isa, qmax, threads, tokens, rows, depth, x.data(), dtype, depth, weight.data(),
-                  reinterpret_cast<const float*>(scale.data()), bias.data(), dtype, out.data(), rows),
-        out.data(), out.size());
+  const int wide = depth <= 8192 ? 2047 : 511;
+  for (int qmax : {127, wide}) {
+    const Words packed = pack(isa, qmax, 1, rows, depth, threads, weight);
+    for (int64_t group : {0, 64, 128}) {
+      if (qmax == wide && group != 0) continue;
+      for (const int32_t* words : {static_cast<const int32_t*>(nullptr), static_cast<const int32_t*>(packed.get())}) {
+        add(mq_linear(isa, qmax, group, threads, tokens, rows, depth, x.data(), dtype, depth, weight.data(), words,
+                      reinterpret_cast<const float*>(scale.data()), bias.data(), dtype, out.data(), rows),
+            out.data(), out.size());
+        if (packed == nullptr) break;
+      }
+    }
   }
   if (isa == 0) return;
   const auto half = floats(rows * depth, 1);
@@ -71,15 +98,20 @@ void linears(int isa, int64_t tokens, int64_t rows, int64_t depth, int dtype, in
 }
 
 void convs(int isa, int64_t groups, int dtype, int threads) {
-  const int64_t images = 2, rows = 5, height = 9, width = 7, channels = 3;
+  const int64_t images = 2, rows = 5, height = 9, width = 7, channels = 13;
   // images, groups, rows, height, width, channels, kernel, stride, padding, dilation, out
   const int64_t shape[16] = {images, groups, rows, height, width, channels, 3, 2, 2, 1, 2, 1, 2, 1, 5, 8};
   const auto x = floats(images * height * width * groups * channels, dtype), scale = floats(groups * rows, 0);
   const auto weight = bytes(groups * rows * 3 * 2 * channels);
   std::vector<char> out(images * 5 * 8 * groups * rows * (dtype == 0 ? 4 : 2));
-  add(mq_conv(isa, 127, threads, shape, x.data(), dtype, weight.data(), reinterpret_cast<const float*>(scale.data()),
-              nullptr, 0, out.data()),
-      out.data(), out.size());
+  const Words packed = pack(isa, 127, groups, rows, 3 * 2 * channels, threads, weight);
+  for (int64_t group : {0, 64}) {
+    for (const int32_t* words : {static_cast<const int32_t*>(nullptr), static_cast<const int32_t*>(packed.get())}) {
+      add(mq_conv(isa, 127, group, threads, shape, x.data(), dtype, weight.data(), words,
+                  reinterpret_cast<const float*>(scale.data()), nullptr, 0, out.data()),
+          out.data(), out.size());
+    }
+  }
 }
 
 void transposes(int64_t rows, int64_t columns, int dtype, int threads) {
@@ -152,9 +184,10 @@ void attentions(int isa, int dtype, int64_t queries, int64_t keys, int64_t size,
 
 int main() {
   const int isas = mq_isas();
-  for (int isa = 0; isa < 4; ++isa) {
-    if (!(isas >> isa & 1)) continue;
-    for (int64_t depth : {1, 2, 15, 16, 17, 31, 64, 65, 100, 2049}) {
+  for (int isa = 0; isa < 6; ++isa) {
+    // 5 is the twin of 2 that processors with 4 can run
+    if (!(isas >> (isa == 5 ? 4 : isa) & 1)) continue;
+    for (int64_t depth : {1, 2, 15, 17, 31, 64, 65, 100, 192, 321, 2049}) {
       for (int64_t rows : {1, 3, 16, 17, 47, 49}) {
         for (int64_t tokens : {1, 2, 5, 7, 13, 61}) linears(isa, tokens, rows, depth, (rows + tokens) % 3, tokens % 3);
       }

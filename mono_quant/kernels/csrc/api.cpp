@@ -41,8 +41,10 @@ MQ_API int mq_isas() {
 }
 
 // x [tokens, depth], weight int8 [rows, depth], weight_scale fp32 [rows], bias [rows] or null, out [tokens, rows] in
-// the dtype of x; strides in elements, last dimensions dense. `group` values of a token share a scale, all for 0; `packed`
-// is null or what mq_pack made of the weights for the same isa and qmax. Returns 0, 1 (no kernel or no memory) or 2 (bad
+// the dtype of x; strides in elements, last dimensions dense. `group` values of a token share a scale, all for 0;
+// `packed`
+// is null or what mq_pack made of the weights for the same isa and qmax. Returns 0, 1 (no kernel or no memory) or 2
+// (bad
 // argument).
 MQ_API int mq_linear(int isa, int qmax, int64_t group, int threads, int64_t tokens, int64_t rows, int64_t depth,
                      const void* x, int x_dtype, int64_t x_stride, const int8_t* weight, const int32_t* packed,
@@ -108,7 +110,8 @@ MQ_API int mq_conv(int isa, int qmax, int64_t group, int threads, const int64_t*
   layer.bias_dtype = bias_type;
   layer.out_stride = groups * rows;
   if (layer.tokens == 0 || rows == 0) return 0;
-  const int64_t words = packed == nullptr ? 0 : packed_words(*product_kernels(layer.isa, false, qmax), rows, layer.depth);
+  const ProductKernels& product = *product_kernels(layer.isa, false, qmax);
+  const int64_t words = packed == nullptr ? 0 : packed_words(product, rows, layer.depth);
   for (int64_t g = 0; g < groups; ++g) {
     layer.x = {static_cast<const char*>(x) + g * patches.channels * size_of(dtype), dtype, groups * patches.channels};
     layer.weight = weight + g * rows * layer.depth;
@@ -165,7 +168,8 @@ MQ_API int mq_norm(int isa, int threads, int64_t rows, int64_t n, int kind, cons
   return 0;
 }
 
-// x [batch, heads, tokens, dim] with any strides but the last; `sizes` holds those four and three strides. cos and sin [batch or 1, tokens, dim], out
+// x [batch, heads, tokens, dim] with any strides but the last; `sizes` holds those four and three strides. cos and
+// sin [batch or 1, tokens, dim], out
 // [batch, tokens, heads, dim].
 MQ_API int mq_rotary(int isa, int threads, const void* sizes, const float* x, const float* cos, const float* sin,
                      int64_t angle_stride, float* out) {

@@ -122,7 +122,32 @@ constexpr int kColumns = kVectors * kLanes;
 template <class Op, int T, int V>
 MQ_TARGET MQ_INLINE void add_words(__m512i acc[T][V], const int32_t* codes, int64_t stride, const int32_t* panel,
                                    int64_t words) {
-  for (int64_t i = 0; i < words; ++i, panel += V * kLanes) {
+  int64_t i = 0;
+  if constexpr (T == 1 && Op::kCodeSize != 4) {
+    // V chains of sums alone would wait for each other; floats may not take another order.
+    __m512i more[3][V];
+#pragma GCC unroll 3
+    for (int u = 0; u < 3; ++u) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) more[u][v] = _mm512_setzero_si512();
+    }
+    for (; i + 4 <= words; i += 4, panel += 4 * V * kLanes) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        const __m512i a = _mm512_set1_epi32(codes[i + u]);
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) {
+          __m512i& sum = u == 3 ? acc[0][v] : more[u][v];
+          sum = Op::add(sum, _mm512_load_si512(panel + (u * V + v) * kLanes), a);
+        }
+      }
+    }
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      acc[0][v] = _mm512_add_epi32(_mm512_add_epi32(acc[0][v], more[0][v]), _mm512_add_epi32(more[1][v], more[2][v]));
+    }
+  }
+  for (; i < words; ++i, panel += V * kLanes) {
     __m512i b[V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) b[v] = _mm512_load_si512(panel + v * kLanes);
@@ -177,6 +202,11 @@ void tile(const int32_t* codes, int64_t stride, int tokens, const int32_t* panel
   }
 }
 
+// Ends the life of a sum as an accumulator. GCC 12 otherwise keeps a second copy of each for what comes after the
+// loop, and
+// moves both through memory in every turn.
+MQ_TARGET MQ_INLINE void settle(__m512i& sum) { asm("" : "+v"(sum)); }
+
 // A group's sums leave the registers as floats: with both there were too few.
 template <class Op, int T, int V>
 MQ_TARGET void group_tile_of(const int32_t* codes, int64_t stride, const int32_t* panel, int64_t words,
@@ -188,6 +218,11 @@ MQ_TARGET void group_tile_of(const int32_t* codes, int64_t stride, const int32_t
     for (int v = 0; v < V; ++v) acc[t][v] = _mm512_set1_epi32(token[t * token_stride].correction);
   }
   add_words<Op, T, V>(acc, codes, stride, panel, words);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) settle(acc[t][v]);
+  }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     const __m512 scale = _mm512_set1_ps(token[t * token_stride].scale);
@@ -349,7 +384,8 @@ MQ_TARGET MQ_INLINE __m512i sixteen_totals(const __m512i v[16]) {
                           _mm512_shuffle_i32x4(eight[0], eight[1], 0xdd));
 }
 
-// Four weight rows by T tokens and 4 / T groups from the one at `k` on: sixteen sums, added up together. Lanes hold the rows
+// Four weight rows by T tokens and 4 / T groups from the one at `k` on: sixteen sums, added up together. Lanes hold
+// the rows
 // of the first group's first token, those of its second token, ...
 template <class Op, int T, bool Whole, bool Ahead>
 MQ_TARGET MQ_INLINE __m512i group_sums(const int8_t* const weight[4], int64_t k, int64_t depth, int64_t group,
@@ -358,8 +394,8 @@ MQ_TARGET MQ_INLINE __m512i group_sums(const int8_t* const weight[4], int64_t k,
   __m512i acc[16];
 #pragma GCC unroll 4
   for (int g = 0; g < 4 / T; ++g) {
-    const int64_t start = k + g * group, end = Whole || start + group < depth ? start + group : depth;
-#pragma GCC unroll 4
+    const int64_t start = k + g * group, end = start + group < depth ? start + group : depth;
+#pragma GCC unroll 16
     for (int i = 0; i < 4 * T; ++i) acc[g * 4 * T + i] = _mm512_setzero_si512();
     for (int64_t j = start; j < end; j += kStep) {
       const __mmask64 mask = Whole ? ~0ull : first_bytes(end - j);
@@ -375,6 +411,8 @@ MQ_TARGET MQ_INLINE __m512i group_sums(const int8_t* const weight[4], int64_t k,
       }
     }
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) settle(acc[i]);
   return sixteen_totals(acc);
 }
 
@@ -399,7 +437,7 @@ MQ_TARGET void group_dot_of(const int8_t* const weight[4], int64_t depth, int64_
       std::memcpy(of + i, token + t * token_stride + mine, sizeof(Token));
     }
     const __m512i tokens4 = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(of)));
-    const bool whole = (g + kGroups) * group <= depth;
+    const bool whole = (g + kGroups) * group <= depth || depth % group == 0;
     const __m512i sums = whole ? group_sums<Op, T, true, Ahead>(weight, g * group, depth, group, ahead, row)
                                : group_sums<Op, T, false, false>(weight, g * group, depth, group, 0, row);
     const __m512i exact = _mm512_add_epi32(sums, _mm512_permutexvar_epi32(corrections, tokens4));
@@ -434,8 +472,8 @@ template <class Op>
 constexpr ProductKernels make() {
   constexpr int kShort = Op::kCodeSize == 1 ? 16 : Op::kCodeSize == 2 ? 24 : 48;
   ProductKernels kernels = {Op::kCodeSize, kWeightSize<Op>, kColumns, kTileTokens, kDotTokens, kShort,
-                            Op::kCodeSize == 1 ? 40 : 48, Op::kCodeSize == 1, interleave<Op::kCodeSize>, tile<Op>,
-                            dot<Op>, nullptr, nullptr};
+                            Op::kCodeSize == 1 ? 40 : 48, Op::kCodeSize == 1 ? 0 : 24, Op::kCodeSize == 1,
+                            interleave<Op::kCodeSize>, tile<Op>, dot<Op>, nullptr, nullptr};
   if constexpr (Op::kCodeSize != 4) kernels.group_tile = group_tile<Op>, kernels.group_dot = group_dot<Op>;
   return kernels;
 }

@@ -63,7 +63,8 @@ void finish(const Chunk& chunk, int64_t t, int64_t tokens, int64_t n, int64_t co
   const DType dtype = layer.x.dtype;
   char* out = static_cast<char*>(layer.out) + ((chunk.first + t) * layer.out_stride + n) * size_of(dtype);
   const auto run = chunk.groups > 1 ? chunk.row_kernels.finish_totals : chunk.row_kernels.finish;
-  run({sums, stride, tokens, columns, chunk.tokens_of(t), layer.weight_scale == nullptr ? nullptr : layer.weight_scale + n,
+  const float* weight_scale = layer.weight_scale == nullptr ? nullptr : layer.weight_scale + n;
+  run({sums, stride, tokens, columns, chunk.tokens_of(t), weight_scale,
        chunk.bias == nullptr ? nullptr : chunk.bias + n, out, layer.out_stride, dtype});
 }
 

@@ -2,6 +2,10 @@
 
 #include <cstdlib>
 
+#ifdef MQ_X86
+#include <cpuid.h>
+#endif
+
 namespace mq {
 
 Scratch::~Scratch() { std::free(data_); }
@@ -17,16 +21,27 @@ void* Scratch::reserve(size_t bytes) {
   return data_;
 }
 
+#ifdef MQ_HAS_AVXVNNI
+// __builtin_cpu_supports knows the name from GCC 12 on only. Vectors of 256 bits are what AVX2 asks the system for.
+static bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+#endif
+
 bool runs(Isa isa) {
   if (isa == Isa::portable) return true;
 #ifdef MQ_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == Isa::avx2) return avx2;
+#ifdef MQ_HAS_AVXVNNI
+  if (isa == Isa::avxvnni) return avx2 && has_avxvnni();
+#endif
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (isa == Isa::avx512) return avx512;
-  if (isa == Isa::avx512vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
+  if (isa == Isa::avx512vnni || isa == Isa::avx512vl_vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
   return false;
 }

@@ -10,7 +10,11 @@
 #define MQ_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define MQ_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 #define MQ_VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+// Older compilers do not know AVX-VNNI; the path is missing then.
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define MQ_HAS_AVXVNNI 1
 #define MQ_AVXVNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
+#endif
 #endif
 #define MQ_INLINE inline __attribute__((always_inline))
 
@@ -82,6 +86,8 @@ struct ProductKernels {
   // Up to this many tokens `dot` is faster than interleaving panels (measured): short rows pay more for adding up
   // the lanes at their end, and rows from memory are fetched ahead by `dot` alone.
   int dot_limit_short, dot_limit_long;
+  // The same where panels are there already.
+  int packed_limit;
   // With unsigned weights, w + 128, each token needs the correction -128 * sum(codes).
   bool unsigned_weights;
   // Interleaves `rows` <= panel_rows weight rows word by word, zeros beyond them up to a multiple of 16.
@@ -93,7 +99,8 @@ struct ProductKernels {
   // is 0, weights are fetched ahead: so many bytes behind the ones in use, or what suits a single token.
   void (*dot)(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
               int tokens, int32_t* sums, int64_t sums_stride);
-  // The same two for one group of values, and for rows of groups. Every integer sum of a group becomes a float and joins
+  // The same two for one group of values, and for rows of groups. Every integer sum of a group becomes a float and
+  // joins
   // the total of its token: total + float(sum + correction) * scale, each operation rounded.
   void (*group_tile)(const int32_t* codes, int64_t stride, int tokens, const int32_t* panel, int rows, int64_t words,
                      const Token* token, int64_t token_stride, float* totals, bool accumulate);
@@ -104,6 +111,7 @@ struct ProductKernels {
 
 extern const RowKernels kRowsPortable, kRowsAvx2, kRowsFloat;
 extern const ProductKernels kProductPortable, kProductAvx2, kProductAvx512, kProductVnniWide, kProductVnniBytes;
+extern const ProductKernels kProductAvxVnni, kProductAvx512VlVnni;
 extern const ProductKernels kProductHalfAvx2, kProductHalfAvx512;
 
 // Order of preference; the numbers are part of the C interface.

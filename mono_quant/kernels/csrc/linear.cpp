@@ -46,6 +46,12 @@ const ProductKernels* product_kernels(Isa isa, bool half, int qmax) {
       return qmax <= 127 ? &kProductVnniBytes : &kProductVnniWide;
     case Isa::avx512:
       return half ? &kProductHalfAvx512 : &kProductAvx512;
+    case Isa::avx512vl_vnni:
+      return half ? &kProductHalfAvx2 : qmax <= 127 ? &kProductAvx512VlVnni : &kProductAvx2;
+#ifdef MQ_HAS_AVXVNNI
+    case Isa::avxvnni:
+      return half ? &kProductHalfAvx2 : qmax <= 127 ? &kProductAvxVnni : &kProductAvx2;
+#endif
     case Isa::avx2:
       return half ? &kProductHalfAvx2 : &kProductAvx2;
     default:

@@ -7,9 +7,16 @@ namespace {
 
 // Weights of one panel interleaved at once, per row: the panel stays in the second-level cache.
 constexpr int64_t kBlockDepth = 2048;
+// Rows of a panel are padded to this.
+constexpr int64_t kPanelAlign = 16;
+// Of panels that were interleaved before, so much passes from the second-level cache to the first at once.
+constexpr int64_t kSliceDepth = 512;
 // Weight rows per task of the dot products.
 constexpr int64_t kDotRows = 32;
 constexpr int64_t kShortDepth = 1024;
+// With groups the limit of dot products shrinks in proportion: to a quarter of the tokens for 128, an eighth for 64
+// (measured).
+constexpr int64_t kDotGroups = 512;
 // Weights that are larger come from memory rather than from a cache near the core, and are fetched ahead.
 constexpr int64_t kFarBytes = 2 << 20;
 // Multiply-adds below which another thread costs more than it brings.
@@ -64,10 +71,23 @@ void interleave(const Chunk& chunk, int64_t n, int64_t k, int64_t depth, int32_t
                            rows_from(n, chunk), depth, panel);
 }
 
+// The panel that comes next, on its way from memory while tokens pass by the one before.
+struct Ahead {
+  const int32_t* panel;
+  int64_t lines;
+
+  // The part of it that belongs to one of so many steps.
+  void fetch(int64_t step, int64_t steps) const {
+    const char* place = reinterpret_cast<const char*>(panel);
+    const int64_t first = lines * step / steps, last = lines * (step + 1) / steps;
+    for (int64_t i = first; i < last; ++i) __builtin_prefetch(place + i * 64, 0, 2);
+  }
+};
+
 // Tokens [first, last) pass by such a panel. The sums are finished at the end of the rows; until then each token keeps
 // its own.
 void multiply_tiles(const Chunk& chunk, int64_t first, int64_t last, int64_t n, int64_t k, int64_t depth,
-                    const int32_t* panel, int32_t* sums) {
+                    const int32_t* panel, const Ahead& ahead, int32_t* sums) {
   const ProductKernels& product = chunk.product;
   const bool whole = depth == chunk.layer.depth, final = k + depth == chunk.layer.depth;
   const int rows = rows_from(n, chunk);
@@ -76,6 +96,7 @@ void multiply_tiles(const Chunk& chunk, int64_t first, int64_t last, int64_t n, 
     // Tiles of nearly equal height: a last tile of one token would cost almost as much as a full one.
     const int64_t t = first + (last - first) * i / tiles;
     const int tokens = static_cast<int>(first + (last - first) * (i + 1) / tiles - t);
+    ahead.fetch(i, tiles);
     int32_t* tile = whole ? sums : sums + (t - first) * product.panel_rows;
     product.tile(reinterpret_cast<const int32_t*>(chunk.code_row(t) + k * product.code_size), chunk.code_bytes() / 4,
                  tokens, panel, rows, words_of(depth, product), tile, k > 0);
@@ -83,15 +104,16 @@ void multiply_tiles(const Chunk& chunk, int64_t first, int64_t last, int64_t n, 
   }
 }
 
-// The same for tokens with groups, which keep their totals in the place of sums: group by group, so that a group's part of
+// The same for tokens with groups, which keep their totals in the place of sums: group by group, so that a group's
+// part of
 // the panel stays in the first-level cache while a block of tokens passes by.
 void multiply_groups(const Chunk& chunk, int64_t first, int64_t last, int64_t n, int64_t k, int64_t depth,
-                     const int32_t* panel, int32_t* sums) {
+                     const int32_t* panel, const Ahead& ahead, int32_t* sums) {
   const ProductKernels& product = chunk.product;
   const int64_t group = chunk.layer.group, end = k + depth;
   const bool whole = depth == chunk.layer.depth, final = end == chunk.layer.depth;
   const int rows = rows_from(n, chunk);
-  const int64_t lanes = std::min<int64_t>(round_up(rows, 16), product.panel_rows);
+  const int64_t lanes = round_up(rows, kPanelAlign);
   const int64_t blocks = (last - first + kBlockTokens - 1) / kBlockTokens;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t from = first + (last - first) * b / blocks, to = first + (last - first) * (b + 1) / blocks;
@@ -100,6 +122,7 @@ void multiply_groups(const Chunk& chunk, int64_t first, int64_t last, int64_t n,
     for (int64_t g = k / group; g * group < end; ++g) {
       const int64_t start = g * group, words = words_of(std::min(group, end - start), product);
       const int32_t* weights = panel + words_of(start - k, product) * lanes;
+      ahead.fetch(b * chunk.groups + g, blocks * chunk.groups);
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t t = from + (to - from) * i / tiles;
         const int tokens = static_cast<int>(from + (to - from) * (i + 1) / tiles - t);
@@ -115,22 +138,38 @@ void multiply_groups(const Chunk& chunk, int64_t first, int64_t last, int64_t n,
 }
 
 void pass(const Chunk& chunk, int64_t first, int64_t last, int64_t n, int64_t k, int64_t depth, const int32_t* panel,
-          int32_t* sums) {
+          const Ahead& ahead, int32_t* sums) {
   const auto run = chunk.layer.group == 0 ? multiply_tiles : multiply_groups;
-  run(chunk, first, last, n, k, depth, panel, sums);
+  run(chunk, first, last, n, k, depth, panel, ahead, sums);
+}
+
+// They pass by panel `p` of weights that were interleaved before; panel `next` will be the one after it.
+void pass_packed(const Chunk& chunk, int64_t first, int64_t last, int64_t p, int64_t next, const int32_t* packed,
+                 int32_t* sums) {
+  const ProductKernels& product = chunk.product;
+  const int64_t depth = chunk.layer.depth, step = panel_words(depth, product), n = p * product.panel_rows;
+  const int64_t lanes = round_up(rows_from(n, chunk), kPanelAlign);
+  // Groups cut the depth by themselves.
+  const int64_t slice = chunk.layer.group == 0 ? kSliceDepth : depth;
+  const int64_t slices = (depth + slice - 1) / slice, blocks = (last - first + kBlockTokens - 1) / kBlockTokens;
+  // A single tile reads panels one behind the other, which the processor sees by itself.
+  const bool fetch = next < panels_of(chunk.layer.rows, product) && last - first > product.tile_tokens;
+  const int64_t lines = fetch ? step / 16 : 0;
+  for (int64_t i = 0; i < blocks * slices; ++i) {
+    const int64_t b = i / slices, k = i % slices * slice;
+    const int64_t from = lines * i / (blocks * slices), to = lines * (i + 1) / (blocks * slices);
+    pass(chunk, first + (last - first) * b / blocks, first + (last - first) * (b + 1) / blocks, n, k,
+         std::min(slice, depth - k), packed + p * step + words_of(k, product) * lanes,
+         {packed + next * step + from * 16, to - from}, sums);
+  }
 }
 
 // Tokens [first, last) pass by the panel of weights from row `n` on, which is interleaved block by block.
 void multiply_panel(const Chunk& chunk, int64_t n, int64_t first, int64_t last, int32_t* panel, int32_t* sums) {
-  if (chunk.layer.packed != nullptr) {
-    const int64_t step = panel_words(chunk.layer.depth, chunk.product);
-    const int32_t* packed = chunk.layer.packed + n / chunk.product.panel_rows * step;
-    return pass(chunk, first, last, n, 0, chunk.layer.depth, packed, sums);
-  }
   for (int64_t k = 0; k < chunk.layer.depth; k += kBlockDepth) {
     const int64_t depth = std::min(kBlockDepth, chunk.layer.depth - k);
     interleave(chunk, n, k, depth, panel);
-    pass(chunk, first, last, n, k, depth, panel, sums);
+    pass(chunk, first, last, n, k, depth, panel, {panel, 0}, sums);
   }
 }
 
@@ -142,6 +181,16 @@ struct Plan {
   int threads;
 };
 
+// Up to how many tokens dot products are faster.
+int64_t dot_limit(const Linear& layer, const ProductKernels& product) {
+  // Weights that were interleaved before cost nothing but their size: twice that of the codes where these are pairs.
+  if (layer.packed != nullptr) return product.packed_limit;
+  const bool is_short = layer.depth < kShortDepth && !is_far(layer);
+  const int64_t limit = is_short ? product.dot_limit_short : product.dot_limit_long;
+  // The lanes of every group are added up by themselves.
+  return layer.group == 0 ? limit : (limit * layer.group + kDotGroups - 1) / kDotGroups;
+}
+
 Plan make_plan(const Chunk& chunk) {
   const Linear& layer = chunk.layer;
   const ProductKernels& product = chunk.product;
@@ -149,9 +198,7 @@ Plan make_plan(const Chunk& chunk) {
   Plan plan;
   plan.threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(layer.threads, work / kThreadWork)));
   plan.parts = 1;
-  const bool is_short = layer.depth < kShortDepth && !is_far(layer);
-  const int limit = is_short ? product.dot_limit_short : product.dot_limit_long;
-  plan.dot = product.panel_rows == 0 || chunk.tokens <= limit || layer.depth == 0;
+  plan.dot = product.panel_rows == 0 || chunk.tokens <= dot_limit(layer, product) || layer.depth == 0;
   if (plan.dot) {
     plan.tasks = (layer.rows + kDotRows - 1) / kDotRows;
     return plan;
@@ -171,7 +218,11 @@ void run_task(const Chunk& chunk, const Plan& plan, int64_t task, int32_t* panel
     return;
   }
   const int64_t part = task % plan.parts, n = task / plan.parts * chunk.product.panel_rows;
-  multiply_panel(chunk, n, chunk.tokens * part / plan.parts, chunk.tokens * (part + 1) / plan.parts, panel, sums);
+  const int64_t first = chunk.tokens * part / plan.parts, last = chunk.tokens * (part + 1) / plan.parts;
+  if (chunk.layer.packed == nullptr) return multiply_panel(chunk, n, first, last, panel, sums);
+  // Threads take panels in turn.
+  const int64_t p = task / plan.parts, next = plan.parts == 1 ? p + plan.threads : p + 1;
+  pass_packed(chunk, first, last, p, next, chunk.layer.packed, sums);
 }
 
 }  // namespace
@@ -180,7 +231,7 @@ bool multiply(const Chunk& chunk) {
   const Plan plan = make_plan(chunk);
   const bool packed = chunk.layer.packed != nullptr;
   const int64_t panel_bytes = plan.dot || packed ? 0 : kMaxPanel * kBlockDepth * chunk.product.code_size;
-  const int64_t at_once = chunk.layer.group == 0 ? kMaxTile : kBlockTokens;
+  const int64_t at_once = chunk.layer.group == 0 && !packed ? kMaxTile : kBlockTokens;
   const int64_t sum_rows = packed || chunk.layer.depth <= kBlockDepth ? at_once : chunk.tokens;
   const int64_t sum_bytes = plan.dot ? 0 : sum_rows * kMaxPanel * 4;
   bool ok = true;
@@ -241,7 +292,7 @@ bool multiply_blocks(const Chunk& whole) {
       for (int64_t t = 0; mine && t < block.tokens; ++t) mine = quantize(block, t);
       alignas(64) int32_t sums[kBlockTokens * kMaxPanel];
       for (int64_t p = 0; mine && p < panels; ++p) {
-        pass(block, 0, block.tokens, p * product.panel_rows, 0, layer.depth, packed + p * step, sums);
+        pass_packed(block, 0, block.tokens, p, p + 1 == panels ? 0 : p + 1, packed, sums);
       }
       if (!mine) {
 #pragma omp atomic write

@@ -95,7 +95,8 @@ void group_dot(const int8_t* const weight[4], int64_t depth, int64_t group, int6
   for (int64_t k = 0, g = 0; k < depth; k += group, ++g) {
     const int8_t* const part[4] = {weight[0] + k, weight[1] + k, weight[2] + k, weight[3] + k};
     int32_t sums[4 * 4];
-    dot(part, k + group < depth ? group : depth - k, 0, static_cast<const int16_t*>(codes) + k, stride, tokens, sums, 4);
+    const int64_t here = k + group < depth ? group : depth - k;
+    dot(part, here, 0, static_cast<const int16_t*>(codes) + k, stride, tokens, sums, 4);
     for (int t = 0; t < tokens; ++t) {
       float* total = totals + t * totals_stride;
       for (int r = 0; r < 4; ++r) {
@@ -109,7 +110,7 @@ void group_dot(const int8_t* const weight[4], int64_t depth, int64_t group, int6
 }  // namespace
 
 const RowKernels kRowsPortable = {quantize, finish, finish_totals};
-const ProductKernels kProductPortable = {2,       1,       0,   0,       4,        0, 0, false,
+const ProductKernels kProductPortable = {2,       1,       0,   0,       4,        0, 0, 0, false,
                                          nullptr, nullptr, dot, nullptr, group_dot};
 
 }  // namespace mq

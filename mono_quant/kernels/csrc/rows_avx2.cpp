@@ -157,7 +157,8 @@ MQ_AVX2 void widen_row(const void* row, int64_t depth, float* out) {
 }
 
 // Float activations are their own codes.
-void widen(const void* row, DType dtype, int64_t depth, int64_t padded, int64_t, int, int, void* codes, Token* token) {
+void widen(const void* row, DType dtype, int64_t depth, int64_t padded, int64_t, int, int, void* codes,
+           Token* token) {
   float* out = static_cast<float*>(codes);
   if (dtype == DType::f16) {
     widen_row<DType::f16>(row, depth, out);
