@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mono_quant.kernels import reference
-from mono_quant.kernels.activations import AUTO
+from mono_quant.kernels import packs, reference
+from mono_quant.kernels.activations import AUTO, ActivationScheme
 from mono_quant.kernels.choice import active, scheme_on
+from mono_quant.kernels.cpu import Cpu, Packed
 from mono_quant.kernels.inputs import check_codes, check_indices, check_input
 
 # What errors call the layers.
 INT8, CONV, TABLE, HALF = (
     "an int8 linear layer", "an int8 convolution", "an int8 embedding", "a float16 linear layer"
 )  # fmt: skip
+
+# Weights are read along their rows for so many tokens.
+_FEW_TOKENS = 4
 
 # Rows of unfolded patches held at once by a convolution, in elements: bounds its scratch memory.
 _PATCH_ELEMENTS = 1 << 24
@@ -29,8 +33,9 @@ def linear(
 ) -> Tensor:
     """Apply an int8 linear layer; see `ops.int8_linear`."""
     scheme = scheme_on(activations, x.is_cpu)
-    if active.cpu is not None:
-        out = active.cpu.linear(x, weight, weight_scale, bias, scheme)
+    cpu = active.cpu
+    if cpu is not None:
+        out = cpu.linear(x, weight, weight_scale, bias, scheme, _packed(cpu, x, weight, scheme))
         if out is not None:
             return out
     check_codes(weight, INT8)
@@ -38,6 +43,16 @@ def linear(
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     out = reference.linear(rows, weight, weight_scale, bias, scheme, _matmul)
     return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _packed(cpu: Cpu, x: Tensor, weight: Tensor, scheme: ActivationScheme) -> Packed | None:
+    """Return the packed form of a weight where products with so many tokens are faster with it."""
+    rows, depth = weight.shape
+    if x.numel() <= _FEW_TOKENS * depth or cpu.is_wide(scheme.qmax):
+        return None
+    if weight.dtype is not torch.int8 or not weight.is_cpu or not weight.is_contiguous():
+        return None
+    return packs.find(cpu, weight, (weight.data_ptr(), rows, depth), scheme)
 
 
 def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -68,9 +68,9 @@ MQ_TARGET void finish_as(const Finish& f) {
       const Lanes scale = load_first(f.weight_scale + n, rest);
       Lanes v;
       if constexpr (Totals) {
-        v = mul(load(reinterpret_cast<const float*>(sums + n)), scale);
+        v = mul(load_first(reinterpret_cast<const float*>(sums + n), rest), scale);
       } else {
-        v = mul(to_lanes(add_ints(load_ints(sums + n), correction)), mul(token_scale, scale));
+        v = mul(to_lanes(add_ints(load_first_ints(sums + n, rest), correction)), mul(token_scale, scale));
       }
       if (f.bias != nullptr) v = add(v, load_first(f.bias + n, rest));
       v = activated<A>(v);

@@ -44,6 +44,7 @@ MQ_LANE Lanes load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu
 MQ_LANE void store(float* p, Lanes x) { _mm512_storeu_ps(p, x.v); }
 MQ_LANE void store_first(float* p, Lanes x, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n).m, x.v); }
 MQ_LANE Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+MQ_LANE Ints load_first_ints(const int32_t* p, int64_t n) { return {_mm512_maskz_loadu_epi32(first_lanes(n).m, p)}; }
 MQ_LANE void store_ints(int32_t* p, Ints x) { _mm512_storeu_si512(p, x.v); }
 
 MQ_LANE Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -166,6 +167,11 @@ MQ_LANE void store_first(float* p, Lanes x, int64_t n) {
 MQ_LANE Ints load_ints(const int32_t* p) {
   const __m256i* v = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+}
+MQ_LANE Ints load_first_ints(const int32_t* p, int64_t n) {
+  if (n >= kLaneCount) return load_ints(p);
+  const Mask m = first_lanes(n);
+  return {_mm256_maskload_epi32(p, m.low), _mm256_maskload_epi32(p + 8, m.high)};
 }
 MQ_LANE void store_ints(int32_t* p, Ints x) {
   __m256i* v = reinterpret_cast<__m256i*>(p);
@@ -323,6 +329,11 @@ MQ_LANE void store_first(float* p, Lanes x, int64_t n) {
 MQ_LANE Ints load_ints(const int32_t* p) {
   Ints r;
   MQ_EACH r.v[i] = p[i];
+  return r;
+}
+MQ_LANE Ints load_first_ints(const int32_t* p, int64_t n) {
+  Ints r;
+  MQ_EACH r.v[i] = i < n ? p[i] : 0;
   return r;
 }
 MQ_LANE void store_ints(int32_t* p, Ints x) { MQ_EACH p[i] = x.v[i]; }

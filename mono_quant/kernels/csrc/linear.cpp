@@ -14,15 +14,6 @@ constexpr int64_t kFewestTokens = 8;
 // Values quantized below which another thread costs more than it brings.
 constexpr int64_t kQuantizeWork = 1 << 14;
 
-const RowKernels& row_kernels(Isa isa, bool half) {
-#ifdef MQ_X86
-  if (half) return kRowsFloat;
-  if (isa != Isa::portable) return kRowsAvx2;
-#endif
-  (void)isa, (void)half;
-  return kRowsPortable;
-}
-
 bool quantize_all(const Chunk& chunk) {
   const int64_t work = chunk.tokens * chunk.layer.depth / kQuantizeWork;
   const int64_t threads = std::min<int64_t>({chunk.layer.threads, chunk.tokens, work});
@@ -60,6 +51,15 @@ const ProductKernels* product_kernels(Isa isa, bool half, int qmax) {
 #endif
   (void)isa, (void)qmax;
   return half ? nullptr : &kProductPortable;
+}
+
+const RowKernels& row_kernels(Isa isa, bool half) {
+#ifdef MQ_X86
+  if (half) return kRowsFloat;
+  if (isa != Isa::portable) return kRowsAvx2;
+#endif
+  (void)isa, (void)half;
+  return kRowsPortable;
 }
 
 int64_t packed_words(const ProductKernels& product, int64_t rows, int64_t depth) {

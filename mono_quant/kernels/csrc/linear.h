@@ -45,6 +45,7 @@ inline int64_t groups_of(const Linear& layer) {
 
 // The kernels that a layer with codes up to `qmax` takes, or null.
 const ProductKernels* product_kernels(Isa isa, bool half, int qmax);
+const RowKernels& row_kernels(Isa isa, bool half);
 
 // Words of `rows` weight rows interleaved once, panel after panel; 0 where weights are read as they are.
 int64_t packed_words(const ProductKernels& product, int64_t rows, int64_t depth);

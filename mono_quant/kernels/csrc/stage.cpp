@@ -17,21 +17,13 @@ constexpr int64_t kBlockDepth = 2048;
 constexpr int64_t kFarBytes = 2 << 20;
 constexpr int64_t kShortDepth = 1024;
 
-const RowKernels& row_kernels(Isa isa) {
-#ifdef MQ_X86
-  if (isa != Isa::portable) return kRowsAvx2;
-#endif
-  (void)isa;
-  return kRowsPortable;
-}
-
 }  // namespace
 
 Stage::Stage(const Chain& chain, const Product& product, const Part* parts, bool packed, int64_t tokens)
     : product_(product),
       parts_(parts),
       kernels_(product_kernels(static_cast<Isa>(chain.isa), false, static_cast<int>(product.qmax))),
-      rows_(&row_kernels(static_cast<Isa>(chain.isa))),
+      rows_(&row_kernels(static_cast<Isa>(chain.isa), false)),
       floats_(&float_kernels(static_cast<Isa>(chain.isa))) {
   // One more step than needed: rows that are a power of two apart would share their place in the cache.
   padded_ = round_up(product.depth, kDepthAlign) + kDepthAlign;
@@ -115,9 +107,9 @@ void Stage::by_tiles(const Codes& codes, int64_t first, int64_t tokens, const St
   const int rows = static_cast<int>(strip.rows);
   const int32_t* packed = words(strip);
   const int64_t tiles = (tokens + kernels_->tile_tokens - 1) / kernels_->tile_tokens;
-  // The next strip comes from memory while this one is used.
+  // The next strip comes from memory while this one is used; with a single tile, the processor sees that by itself.
   const char* ahead = reinterpret_cast<const char*>(next);
-  const int64_t lines = next == nullptr ? 0 : panel_words(depth, *kernels_) / 16;
+  const int64_t lines = next == nullptr || tiles == 1 ? 0 : panel_words(depth, *kernels_) / 16;
   const int64_t step = group_ != 0 ? group_ : kBlockDepth;
   const int64_t steps = tiles * ((depth + step - 1) / step);
   int64_t done = 0, fetched = 0;
