@@ -171,11 +171,13 @@ def plot_sentences(result: Row, file: Path) -> None:
     """Draw what becomes of the nearest neighbours, one group of bars per measure."""
     figure, axes = _figure(1, 1, (7, 3.2), _title(result))
     measures = {"overlap": "same neighbours", "recall": "within 1 %", "retrieval": "found by its first half"}
+    width = 0.8 / len(result["rows"])
     for place, row in enumerate(result["rows"]):
         known = [key for key in measures if key in row]
-        where = [list(measures).index(key) + 0.25 * place for key in known]
-        axes[0][0].bar(where, [row[key] for key in known], 0.22, label=row["model"])
-    axes[0][0].set_xticks([i + 0.25 for i in range(len(measures))], list(measures.values()))
+        where = [list(measures).index(key) + width * place for key in known]
+        label = f"{row['model']}, {row['per_s']:.0f} a second" if known else f"{row['model']}, skipped"
+        axes[0][0].bar(where, [row[key] for key in known], 0.9 * width, label=label)
+    axes[0][0].set_xticks([i + 0.4 for i in range(len(measures))], list(measures.values()))
     axes[0][0].set_ylim(0.8, 1.0)
     axes[0][0].legend(frameon=False)
     figure.savefig(file, dpi=130)

