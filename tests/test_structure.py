@@ -31,7 +31,7 @@ ROOMS = {
         ["library"],
         ["transforms"],
         ["ops"],
-        ["captured", "fused"],
+        ["captured", "fused", "fused_conv", "recurrent"],
     ],
     "graphs": [
         ["matching"],

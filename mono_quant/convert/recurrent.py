@@ -109,10 +109,23 @@ class _Recurrent(StoredModule):
     input_size: int
     hidden_size: int
     bias: bool
+    mode: str
 
     def _matrix(self, name: str, bias: Tensor | None) -> Product:
         """Return the product with the matrix `name`: float [..., K] to float [..., N]; found once, used at every step."""
         raise NotImplementedError
+
+    def _at_once(
+        self,
+        name: str,
+        bias: Tensor | None,
+        given: Tensor,
+        sizes: Sequence[int],
+        state: State,
+        backward: bool,
+    ) -> tuple[Tensor, State] | None:
+        """Run over time in one call, with the recurrent matrix `name`; None where that cannot be."""
+        return None
 
     def _initial(
         self, given: Tensor | Sequence[Tensor] | None, shapes: Sequence[tuple[int, ...]], like: Tensor
@@ -229,16 +242,22 @@ class RecurrentForward(_Recurrent):
     def _run_once(self, x: Tensor, sizes: list[int], state: State, which: str) -> tuple[Tensor, State]:
         """Run one layer in one direction."""
         enter = self._matrix(f"weight_ih_{which}", self._parameters.get(f"bias_ih_{which}"))
-        recur = self._matrix(f"weight_hh_{which}", self._parameters.get(f"bias_hh_{which}"))
+        name, bias = f"weight_hh_{which}", self._parameters.get(f"bias_hh_{which}")
         project = self._matrix(f"weight_hr_{which}", None) if self.proj_size else None
+        given, backward = enter(x), which.endswith("_reverse")
+        if project is None:
+            done = self._at_once(name, bias, given, sizes, state, backward)
+            if done is not None:
+                return done
+        recur = self._matrix(name, bias)
         step = STEPS[self.mode]
 
         def advance(given: Tensor, state: State) -> State:
             new = step(given, recur(state[0]), state)
             return new if project is None else (project(new[0]), *new[1:])
 
-        run = run_backward if which.endswith("_reverse") else run_forward
-        outputs, state = run(torch.split(enter(x), sizes), state, advance)
+        run = run_backward if backward else run_forward
+        outputs, state = run(torch.split(given, sizes), state, advance)
         return torch.cat(outputs), state
 
     _sizes = nn.RNNBase.extra_repr
@@ -267,8 +286,13 @@ class RecurrentCellForward(_Recurrent):
         batched = input.dim() == 2
         x, *rows = (part if batched else part.unsqueeze(0) for part in (input.float(), *states))
         enter = self._matrix("weight_ih", self._parameters.get("bias_ih"))
-        recur = self._matrix("weight_hh", self._parameters.get("bias_hh"))
-        new = STEPS[self.mode](enter(x), recur(rows[0]), tuple(rows))
+        given, bias = enter(x), self._parameters.get("bias_hh")
+        done = self._at_once("weight_hh", bias, given, [x.shape[0]], tuple(rows), False)
+        if done is None:
+            recur = self._matrix("weight_hh", bias)
+            new = STEPS[self.mode](given, recur(rows[0]), tuple(rows))
+        else:
+            new = done[1]
         answer = tuple((part if batched else part.squeeze(0)).to(input.dtype) for part in new)
         return answer if self.mode == "LSTM" else answer[0]
 

@@ -10,9 +10,11 @@ from mono_quant.kernels.captured import ATTENTION_OPS, CONV_OPS, HALF_OPS, LINEA
 from mono_quant.kernels.choice import activation_scheme, describe, describe_half, environment, using
 from mono_quant.kernels.encoding import cast_half, encode_rows
 from mono_quant.kernels.fused import Norm, Product, chain, chain_parts, norm, rotary
+from mono_quant.kernels.fused_conv import BatchNorm, conv
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
 from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear, is_watched
 from mono_quant.kernels.packs import bytes_held
+from mono_quant.kernels.recurrent import run_recurrent
 from mono_quant.kernels.reference import MAX_IN_FEATURES
 from mono_quant.kernels.starvation import processors, starved
 
@@ -27,6 +29,7 @@ __all__ = [
     "NO_GRADIENT",
     "SCHEMES",
     "ActivationScheme",
+    "BatchNorm",
     "Norm",
     "Product",
     "activation_scheme",
@@ -38,6 +41,7 @@ __all__ = [
     "check_activations",
     "check_indices",
     "check_input",
+    "conv",
     "describe",
     "describe_half",
     "encode_rows",
@@ -50,6 +54,7 @@ __all__ = [
     "norm",
     "processors",
     "rotary",
+    "run_recurrent",
     "starved",
     "try_attention",
     "using",

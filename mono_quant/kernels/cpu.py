@@ -11,7 +11,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,6 +50,16 @@ _SIGNATURES: dict[str, list[Any]] = {
     + [_POINTER] * 2
     + [_INT, _POINTER, _LONG],
     "mq_conv": [_INT] * 2 + [_LONG, _INT] + [_POINTER] * 2 + [_INT] + [_POINTER] * 4 + [_INT, _POINTER],
+    "mq_fused_conv": [_INT] * 2
+    + [_LONG, _INT]
+    + [_POINTER] * 10
+    + [ctypes.c_double, _POINTER, _INT, _POINTER],
+    "mq_recurrent": [_INT] * 2
+    + [_LONG]
+    + [_INT] * 2
+    + [_LONG, _POINTER, _INT, _LONG]
+    + [_POINTER] * 8
+    + [_LONG],
     "mq_packed_words": [_INT] * 2 + [_LONG] * 2,
     "mq_pack": [_INT] * 3 + [_LONG] * 3 + [_POINTER] * 2,
     "mq_chain": [ctypes.c_char_p],
@@ -61,6 +71,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "mq_transpose": [_INT] + [_LONG] * 4 + [_POINTER] * 2,
     "mq_attention": [ctypes.c_char_p],
 }
+
+
+Longs: TypeAlias = "ctypes.Array[ctypes.c_int64]"
 
 
 class EncodedRows(NamedTuple):
@@ -269,8 +282,7 @@ class Cpu:
         if channels != inner * groups or rows % groups:
             return None
         # pixels of adjacent channels: a receptive field is then a few long runs of memory
-        planes = x.is_contiguous() and not x.is_neg()
-        pixels = self._transposed(x.flatten(2)) if planes else _dense(x.permute(0, 2, 3, 1))
+        pixels = self.pixels(x)
         weight = weight.permute(0, 2, 3, 1).contiguous()
         weight_scale = weight_scale.contiguous()
         bias = None if bias is None else bias.contiguous()
@@ -298,6 +310,128 @@ class Cpu:
         if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             return out.permute(0, 3, 1, 2)
         return self._transposed(out.flatten(1, 2)).view(images, rows, *out_size)
+
+    def fused_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        floats: Sequence[Tensor | None],
+        epsilon: float,
+        sizes: Longs,
+        out_shape: tuple[int, int, int, int],
+        residual: Tensor | None,
+        relu: bool,
+        scheme: ActivationScheme,
+        packed: Packed | None = None,
+    ) -> Tensor | None:
+        """Apply an int8 convolution and what follows it; see `mono_quant.kernels.fused_conv.conv`.
+
+        Args:
+            x: fp32 [B, I, H, W].
+            weight: int8 [O, I / groups, kh, kw].
+            floats: fp32 [O], dense: weight scale and bias; weight, bias, mean and variance of batch norm.
+            epsilon: of batch norm.
+            sizes: images, groups and O / groups; height, width and I / groups; those of kernel, stride, padding, dilation and
+                output.
+            out_shape: [B, H', W', O].
+            residual: fp32 [B, O, H', W'].
+            relu: at the end.
+            scheme: of the activations.
+            packed: of this weight, see `conv`.
+
+        Returns:
+            fp32 [B, O, H', W'], the channels last in memory.
+        """
+        qmax = scheme.widest_code(sizes[5] * sizes[6] * sizes[7])
+        # copies are held until the call is over
+        x, weight = self._channels_last(x), self._channels_last(weight)
+        residual = None if residual is None else self._channels_last(residual)
+        out = pool.empty(out_shape, x)
+        failed = self._library.mq_fused_conv(
+            self._isa,
+            qmax,
+            scheme.group,
+            torch.get_num_threads(),
+            sizes,
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if packed is None else self._words_of(packed, qmax),
+            *[None if part is None else part.data_ptr() for part in floats],
+            epsilon,
+            None if residual is None else residual.data_ptr(),
+            relu,
+            out.data_ptr(),
+        )
+        return None if failed else out.permute(0, 3, 1, 2)
+
+    def _channels_last(self, x: Tensor) -> Tensor:
+        """Return a tensor of four dimensions whose channels are last in memory."""
+        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_neg():
+            return x
+        return self.pixels(x).permute(0, 3, 1, 2)
+
+    def recurrent(
+        self,
+        cell: int,
+        given: Tensor,
+        sizes: Longs,
+        state: Sequence[Tensor],
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        backward: bool,
+        scheme: ActivationScheme,
+        packed: Packed | None = None,
+    ) -> Tensor | None:
+        """Run a recurrent layer over time; see `mono_quant.kernels.run_recurrent`. All tensors are dense, floats fp32.
+
+        Args:
+            cell: its number in the C interface.
+            given: [sum of sizes, G * H].
+            sizes: of the steps.
+            state: [sizes[0], H] each; the last states take the place of the initial ones.
+            weight: int8 [G * H, H].
+            weight_scale: [G * H, 1].
+            bias: [G * H] or None.
+            backward: in time.
+            scheme: of the activations.
+            packed: of this weight, see `linear`.
+
+        Returns:
+            [sum of sizes, H].
+        """
+        size = weight.shape[1]
+        qmax = scheme.widest_code(size)
+        out = pool.empty((given.shape[0], size), given)
+        failed = self._library.mq_recurrent(
+            self._isa,
+            qmax,
+            scheme.group,
+            torch.get_num_threads(),
+            cell,
+            len(sizes),
+            sizes,
+            backward,
+            size,
+            given.data_ptr(),
+            weight.data_ptr(),
+            None if packed is None else self._words_of(packed, qmax),
+            weight_scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            state[0].data_ptr(),
+            state[-1].data_ptr(),
+            out.data_ptr(),
+            size,
+        )
+        return None if failed else out
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Return images [B, C, H, W] as [B, H, W, C], dense: a copy where the channels are not last in memory."""
+        planes = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+        # the transpose has kernels for floats alone
+        if planes and not x.is_neg() and x.is_floating_point():
+            return self._transposed(x.flatten(2)).view(x.shape[0], *x.shape[2:], x.shape[1])
+        return _dense(x.permute(0, 2, 3, 1))
 
     def pack(self, weight: Tensor, scheme: ActivationScheme, groups: int = 1) -> Packed | None:
         """Write the codes of a weight in the order in which products with `scheme` read them.
@@ -424,6 +558,11 @@ class Cpu:
             counts,
         )
         return None if failed else HalfValues(value, *counts)
+
+
+def longs(numbers: Sequence[int]) -> Longs:
+    """Return integers as the library takes them."""
+    return (_LONG * len(numbers))(*numbers)
 
 
 def _dense(x: Tensor) -> Tensor:

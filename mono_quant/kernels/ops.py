@@ -10,7 +10,7 @@ the dequantized weight.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -18,6 +18,8 @@ from mono_quant.kernels import paths, transforms
 from mono_quant.kernels.activations import AUTO
 from mono_quant.kernels.choice import active
 from mono_quant.kernels.inputs import check_halves, check_input
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def int8_linear(
@@ -137,6 +139,22 @@ def is_watched() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Say whether all are fp32 tensors on the CPU that no one else looks at: no compiler, tracer, mode or autograd."""
+    if is_watched() or forward_ad._current_level >= 0:
+        return False
+    with_grad = torch.is_grad_enabled()
+    for given in tensors:
+        if given is not None and (
+            type(given) not in _PLAIN
+            or given.dtype is not torch.float32
+            or not given.is_cpu
+            or (with_grad and given.requires_grad)
+        ):
+            return False
+    return True
 
 
 def _needs_op(x: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> bool:

@@ -571,6 +571,11 @@ def test_rules_speak_of_the_whole_layer_and_names_of_kept_layers_are_unique():
 # --- compilers and other onlookers
 
 
+def near(a, b):
+    """Equal to fp32 accuracy: gates are torch's where someone looks at the call, and native ones elsewhere."""
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["few_inputs", "gru_cell"])
 def test_a_compiled_layer_computes_the_same(kind):
     quiet = int8(MODULES[kind]())
@@ -578,7 +583,7 @@ def test_a_compiled_layer_computes_the_same(kind):
     with torch.no_grad():
         for size in (3, 2):
             x = torch.randn(size, quiet.input_size)
-            assert same(run(x), quiet(x))
+            near(run(x), quiet(x))
 
 
 def test_an_exported_layer_computes_the_same():
@@ -587,7 +592,8 @@ def test_an_exported_layer_computes_the_same():
         batch = torch.export.Dim("batch", min=2)
         program = torch.export.export(quiet, (x,), dynamic_shapes=({0: batch},))
         more = torch.randn(5, 3, 20)
-        assert same(program.module()(x), quiet(x)) and same(program.module()(more), quiet(more))
+        near(program.module()(x), quiet(x))
+        near(program.module()(more), quiet(more))
 
 
 def test_many_sequences_at_once_are_each_what_they_are_alone():

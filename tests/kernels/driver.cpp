@@ -26,6 +26,9 @@ int mq_attention(const void*);
 // In driver_chains.cpp.
 uint64_t drive_chains(int isas);
 
+// In driver_layers.cpp.
+void drive_layers(int isa);
+
 namespace {
 
 uint32_t state = 1;
@@ -206,6 +209,9 @@ int main() {
     }
     // more threads than heads
     attentions(isa, 0, 1, 2000, 64, 2, 16);
+  }
+  for (int isa = 0; isa < 6; ++isa) {
+    if (isas >> isa & 1) drive_layers(isa);
   }
   for (int64_t rows : {1, 7, 8, 33, 200}) {
     for (int64_t columns : {1, 8, 31, 65}) transposes(rows, columns, (rows + columns) % 2, 2);

@@ -2,8 +2,10 @@
 #include "attention.h"
 #include "chain.h"
 #include "convert.h"
+#include "fused_conv.h"
 #include "layout.h"
 #include "linear.h"
+#include "recurrent.h"
 
 using namespace mq;
 
@@ -82,6 +84,38 @@ MQ_API int mq_half_linear(int isa, int threads, int64_t tokens, int64_t rows, in
   return linear(layer) ? 0 : 1;
 }
 
+namespace {
+
+FusedConv fused_sizes(int isa, int qmax, int64_t group, int threads, const int64_t* shape) {
+  FusedConv conv = {};
+  static_assert(sizeof(conv.patches) == 13 * sizeof(int64_t), "Patches is read from the caller's array");
+  std::memcpy(&conv.patches, shape + 3, sizeof(conv.patches));
+  conv.isa = static_cast<Isa>(isa), conv.qmax = qmax, conv.threads = threads;
+  conv.group = group < conv.depth() ? group : 0;
+  conv.images = shape[0], conv.rows = shape[2];
+  conv.x_stride = shape[1] * conv.patches.channels, conv.out_stride = shape[1] * conv.rows;
+  return conv;
+}
+
+// All groups of channels of a convolution, of which `conv` describes the first.
+bool fused_groups(FusedConv conv, int64_t groups) {
+  const int64_t words = packed_words(*product_kernels(conv.isa, false, conv.qmax), conv.rows, conv.depth());
+  const auto advance = [&conv](const float*& all) {
+    if (all != nullptr) all += conv.rows;
+  };
+  for (int64_t g = 0; g < groups; ++g) {
+    if (!fused_conv(conv)) return false;
+    conv.x += conv.patches.channels, conv.out += conv.rows;
+    conv.weight += conv.rows * conv.depth();
+    if (conv.packed != nullptr) conv.packed += words;
+    advance(conv.weight_scale), advance(conv.bias), advance(conv.residual);
+    advance(conv.norm.weight), advance(conv.norm.bias), advance(conv.norm.mean), advance(conv.norm.variance);
+  }
+  return true;
+}
+
+}  // namespace
+
 // x [images, height, width, groups * channels], weight int8 [groups * rows, kernel_h * kernel_w * channels] in the
 // order kernel row, kernel column, channel; out [images, out_h, out_w, groups * rows]. `shape` holds images, groups,
 // rows and the twelve sizes of `Patches` in their order, then out_h and out_w.
@@ -111,6 +145,12 @@ MQ_API int mq_conv(int isa, int qmax, int64_t group, int threads, const int64_t*
   layer.out_stride = groups * rows;
   if (layer.tokens == 0 || rows == 0) return 0;
   const ProductKernels& product = *product_kernels(layer.isa, false, qmax);
+  if (dtype == DType::f32 && (bias == nullptr || bias_type == DType::f32) && layer.tokens > product.dot_limit_long) {
+    FusedConv conv = fused_sizes(isa, qmax, group, threads, shape);
+    conv.x = static_cast<const float*>(x), conv.weight = weight, conv.packed = packed;
+    conv.weight_scale = weight_scale, conv.bias = static_cast<const float*>(bias), conv.out = static_cast<float*>(out);
+    if (fused_groups(conv, groups)) return 0;
+  }
   const int64_t words = packed == nullptr ? 0 : packed_words(product, rows, layer.depth);
   for (int64_t g = 0; g < groups; ++g) {
     layer.x = {static_cast<const char*>(x) + g * patches.channels * size_of(dtype), dtype, groups * patches.channels};
@@ -122,6 +162,24 @@ MQ_API int mq_conv(int isa, int qmax, int64_t group, int threads, const int64_t*
     if (!linear(layer)) return 1;
   }
   return 0;
+}
+
+// The same for fp32, with batch norm (each pointer null where there is none), residual (which lies as `out` does, or null)
+// and ReLU; see fused_conv.h.
+MQ_API int mq_fused_conv(int isa, int qmax, int64_t group, int threads, const int64_t* shape, const float* x,
+                         const int8_t* weight, const int32_t* packed, const float* weight_scale, const float* bias,
+                         const float* norm_weight, const float* norm_bias, const float* mean, const float* variance,
+                         double epsilon, const float* residual, int relu, float* out) {
+  if (!fits(qmax, group)) return 2;
+  for (int i = 0; i < 16; ++i) {
+    if (shape[i] < 0) return 2;
+  }
+  FusedConv conv = fused_sizes(isa, qmax, group, threads, shape);
+  if (conv.images * conv.patches.out_h * conv.patches.out_w == 0 || conv.rows == 0) return 0;
+  conv.x = x, conv.weight = weight, conv.packed = packed, conv.weight_scale = weight_scale, conv.bias = bias;
+  conv.norm = {norm_weight, norm_bias, mean, variance, epsilon};
+  conv.residual = residual, conv.relu = relu != 0, conv.out = out;
+  return fused_groups(conv, shape[1]) ? 0 : 1;
 }
 
 // Words of 32 bits that mq_pack writes for a weight [rows, depth]; 0 where the kernels read weights as they are.
@@ -181,6 +239,28 @@ MQ_API int mq_rotary(int isa, int threads, const void* sizes, const float* x, co
   if (shape[3] % 2 != 0) return 2;
   rotate(static_cast<Isa>(isa), shape, shape + 4, x, cos, sin, angle_stride, out, threads);
   return 0;
+}
+
+// A recurrent layer over time; see recurrent.h. weight int8 [gates * size, size], weight_scale and bias [gates * size], given
+// [sum of sizes, gates * size], state and cells [sizes[0], size], out [sum of sizes, size].
+MQ_API int mq_recurrent(int isa, int qmax, int64_t group, int threads, int cell, int64_t steps, const int64_t* sizes,
+                        int backward, int64_t size, const float* given, const int8_t* weight, const int32_t* packed,
+                        const float* weight_scale, const float* bias, float* state, float* cells, float* out,
+                        int64_t out_stride) {
+  if (!fits(qmax, group) || cell < 0 || cell > 3 || steps < 1 || size < 1) return 2;
+  for (int64_t t = 0; t < steps; ++t) {
+    if (sizes[t] < 1 || (t > 0 && sizes[t] > sizes[t - 1])) return 2;
+  }
+  Sequence sequence = {static_cast<Cell>(cell), steps, sizes, backward != 0, given, state, cells, out, out_stride, {}};
+  Linear& product = sequence.product;
+  product.isa = static_cast<Isa>(isa);
+  product.qmax = qmax;
+  product.group = group < size ? group : 0;
+  product.threads = threads;
+  product.depth = size;
+  product.weight = weight, product.weight_stride = size, product.packed = packed, product.weight_scale = weight_scale;
+  product.bias = bias;
+  return run_sequence(sequence) ? 0 : 1;
 }
 
 // x [rows, depth] to int8 codes [rows, depth], fp32 scale [rows] and energy double [rows, 2]; see convert.h.

@@ -1,0 +1,170 @@
+"""A convolution and what follows it in a CNN, in one pass: batch norm, residual, ReLU; channels last in memory.
+
+Batch norm in evaluation is linear in the sums of a convolution and joins its scales and bias::
+
+    f[n] = weight[n] / sqrt(running_var[n] + eps)           float64
+    s'[n] = s[n] * f[n]                                     rounded to fp32
+    b'[n] = (b[n] - running_mean[n]) * f[n] + bias[n]       rounded to fp32
+
+so that the result is `relu(int8_conv(x, weight, s', b') + residual)`, on every path in these bits. It is folded anew in each
+call, which costs microseconds: nothing has to notice that statistics have changed.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mono_quant.kernels import ops, packs, paths
+from mono_quant.kernels.activations import AUTO, ActivationScheme
+from mono_quant.kernels.choice import active, scheme_on
+from mono_quant.kernels.cpu import Cpu, Longs, Packed, longs
+
+# Weight, bias, running mean, running variance and epsilon of `nn.BatchNorm2d` in evaluation; the first two may be None.
+BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
+# Stride, padding, dilation and groups.
+_How = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+_NO_NORM = (None, None, None, None, 0.0)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    batch_norm: BatchNorm | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    activations: str = AUTO,
+) -> Tensor:
+    """Apply an int8 2-D convolution, batch norm, residual and ReLU.
+
+    Runs fused on fp32 on a CPU with a native path, where nobody but the CPU looks at the call; elsewhere as the composition
+    of `int8_conv` and torch.
+
+    Args:
+        x: float [B, I, H, W]; without a copy where the channels are last in memory.
+        weight: int8 [O, I / groups, kh, kw]; read without a copy where the channels are last in memory.
+        weight_scale: fp32 [O, 1].
+        bias: float [O] or None.
+        stride: of rows and columns, as `padding` (with zeros) and `dilation`.
+        padding: see `stride`.
+        dilation: see `stride`.
+        groups: of channels.
+        batch_norm: that of evaluation, which follows the convolution.
+        residual: added to that, float [B, O, H', W'].
+        relu: apply ReLU at the end.
+        activations: the scheme, see `activations`.
+
+    Returns:
+        [B, O, H', W'] in the dtype of `x`; with the channels last in memory where it ran fused.
+
+    Raises:
+        FrozenWeightError: `weight` is not int8.
+        InputError: `x` is not floating point, or has other channels.
+    """
+    how = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    norm = batch_norm or _NO_NORM
+    floats = (weight_scale, bias, *norm[:4])
+    if not ops.is_plain((x, residual, *floats)):
+        out = ops.int8_conv(x, weight, weight_scale, bias, *how, activations)
+        if batch_norm is not None:
+            scale, offset, mean, variance, epsilon = batch_norm
+            out = F.batch_norm(out, mean, variance, scale, offset, False, 0.0, epsilon)
+        return _finished(out, residual, relu)
+    if active.cpu is not None:
+        fused = _fused(active.cpu, x, weight, floats, norm[4], how, residual, relu, activations)
+        if fused is not None:
+            return fused
+    if batch_norm is not None:
+        weight_scale, bias = _folded(weight_scale, bias, batch_norm)
+    lists = (list(how[0]), list(how[1]), list(how[2]), groups)
+    return _finished(paths.conv(x, weight, weight_scale, bias, *lists, activations), residual, relu)
+
+
+@lru_cache(maxsize=4096)
+def _geometry(
+    given: tuple[int, ...], weight: tuple[int, ...], how: _How
+) -> tuple[tuple[int, int, int, int], Longs] | None:
+    """Return the output's [B, H', W', O] and the sizes that the library is told, or None where these do not fit together."""
+    (stride, padding, dilation, groups), (rows, inner, *kernel) = how, weight
+    if len(given) != 4 or groups < 1 or given[1] != inner * groups or rows % groups:
+        return None
+    size = [
+        (extent + 2 * pad - gap * (width - 1) - 1) // step + 1
+        for extent, width, step, pad, gap in zip(given[2:], kernel, stride, padding, dilation, strict=True)
+    ]
+    if min(size) < 1:
+        return None
+    sizes = [
+        given[0],
+        groups,
+        rows // groups,
+        *given[2:],
+        inner,
+        *kernel,
+        *stride,
+        *padding,
+        *dilation,
+        *size,
+    ]
+    return (given[0], size[0], size[1], rows), longs(sizes)
+
+
+def _fused(
+    cpu: Cpu,
+    x: Tensor,
+    weight: Tensor,
+    floats: Sequence[Tensor | None],
+    epsilon: float,
+    how: _How,
+    residual: Tensor | None,
+    relu: bool,
+    activations: str,
+) -> Tensor | None:
+    geometry = _geometry(x.shape, weight.shape, how)
+    if geometry is None or weight.dtype is not torch.int8 or not weight.is_cpu:
+        return None
+    shape, sizes = geometry
+    for part in floats:
+        if part is not None and (part.numel() != shape[3] or not part.is_contiguous()):
+            return None
+    if residual is not None and residual.shape != (shape[0], shape[3], *shape[1:3]):
+        return None
+    scheme = scheme_on(activations, True)
+    packed = _packed(cpu, weight, scheme) if how[3] == 1 else None
+    return cpu.fused_conv(x, weight, floats, epsilon, sizes, shape, residual, relu, scheme, packed)
+
+
+def _packed(cpu: Cpu, weight: Tensor, scheme: ActivationScheme) -> Packed | None:
+    """Return the packed form of a weight whose channels are last in memory, if it is kept."""
+    if scheme.bits > 8 or not weight.is_contiguous(memory_format=torch.channels_last):
+        return None
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)
+    return packs.find(cpu, matrix, (matrix.data_ptr(), *matrix.shape), scheme)
+
+
+def _folded(weight_scale: Tensor, bias: Tensor | None, batch_norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return weight scales [O, 1] and bias [O] with batch norm in them."""
+    weight, offset, mean, variance, epsilon = batch_norm
+    factor = (torch.ones_like(mean) if weight is None else weight).double() / (
+        variance.double() + epsilon
+    ).sqrt()
+    moved = (torch.zeros_like(mean) if bias is None else bias).double() - mean.double()
+    shifted = moved * factor
+    if offset is not None:
+        shifted = shifted + offset.double()
+    return (weight_scale.view(-1).double() * factor).float().view(-1, 1), shifted.float()
+
+
+def _finished(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    if residual is not None:
+        out = out + residual
+    return out.relu() if relu else out
