@@ -81,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--rounds", type=count, default=1, help="processes for each stack; the fastest counts"
     )
+    command.add_argument("--fp32-once", action="store_true", help="fp32 in the first round alone")
+    command.add_argument(
+        "--keep", type=Path, help="folder for the graphs that are written, which a later run takes from there"
+    )
     command.add_argument("--timeout", type=int, default=900, help="seconds for one stack on one model")
     command = commands.add_parser("sentences", parents=[common])
     command.set_defaults(run=run_sentences, plot=plots.plot_sentences)

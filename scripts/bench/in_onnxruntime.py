@@ -31,6 +31,10 @@ def write(model: nn.Module, case: Case, inputs: Inputs, folder: Path) -> None:
     times = measure(calls, 0.5, best=True)
     # the first that is within 5 % of the fastest: the more accurate come first
     name = next(n for n in times if times[n] <= 1.05 * min(times.values()))
+    calls.clear()
+    for file in folder.glob("*.onnx*"):
+        if file != ways[name]:
+            file.unlink()
     (folder / CHOSEN).write_text(json.dumps({"note": name, "file": ways[name].name}), encoding="utf-8")
 
 

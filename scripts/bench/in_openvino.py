@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,14 @@ def _write_decoder(model: nn.Module, case: Case, folder: Path) -> None:
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise Skip(f"optimum-intel failed: {done.stderr.strip().splitlines()[-1][:160]}")
+    for name in ("float", "headed"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def open_(folder: Path, case: Case, inputs: Inputs) -> Runner:
-    """Open the graph with the settings of optimum-intel, which are OpenVINO's own but for the hint."""
+def open_(folder: Path, case: Case, inputs: Inputs, **more: Any) -> Runner:
+    """Open the graph with the settings of optimum-intel, which are OpenVINO's own but for the hint, and with those in `more`."""
     library = importlib.import_module("openvino")
-    compiled = library.Core().compile_model(folder / FILE, "CPU", _settings())
+    compiled = library.Core().compile_model(folder / FILE, "CPU", {**more, **_settings()})
     note = ", ".join(f"{text}{_plain(compiled.get_property(name))}" for name, text in CHOICES.items())
     request = compiled.create_infer_request()
     if case.decode:

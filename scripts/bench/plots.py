@@ -130,7 +130,7 @@ def _color(stack: str) -> str:
         return OURS
     if stack in ("fp32", "bf16", "fp16"):
         return FLOAT
-    return GRAPH if stack in ("onnxruntime", "openvino") else TORCH
+    return GRAPH if stack.startswith(("onnxruntime", "openvino")) else TORCH
 
 
 def plot_models(result: Row, file: Path) -> None:

@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ the way; in decode with the prompt, which graphs get from fp32. run MiB: peak re
 holds without a model: weights as they are kept, activations and caches; anon MiB: that part of what it holds then which the system
 cannot take back (files that a runtime maps are not in it). make MiB: the peak until it is ready, with float model, conversion and export."""
 _REFERENCE = "fp32.pt"
+# Written last beside a graph's files, which are whole then.
+_MADE = "made.json"
 
 
 def run_worker(options: argparse.Namespace) -> Row:
@@ -52,10 +55,14 @@ def _written(options: argparse.Namespace) -> Row:
         importlib.import_module(name)
     before = memory.resident()
     model, inputs = load(options.model, options.batch)
-    folder = options.folder / options.stack
+    folder = options.folder / stack.way.files
+    # what a run that was interrupted left there
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     stack.way.write(model, CASES[options.model], inputs, folder)
-    return {"make_mib": memory.peak() - before}
+    row = {"make_mib": memory.peak() - before}
+    (folder / _MADE).write_text(json.dumps(row), encoding="utf-8")
+    return row
 
 
 def _measured(options: argparse.Namespace) -> Row:
@@ -68,7 +75,7 @@ def _measured(options: argparse.Namespace) -> Row:
         stack.way.open_nothing()
         memory.forget()
         before, anonymous = memory.resident(), memory.anonymous()
-        opening = functools.partial(stack.way.open, options.folder / options.stack, case, inputs)
+        opening = functools.partial(stack.way.open, options.folder / stack.way.files, case, inputs)
     else:
         importlib.import_module("transformers")
         _warm_up(options.model)
@@ -158,18 +165,30 @@ def _raced(model: str, batch: int, options: argparse.Namespace) -> Iterator[Row]
     stacks = ["fp32", *(name for name in options.stacks if name != "fp32")]
     runs: dict[str, list[Row]] = {stack: [] for stack in stacks}
     with tempfile.TemporaryDirectory() as name:
-        folder, made = Path(name), {}
+        folder, made = Path(name), dict[str, Row]()
+        if options.keep is not None:
+            folder = options.keep / f"{model}-{batch}"
+            folder.mkdir(parents=True, exist_ok=True)
         for round_ in range(options.rounds):
             for stack in stacks:
                 if stack != "fp32" and not (folder / _REFERENCE).exists():
                     runs[stack].append({"skipped": "fp32 did not run"})
                     continue
-                if round_ == 0 and isinstance(STACKS[stack].way, Graph):
-                    made[stack] = spawn(model, stack, batch, folder, options, write=True)
-                if "skipped" in made.get(stack, {}):
-                    runs[stack].append(made[stack])
+                if stack == "fp32" and round_ and options.fp32_once:
+                    continue
+                way = STACKS[stack].way
+                files = way.files if isinstance(way, Graph) else ""
+                if files and files not in made:
+                    there = folder / files / _MADE
+                    made[files] = (
+                        json.loads(there.read_text(encoding="utf-8"))
+                        if there.exists()
+                        else spawn(model, stack, batch, folder, options, write=True)
+                    )
+                if "skipped" in made.get(files, {}):
+                    runs[stack].append(made[files])
                 elif round_ == 0 or "ms" in runs[stack][0]:
-                    runs[stack].append(made.get(stack, {}) | spawn(model, stack, batch, folder, options))
+                    runs[stack].append(made.get(files, {}) | spawn(model, stack, batch, folder, options))
     for stack in stacks:
         row = _fastest_run(runs[stack])
         if "ms" in row:

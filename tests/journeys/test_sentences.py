@@ -269,7 +269,7 @@ def server(made: Made, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_minilm_by_id_keeps_its_embeddings_and_their_neighbours(
     server: LoopbackHub, minilm: Path, tmp_path: Path
 ) -> None:
-    """`python scripts/benchmark.py sentences` does it with 500 sentences."""
+    """`python scripts/benchmark.py sentences` does it with 2000 texts."""
     mq.quantize_from_hub("org/minilm", output=tmp_path / "out", push_to="ann/minilm", **QUIET)
     model: Any = mq.load("ann/minilm")
     texts = bench.texts(60)
