@@ -36,7 +36,7 @@ ROOMS = {
     "graphs": [
         ["matching"],
         ["cleaning", "activations", "norms", "rotary", "attention"],
-        ["products"],
+        ["products", "convolutions"],
         ["backend"],
     ],
     "planning": [

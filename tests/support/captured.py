@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mono_quant import kernels
 from mono_quant.graphs.backend import rewrite_
 
-ORDER = ("pre", "gate", "act", "second", "residual", "post")
+ORDER = ("pre", "gate", "act", "second", "batch_norm", "residual", "relu", "post")
 
 
 class Composed(Interpreter):
@@ -77,6 +77,14 @@ class Composed(Interpreter):
 
     # what eager models of transformers call too
     as_attention = staticmethod(kernels.attention)
+
+    def as_conv(self, *args: Any, batch_norm: Any = None, residual: Any = None, relu: bool = False) -> Tensor:
+        y = self.as_int8_conv(*args)
+        if batch_norm:
+            weight, bias, mean, variance, eps = batch_norm
+            y = F.batch_norm(y, mean, variance, weight, bias, False, 0.0, eps)
+        y = y if residual is None else y + residual
+        return F.relu(y) if relu else y
 
 
 def activate(name: str, x: Tensor) -> Tensor:
@@ -154,6 +162,27 @@ def of(name: str, inputs: Callable[[], dict[str, Tensor]] = text, **sizes: Any) 
         return cls._from_config(cls.config_class(**sizes))
 
     return Family(make, inputs)
+
+
+class Bottleneck(nn.Module):
+    """A block of a ResNet with a shortcut that is added in place, as torchvision writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((64, 64, 1), (64, 64, 3), (64, 128, 1), (64, 128, 1))
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, k, padding=k // 2, bias=False) for i, o, k in sizes)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for _, o, _ in sizes)
+        for norm in self.norms:
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.5, 1.5)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.norms[0](self.convs[0](x)))
+        out = self.relu(self.norms[1](self.convs[1](out)))
+        out = self.norms[2](self.convs[2](out))
+        out += self.norms[3](self.convs[3](x))
+        return self.relu(out)
 
 
 # One layer each, as time goes into capturing.
@@ -252,5 +281,9 @@ GRAPHS: Mapping[str, tuple[Family, Mapping[str, int]]] = {
     "convnext": (
         of("ConvNextModel", picture, hidden_sizes=[32, 64], depths=[1, 1], num_stages=2),
         {"norm": 3, "chain pre act second": 2},
+    ),
+    "resnet": (
+        Family(Bottleneck, lambda: {"x": torch.randn(2, 64, 8, 8)}),
+        {"conv batch_norm relu": 2, "conv batch_norm residual relu": 1, "conv batch_norm": 1},
     ),
 }
