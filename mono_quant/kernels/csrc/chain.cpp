@@ -10,7 +10,7 @@ namespace mq {
 namespace {
 
 // Fewer tokens for each thread than this, and threads share the weights' rows rather than the tokens.
-constexpr int64_t kFewTokens = 16;
+constexpr int64_t kFewTokens = 80;
 // Multiply-adds below which another thread costs more than it brings.
 constexpr int64_t kThreadWork = 1 << 17;
 constexpr int64_t kMaxPanel = 64;
