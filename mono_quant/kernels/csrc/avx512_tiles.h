@@ -137,6 +137,8 @@ MQ_TARGET MQ_INLINE void add_words(__m512i acc[T][V], const int32_t* codes, int6
         const __m512i a = _mm512_set1_epi32(codes[i + u]);
 #pragma GCC unroll 3
         for (int v = 0; v < V; ++v) {
+          // Packed weights of one token flow from memory; of an interleaved panel this stays in the cache.
+          _mm_prefetch(reinterpret_cast<const char*>(panel + (u * V + v) * kLanes) + kStreamAhead, _MM_HINT_T1);
           __m512i& sum = u == 3 ? acc[0][v] : more[u][v];
           sum = Op::add(sum, _mm512_load_si512(panel + (u * V + v) * kLanes), a);
         }
@@ -150,7 +152,12 @@ MQ_TARGET MQ_INLINE void add_words(__m512i acc[T][V], const int32_t* codes, int6
   for (; i < words; ++i, panel += V * kLanes) {
     __m512i b[V];
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) b[v] = _mm512_load_si512(panel + v * kLanes);
+    for (int v = 0; v < V; ++v) {
+      if constexpr (T <= 4) {
+        _mm_prefetch(reinterpret_cast<const char*>(panel + v * kLanes) + kStreamAhead, _MM_HINT_T1);
+      }
+      b[v] = _mm512_load_si512(panel + v * kLanes);
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       const __m512i a = _mm512_set1_epi32(codes[t * stride + i]);
