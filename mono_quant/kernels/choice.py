@@ -39,12 +39,25 @@ def scheme_on(requested: str, on_cpu: bool) -> ActivationScheme:
     return SCHEMES[active.cpu.activations if active.cpu is not None and on_cpu else _PLAIN]
 
 
+def scheme_of(requested: str, x: torch.Tensor) -> ActivationScheme:
+    """Return the scheme of a product with `x` [..., T, K]: that of `scheme_on`, but for "auto" and sequences of one token.
+
+    A decode step waits for weights, whatever the width of its codes is, so that there "auto" is the widest scheme on every path.
+    It depends on the shape of a sequence alone, not on how many there are.
+    """
+    scheme = scheme_on(requested, x.is_cpu)
+    if requested != AUTO or x.dim() < 3 or x.shape[-2] != 1 or not x.is_cpu:
+        return scheme
+    return scheme if active.cpu is None or active.wanted != AUTO else SCHEMES[cpu.WIDE]
+
+
 def activation_scheme(requested: str = AUTO, device: torch.device | str = "cpu") -> str:
     """Return the name of the activation scheme that runs on `device` where `requested` is asked for.
 
     Args:
         requested: one of `ACTIVATIONS`; "auto" is what `using` or MONO_QUANT_ACTIVATIONS name, else what suits the path:
-            int12 on AVX2 and on AVX-512 without VNNI, int8-g128 with VNNI, int8 on the reference and other devices.
+            int12 on AVX2 and on AVX-512 without VNNI, int8-g128 with VNNI (int12 where a sequence has one token: there more
+            bits cost nothing), int8 on the reference and other devices.
         device: where the input lies.
 
     Raises:

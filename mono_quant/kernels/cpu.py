@@ -27,7 +27,7 @@ TWIN = {"avx512vl-vnni": 5}
 # What "auto" means on a path: the most accurate scheme that costs little there. Without VNNI 12 bits cost nothing; VNNI
 # multiplies 8-bit codes twice as fast as wider ones.
 _OWN_ACTIVATIONS = {"avxvnni": "int8-g128", "avx512vnni": "int8-g128", "avx512vl-vnni": "int8-g128"}
-_WIDE = "int12"
+WIDE = "int12"
 # Paths with kernels of their own for 8-bit codes.
 _BYTES = frozenset(_OWN_ACTIVATIONS)
 _VERSION = 3
@@ -150,7 +150,7 @@ class Cpu:
     """
 
     def __init__(self, library: ctypes.CDLL, path: str) -> None:
-        self.path, self.activations = path, _OWN_ACTIVATIONS.get(path, _WIDE)
+        self.path, self.activations = path, _OWN_ACTIVATIONS.get(path, WIDE)
         self._isa = (PATHS | TWIN)[path]
         self._isa_field = struct.pack("=q", self._isa)
         self._library = library

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from mono_quant.kernels import packs, pool
 from mono_quant.kernels.activations import ActivationScheme
-from mono_quant.kernels.choice import active, scheme_on
+from mono_quant.kernels.choice import active, scheme_of
 from mono_quant.kernels.cpu import Cpu, Packed
 from mono_quant.kernels.ops import int8_linear, is_watched
 
@@ -198,11 +198,11 @@ def _native_chain(
     parts: list[int] = []
     # packed weights that another thread may drop meanwhile
     held: list[Packed] = []
-    one = _product_words(cpu, first, depth, parts, held)
+    one = _product_words(cpu, first, x, depth, parts, held)
     if one is None or depth == 0:
         return None
-    other = _NO_PRODUCT if gate is None else _product_words(cpu, gate, depth, parts, held)
-    two = _NO_PRODUCT if second is None else _product_words(cpu, second, one[1], parts, held)
+    other = _NO_PRODUCT if gate is None else _product_words(cpu, gate, x, depth, parts, held)
+    two = _NO_PRODUCT if second is None else _product_words(cpu, second, x, one[1], parts, held)
     if other is None or two is None or (gate is not None and not _same_strips(first, gate, one, other)):
         return None
     width = two[1] if second is not None else one[1]
@@ -252,11 +252,11 @@ def _same_strips(
 
 
 def _product_words(
-    cpu: Cpu, product: Product, depth: int, parts: list[int], held: list[Packed]
+    cpu: Cpu, product: Product, x: Tensor, depth: int, parts: list[int], held: list[Packed]
 ) -> tuple[int, int, int, int, int] | None:
     """Return the C struct `Product` and append its parts; None where the library does not take it."""
     weights, scales, biases, activations = product
-    scheme = scheme_on(activations, True)
+    scheme = scheme_of(activations, x)
     known = _codes.get((scheme.name, depth, cpu.path))
     qmax, narrow = known if known is not None else _learn_codes(cpu, scheme, depth)
     total = words = 0

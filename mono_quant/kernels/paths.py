@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mono_quant.kernels import packs, reference
 from mono_quant.kernels.activations import AUTO, ActivationScheme
-from mono_quant.kernels.choice import active, scheme_on
+from mono_quant.kernels.choice import active, scheme_of, scheme_on
 from mono_quant.kernels.cpu import Cpu, Packed
 from mono_quant.kernels.inputs import check_codes, check_indices, check_input
 
@@ -32,7 +32,7 @@ def linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activations: str = AUTO
 ) -> Tensor:
     """Apply an int8 linear layer; see `ops.int8_linear`."""
-    scheme = scheme_on(activations, x.is_cpu)
+    scheme = scheme_of(activations, x)
     cpu = active.cpu
     if cpu is not None:
         out = cpu.linear(x, weight, weight_scale, bias, scheme, _packed(cpu, x, weight, scheme))

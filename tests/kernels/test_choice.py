@@ -174,3 +174,32 @@ def test_a_process_without_the_library_computes_the_same(tmp_path: Path, scheme:
         assert run.stdout.strip() == (isa or choice.loaded.paths[-1] if NATIVE else "reference")
         results.append(torch.load(file))
     assert same(*results)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_auto_is_wide_where_a_sequence_has_one_token_and_looks_at_nothing_else(path):
+    if path == "reference":
+        pytest.skip("the reference has one scheme")
+    weight = torch.randint(-127, 128, (24, 300), dtype=torch.int8)
+    scale, bias = torch.rand(24, 1), torch.randn(24)
+    x = torch.randn(5, 7, 300)
+    with kernels.using(path):
+        wide = kernels.int8_linear(x, weight, scale, bias, "int12")
+        usual = kernels.int8_linear(x, weight, scale, bias, kernels.activation_scheme())
+        for one in (x[:, :1], x[2:3, 4:5], x.unsqueeze(2)):
+            got = kernels.int8_linear(one, weight, scale, bias)
+            assert torch.equal(got, kernels.int8_linear(one, weight, scale, bias, "int12"))
+            chained = kernels.chain(one, ((weight,), (scale,), (bias,), "auto"))
+            assert torch.equal(chained, got)
+        assert torch.equal(kernels.int8_linear(x[:, :1], weight, scale, bias), wide[:, :1])
+        # a matrix of tokens is no sequence of one token, whatever its height
+        for many in (x, x[0], x[0, :1], x[0, 0]):
+            assert torch.equal(
+                kernels.int8_linear(many, weight, scale, bias).view(-1, 24),
+                usual.view(-1, 24)[: many.numel() // 300],
+            )
+        with kernels.using(activations="int8"):
+            assert torch.equal(
+                kernels.int8_linear(x[:, :1], weight, scale, bias),
+                kernels.int8_linear(x[:, :1], weight, scale, bias, "int8"),
+            )
