@@ -249,7 +249,7 @@ class AttentionForward(StoredModule):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         dropout = self.dropout if self.training else 0.0
-        if not need_weights and dropout:
+        if not need_weights and self.training:
             return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
         if not need_weights:
             return kernels.attention(q, k, v, mask), None

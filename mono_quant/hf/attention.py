@@ -44,7 +44,9 @@ def wrapped(sdpa: Any) -> Any:
         **more: Any,
     ) -> tuple[Tensor, None]:
         is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if is_converted(module) and not dropout and not is_traced and not _asks_for_more(more):
+        # in training a checkpoint runs twice, without gradients and with them, and has to see the same values
+        is_ours = not module.training and not dropout and not is_traced
+        if is_ours and is_converted(module) and not _asks_for_more(more):
             out = _attend(module, query, key, value, attention_mask, scaling, is_causal, position_bias)
             if out is not None:
                 return out.transpose(1, 2), None

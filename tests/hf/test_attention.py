@@ -227,7 +227,8 @@ def test_any_cache_gives_the_same_tokens(make, monkeypatch):
 
 
 def test_a_token_has_the_same_bits_in_a_prefill_and_in_a_step():
-    model = int8(tiny_llama()).model
+    # "auto" gives the tokens of a step more bits
+    model = int8(tiny_llama(), activations="int8-g128").model
     ids = torch.randint(3, 200, (1, 300))
     with torch.inference_mode():
         whole = model(ids).last_hidden_state
