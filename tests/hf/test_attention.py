@@ -211,7 +211,8 @@ def test_adapters_are_no_hindrance(monkeypatch):
 
 @pytest.mark.parametrize("make", [tiny_llama, gemma3, qwen2])
 def test_any_cache_gives_the_same_tokens(make, monkeypatch):
-    model = int8(seeded(make).eval())
+    # "auto" gives the tokens of a step more bits
+    model = int8(seeded(make).eval(), activations="int8-g128")
     mask = torch.ones(2, 11, dtype=torch.long)
     mask[1, :4] = 0
     inputs = {"input_ids": torch.randint(3, 200, (2, 11)), "attention_mask": mask}
