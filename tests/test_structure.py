@@ -35,6 +35,7 @@ ROOMS = {
     ],
     "graphs": [
         ["matching"],
+        ["layouts"],
         ["cleaning", "activations", "norms", "rotary", "attention"],
         ["products", "convolutions"],
         ["backend"],

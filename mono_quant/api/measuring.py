@@ -49,6 +49,11 @@ def suggestion(work: Subject, given: Any) -> Suggestion:
         raise ConfigError(
             f"the layers cannot be measured: {e}; pass other inputs as ", Option("probe")
         ) from e
+    if not any(layer.work for layer in layers):
+        raise ConfigError(
+            "there is nothing to measure: no int8 layer saw a value. Convert the model to int8, or pass inputs that are not empty as ",
+            Option("probe"),
+        )
     prefix = "" if model is work.model or not work.core_name else f"{work.core_name}."
     return suggest_for([replace(layer, name=f"{prefix}{layer.name}") for layer in layers], probe.name)
 

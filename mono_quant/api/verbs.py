@@ -18,7 +18,7 @@ from mono_quant.artifact.keeping import keep_loaded_
 from mono_quant.artifact.loading import override_schemes_
 from mono_quant.artifact.publishing import publish
 from mono_quant.convert.int8_layers import layers_with_schemes
-from mono_quant.errors import AlreadyQuantizedError
+from mono_quant.errors import AlreadyQuantizedError, ConfigError, Name
 from mono_quant.graphs.backend import mono_quant
 from mono_quant.hf.placing import check_place, parse_float, place_
 from mono_quant.io.hub.client import Hub
@@ -329,6 +329,8 @@ def load(
     Raises:
         MonoQuantError: a typed error for a missing, tampered, foreign or newer folder.
     """
+    if not isinstance(compile, bool):
+        raise ConfigError(Name("compile"), f" is {compile!r}; use True or False")
     cast = parse_float(dtype)
     check_place(device, device_map)
     asked = None if activations is None else parse_activations(activations)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from mono_quant import kernels
 from mono_quant.convert.fidelity import digits
 from mono_quant.convert.int8_layers import Int8Module, layers_with_schemes
-from mono_quant.convert.probes import Probe, probing
+from mono_quant.convert.probes import Probe, ProbeError, probing
 from mono_quant.convert.untouched import untouched
 from mono_quant.planning.suggestion import LayerNoise
 
@@ -69,6 +70,9 @@ def measure_layers(model: nn.Module, probe: Probe) -> list[LayerNoise]:
         model.eval()
         model(*probe.args, **probe.kwargs)
     schemes = {name: layer.activations for name, layer in layers_with_schemes(model).items()}
+    wrong = next((name for name, found in seen.items() if not isfinite(found.signal)), None)
+    if wrong is not None:
+        raise ProbeError(f"the output of {wrong} is not finite on {probe.name}")
     return [_noise(name, schemes[name], found) for name, found in seen.items() if found.signal]
 
 

@@ -7,6 +7,7 @@ from torch.fx import Graph, Node
 from torch.nn import functional as F
 
 from mono_quant import kernels
+from mono_quant.graphs.layouts import keeps_heads_apart
 from mono_quant.graphs.matching import (
     is_call,
     is_float32,
@@ -41,9 +42,19 @@ def join_attention(graph: Graph) -> None:
         how = {
             name: given[key]
             for name, key in (("causal", "is_causal"), ("scale", "scale"))
-            if given[key] not in (False, None)
+            if given[key] is not False and given[key] is not None
         }
-        replace(node, kernels.attention, (q, k, v) if mask is None else (q, k, v, mask), how)
+        made = replace(node, kernels.attention, (q, k, v) if mask is None else (q, k, v, mask), how)
+        if not keeps_heads_apart(made):
+            _lie_as_captured(made)
+
+
+def _lie_as_captured(node: Node) -> None:
+    """Let the result lie in memory head by head, as torch's does where it has no kernel of its own."""
+    with node.graph.inserting_after(node):
+        plain = node.graph.call_method("contiguous", (node,))
+    plain.meta = dict(node.meta)
+    node.replace_all_uses_with(plain, delete_user_cb=lambda user: user is not plain)
 
 
 def _call_directly(node: Node) -> None:
@@ -51,7 +62,9 @@ def _call_directly(node: Node) -> None:
     given = named(node, ("q", "k", "v", "mask", "causal", "scale", "window"), {})
     if given is not None:
         how = {
-            name: given[name] for name in ("causal", "scale", "window") if given[name] not in (False, None)
+            name: given[name]
+            for name in ("causal", "scale", "window")
+            if given[name] is not False and given[name] is not None
         }
         masked = () if given["mask"] is None else (given["mask"],)
         replace(node, kernels.attention, (given["q"], given["k"], given["v"], *masked), how)

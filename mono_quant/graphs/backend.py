@@ -17,6 +17,7 @@ from mono_quant.graphs.activations import join_written_out_gelus
 from mono_quant.graphs.attention import join_attention
 from mono_quant.graphs.cleaning import clean
 from mono_quant.graphs.convolutions import join_convolutions
+from mono_quant.graphs.layouts import restore_layouts
 from mono_quant.graphs.norms import add_in_norms, join_norms
 from mono_quant.graphs.products import call_alone, join_products
 from mono_quant.graphs.rotary import join_rotary
@@ -33,6 +34,7 @@ _PASSES = (
     add_in_norms,
     call_alone,
     join_convolutions,
+    restore_layouts,
 )
 
 

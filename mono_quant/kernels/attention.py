@@ -95,7 +95,8 @@ def native(
 ) -> Tensor | None:
     """Attend by our own kernel; None where it has no answer."""
     dtype = q.dtype
-    if active.cpu is None or not k.dtype is v.dtype is dtype or not (q.is_cpu and k.is_cpu and v.is_cpu):
+    cpu = active.cpu
+    if cpu is None or not k.dtype is v.dtype is dtype or not (q.is_cpu and k.is_cpu and v.is_cpu):
         return None
     if dtype not in _DTYPES or not q.dim() == k.dim() == v.dim() == 4:
         return None
@@ -139,7 +140,7 @@ def native(
         k.data_ptr(), *k_steps, v.data_ptr(), *v_steps, kind, pointer, *steps, causal, window or 0,
         size**-0.5 if scale is None else scale, out.data_ptr(), queries * row, width, row, 1,
     )  # fmt: skip
-    if not active.cpu.attend(call):
+    if not cpu.attend(call):
         return None
     return out if dtype is torch.float32 else out.to(dtype)
 

@@ -181,7 +181,7 @@ class Cpu:
             return None
         x = _dense(x)
         # int8 [N, K] and fp32 [N, 1] are dense unless someone transposed them
-        weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
+        weight, weight_scale = _dense(weight), _dense(weight_scale)
         if weight.dtype is not torch.int8 or weight_scale.dtype is not torch.float32:
             return None
         bias_pointer, bias_dtype = None, 0
@@ -189,7 +189,7 @@ class Cpu:
             known = _DTYPES.get(bias.dtype)
             if known is None or bias.numel() != rows:
                 return None
-            bias = bias.contiguous()
+            bias = _dense(bias)
             bias_pointer, bias_dtype = bias.data_ptr(), known
         if weight_scale.numel() != rows:
             return None
@@ -225,13 +225,13 @@ class Cpu:
             return None
         if weight.dtype is not torch.float16:
             return None
-        x, weight = _dense(x), weight.contiguous()
+        x, weight = _dense(x), _dense(weight)
         bias_pointer, bias_dtype = None, 0
         if bias is not None:
             known = _DTYPES.get(bias.dtype)
             if known is None or bias.numel() != rows:
                 return None
-            bias = bias.contiguous()
+            bias = _dense(bias)
             bias_pointer, bias_dtype = bias.data_ptr(), known
         out = pool.empty((*shape[:-1], rows), x)
         failed = self._half_linear(
@@ -281,11 +281,13 @@ class Cpu:
         depth = inner * kernel_size[0] * kernel_size[1]
         if channels != inner * groups or rows % groups:
             return None
+        if weight_scale.numel() != rows or (bias is not None and bias.numel() != rows):
+            return None
         # pixels of adjacent channels: a receptive field is then a few long runs of memory
         pixels = self.pixels(x)
         weight = weight.permute(0, 2, 3, 1).contiguous()
-        weight_scale = weight_scale.contiguous()
-        bias = None if bias is None else bias.contiguous()
+        weight_scale = _dense(weight_scale)
+        bias = None if bias is None else _dense(bias)
         out = pool.empty((images, *out_size, rows), x)
         sizes = [images, groups, rows // groups, height, width, inner]
         sizes += [*kernel_size, *stride, *padding, *dilation, *out_size]
@@ -499,8 +501,10 @@ class Cpu:
         if weight.dtype is not torch.int8 or weight_scale.dtype is not torch.float32:
             return None
         rows, depth = weight.shape
+        if weight_scale.numel() != rows:
+            return None
         index = indices.to(torch.int64).contiguous()
-        weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
+        weight, weight_scale = _dense(weight), _dense(weight_scale)
         out = weight_scale.new_empty((*indices.shape, depth), dtype=dtype)
         failed = self._embedding(
             torch.get_num_threads(),

@@ -38,8 +38,6 @@ _ACTS: dict[str | None, tuple[int, Callable[[Tensor], Tensor]]] = {
     "relu": (4, F.relu),
 }
 _NORMS = {"layer": 1, "rms": 2}
-# Fewer outputs are no affair of the pool.
-_SMALL = pool.SMALLEST // 4
 _NO_NORM = (0, 0, 0, 0.0)
 _NO_PRODUCT = (0, 0, 0, 0, 0)
 # The C struct `Chain`: path, threads, tokens, x, residual, out; two norms; activation; three products; a pointer that the
@@ -212,7 +210,7 @@ def _native_chain(
     x = _dense(x)
     tokens = x.numel() // depth
     wanted = (*shape[:-1], width)
-    out = x.new_empty(wanted) if tokens * width < _SMALL else pool.empty(wanted, x)
+    out = pool.empty(wanted, x)
     term = 0
     if residual is not None:
         if residual.dtype is not torch.float32 or not residual.is_cpu or residual.shape != out.shape:
@@ -293,7 +291,11 @@ def _learn_codes(cpu: Cpu, scheme: ActivationScheme, depth: int) -> tuple[int, b
 def _is_row(values: Tensor, count: int) -> bool:
     """Say whether these are `count` fp32 values next to each other on the CPU."""
     return (
-        values.dtype is torch.float32 and values.numel() == count and values.is_contiguous() and values.is_cpu
+        values.dtype is torch.float32
+        and values.numel() == count
+        and values.is_contiguous()
+        and values.is_cpu
+        and not values.is_neg()
     )
 
 

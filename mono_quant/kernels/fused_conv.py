@@ -79,8 +79,9 @@ def conv(
             scale, offset, mean, variance, epsilon = batch_norm
             out = F.batch_norm(out, mean, variance, scale, offset, False, 0.0, epsilon)
         return _finished(out, residual, relu)
-    if active.cpu is not None:
-        fused = _fused(active.cpu, x, weight, floats, norm[4], how, residual, relu, activations)
+    cpu = active.cpu
+    if cpu is not None:
+        fused = _fused(cpu, x, weight, floats, norm[4], how, residual, relu, activations)
         if fused is not None:
             return fused
     if batch_norm is not None:
@@ -134,7 +135,7 @@ def _fused(
         return None
     shape, sizes = geometry
     for part in floats:
-        if part is not None and (part.numel() != shape[3] or not part.is_contiguous()):
+        if part is not None and (part.numel() != shape[3] or not part.is_contiguous() or part.is_neg()):
             return None
     if residual is not None and residual.shape != (shape[0], shape[3], *shape[1:3]):
         return None

@@ -96,8 +96,9 @@ def int8_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype:
         InputError: the indices are no int64 or int32.
         FrozenWeightError: `weight` is not int8.
     """
-    if active.cpu is not None and not _needs_op(indices, None):
-        out = active.cpu.embedding(indices, weight, weight_scale, dtype)
+    cpu = active.cpu
+    if cpu is not None and not _needs_op(indices, None):
+        out = cpu.embedding(indices, weight, weight_scale, dtype)
         if out is not None:
             return out
     return paths.embedding(indices, weight, weight_scale, dtype)

@@ -51,6 +51,15 @@ class _Entry:
 # Single operations on a dict are atomic: a thread finds an entry or does without.
 _entries: dict[Key, _Entry] = {}
 _packing = threading.Lock()
+
+
+def _start_anew() -> None:
+    """Let a forked process pack although another thread was at it."""
+    global _packing
+    _packing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_start_anew)
 _MISSING = Packed(torch.empty(0, dtype=torch.int32), "", False)
 
 

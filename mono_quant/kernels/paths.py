@@ -57,8 +57,9 @@ def _packed(cpu: Cpu, x: Tensor, weight: Tensor, scheme: ActivationScheme) -> Pa
 
 def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a linear layer with float16 weights in float32; see `ops.half_linear`."""
-    if active.cpu is not None:
-        out = active.cpu.half_linear(x, weight, bias)
+    cpu = active.cpu
+    if cpu is not None:
+        out = cpu.half_linear(x, weight, bias)
         if out is not None:
             return out
     check_input(x, HALF, weight.shape[1])
@@ -125,10 +126,9 @@ def conv(
     """Apply an int8 convolution; see `ops.int8_conv`."""
     size = out_sizes(x, weight, stride, padding, dilation)
     scheme = scheme_on(activations, x.is_cpu)
-    if active.cpu is not None:
-        native = active.cpu.conv(
-            x, weight, weight_scale, bias, stride, padding, dilation, groups, size, scheme
-        )
+    cpu = active.cpu
+    if cpu is not None:
+        native = cpu.conv(x, weight, weight_scale, bias, stride, padding, dilation, groups, size, scheme)
         if native is not None:
             return native
     check_codes(weight, CONV)

@@ -7,7 +7,9 @@ block back. So a block is never in two hands, whatever views, arrays or other th
 """
 
 import ctypes
+import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -21,16 +23,29 @@ SMALLEST = 1 << 20
 LIMIT = 512 << 20
 # Sizes are rounded up to this, so that texts of nearly the same length share blocks.
 _GRAIN = 1 << 18
-# A block that was of no use for so many outputs is given back to the system.
-_PATIENCE = 256
+# A block that was of no use for so long is given back to the system.
+_SECONDS = 20.0
+# Small outputs between two looks at the clock: whoever makes only those now may have made large ones before.
+_PAUSE = 512
 _POINTS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
-_lock = threading.Lock()
-# Idle blocks by size, each with the number of the output it served last.
-_idle: dict[int, list[tuple[int, Tensor]]] = {}
-# What came back since; finalizers run wherever Python drops an object and may not wait for a lock.
+
+class _State:
+    """What is idle, and the lock for it, which nobody waits for: an output that cannot have it is made anew.
+
+    So neither a signal handler nor a finalizer that runs while it is held can stop a thread.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        # by size, each with the time at which it came back; the one that came last is used first
+        self.idle: dict[int, list[tuple[float, Tensor]]] = {}
+        self.small = 0
+
+
+_state = _State()
+# What came back since; finalizers run wherever Python drops an object and take no lock.
 _returned: deque[Tensor] = deque()
-_served = 0
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -42,6 +57,9 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     for extent in shape:
         size *= extent
     if size < SMALLEST or not like.is_cpu:
+        _state.small += 1
+        if _state.small > _PAUSE:
+            _look()
         return like.new_empty(tuple(shape))
     rounded = -(-size // _GRAIN) * _GRAIN
     block = _take(rounded)
@@ -52,45 +70,67 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
 
 def idle_bytes() -> int:
     """Return how many bytes are held for outputs to come."""
-    with _lock:
-        _put_back()
-        return sum(size * len(blocks) for size, blocks in _idle.items())
+    _look()
+    return sum(size * len(blocks) for size, blocks in list(_state.idle.items()))
 
 
 def clear() -> None:
     """Give back to the system what no output holds."""
-    with _lock:
-        _put_back()
-        _idle.clear()
+    if _state.lock.acquire(blocking=False):
+        try:
+            _returned.clear()
+            _state.idle.clear()
+        finally:
+            _state.lock.release()
+
+
+def _look() -> None:
+    """Drop what was of no use for long."""
+    _state.small = 0
+    if _state.lock.acquire(blocking=False):
+        try:
+            _put_back()
+        finally:
+            _state.lock.release()
 
 
 def _take(size: int) -> Tensor:
-    global _served
-    with _lock:
-        _served += 1
-        _put_back()
-        blocks = _idle.get(size)
-        if blocks:
-            return blocks.pop()[1]
+    if _state.lock.acquire(blocking=False):
+        try:
+            _put_back()
+            blocks = _state.idle.get(size)
+            if blocks:
+                return blocks.pop()[1]
+        finally:
+            _state.lock.release()
     # outside of inference mode, whose tensors no one else may write
     with torch.inference_mode(False):
         return torch.empty(size, dtype=torch.uint8)
 
 
 def _put_back() -> None:
+    idle, now = _state.idle, time.monotonic()
     while _returned:
         block = _returned.popleft()
-        _idle.setdefault(block.numel(), []).append((_served, block))
-    for size, blocks in list(_idle.items()):
-        # the one that came back last is used first, so the oldest are at the front
-        while blocks and blocks[0][0] < _served - _PATIENCE:
+        idle.setdefault(block.numel(), []).append((now, block))
+    for size, blocks in list(idle.items()):
+        while blocks and blocks[0][0] < now - _SECONDS:
             blocks.pop(0)
         if not blocks:
-            del _idle[size]
-    held = sum(size * len(blocks) for size, blocks in _idle.items())
+            del idle[size]
+    held = sum(size * len(blocks) for size, blocks in idle.items())
     while held > LIMIT:
-        size = min(_idle, key=lambda size: _idle[size][0][0])
-        _idle[size].pop(0)
+        size = min(idle, key=lambda size: idle[size][0][0])
+        idle[size].pop(0)
         held -= size
-        if not _idle[size]:
-            del _idle[size]
+        if not idle[size]:
+            del idle[size]
+
+
+def _start_anew() -> None:
+    """Forget what a forked process cannot know to be whole: another thread may have held the lock."""
+    global _state
+    _state = _State()
+
+
+os.register_at_fork(after_in_child=_start_anew)

@@ -1,6 +1,7 @@
 """A recurrent int8 layer over all time steps in one native call: products with the last output, and the gates between them."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from mono_quant.kernels.cpu import longs
 
 # The numbers are part of the C interface.
 _CELLS = {"LSTM": 0, "GRU": 1, "RNN_TANH": 2, "RNN_RELU": 3}
+_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
 
 def run_recurrent(
@@ -51,18 +53,40 @@ def run_recurrent(
     size = weight.shape[1]
     if weight.dtype is not torch.int8 or not weight.is_cpu or not size or not sizes or min(sizes) < 1:
         return None
-    if weight.shape[0] != given.shape[1] or any(part.shape != (sizes[0], size) for part in state):
+    if not _fits(mode, given, sizes, state, weight, weight_scale, bias):
         return None
     fresh = [part.clone(memory_format=torch.contiguous_format) for part in state]
     out = cpu.recurrent(
         _CELLS[mode],
-        given.contiguous(),
+        given.resolve_neg().contiguous(),
         longs(sizes),
         fresh,
         weight.contiguous(),
-        weight_scale.contiguous(),
-        None if bias is None else bias.contiguous(),
+        weight_scale.resolve_neg().contiguous(),
+        None if bias is None else bias.resolve_neg().contiguous(),
         backward,
         scheme_on(activations, True),
     )
     return None if out is None else (out, tuple(fresh))
+
+
+def _fits(
+    mode: str,
+    given: Tensor,
+    sizes: Sequence[int],
+    state: Sequence[Tensor],
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+) -> bool:
+    """Say whether all that the library reads is there; what is not is left to torch, which says so."""
+    rows, size = weight.shape
+    return (
+        rows == _GATES[mode] * size
+        and given.shape == (sum(sizes), rows)
+        and all(later <= before for before, later in pairwise(sizes))
+        and len(state) == (2 if mode == "LSTM" else 1)
+        and all(part.shape == (sizes[0], size) for part in state)
+        and weight_scale.numel() == rows
+        and (bias is None or bias.numel() == rows)
+    )

@@ -3,8 +3,10 @@
 import copy
 import gc
 import io
+import os
 import pickle
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -105,15 +107,32 @@ def test_outputs_made_in_inference_mode_do_not_taint_later_ones():
         assert _large(1).is_inference()
 
 
-def test_idle_memory_is_bounded_and_leaves_when_it_is_of_no_use():
+def test_idle_memory_is_bounded_and_leaves_when_it_is_of_no_use(monkeypatch):
     held = [_large(i, (64, 1 << 20)) for i in range(4)]
     del held
-    assert pool.idle_bytes() <= pool.LIMIT
-    for _ in range(300):
-        _large(0)
+    assert 0 < pool.idle_bytes() <= pool.LIMIT
+    later = time.monotonic() + 60
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    # small outputs alone, as a server that had one large request
+    for _ in range(600):
+        pool.empty((4, 4), LIKE)
+    assert not pool._state.idle
+    _large(0)
     assert pool.idle_bytes() == 2 << 20
     pool.clear()
     assert pool.idle_bytes() == 0
+
+
+def test_nobody_waits_for_the_lock_and_a_forked_process_has_its_own():
+    with pool._state.lock:
+        # as in a signal handler, or in a process forked while another thread held it
+        assert (_large(3) == 3).all()
+        child = os.fork()
+        if child == 0:
+            # no arithmetic: torch's own threads do not survive a fork
+            out = pool.empty(SHAPE, LIKE)
+            os._exit(0 if out.shape == SHAPE and pool._state.lock.acquire(blocking=False) else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_threads_never_share_an_output():

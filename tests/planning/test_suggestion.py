@@ -3,7 +3,10 @@
 from math import sqrt
 
 import pytest
+import torch
 
+import mono_quant
+from mono_quant.errors import ConfigError
 from mono_quant.kernels import SCHEMES
 from mono_quant.planning.suggestion import DENSITY, NARROW, REMOVED, WIDE, LayerNoise, suggest_for
 
@@ -99,3 +102,10 @@ def test_the_table_has_the_noisiest_first_and_all_numbers():
     assert data["removed"] >= REMOVED
     many = suggest_for([layer(f"h.{i}") for i in range(50)], "")
     assert many.table().splitlines()[-1] == "... and 10 more"
+
+
+@pytest.mark.parametrize("probe", [torch.full((4, 64), float("nan")), torch.randn(0, 64)])
+def test_inputs_that_measure_nothing_are_refused(probe):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
+    with pytest.raises(ConfigError, match="measure"):
+        mono_quant.suggest(model, probe=probe)
