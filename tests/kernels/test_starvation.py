@@ -31,22 +31,25 @@ GROUPS = {
         0.6,
     ),
 }
-# Both on one processor, because a machine with many has none busy; the neighbour comes when the threads are there.
-ONE_PROCESSOR = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+# One neighbour for each processor, because a machine with many would have one left for the threads.
 TOLD = """
-import os, subprocess, sys, torch
+import os, subprocess, sys, time, torch
 from mono_quant.kernels import starvation
 torch.set_num_threads(2)
-{one_processor}
+everywhere = os.sched_getaffinity(0)
+os.sched_setaffinity(0, {min(everywhere)})
 print(starvation.starved())
+os.sched_setaffinity(0, everywhere)
 starvation.processors = lambda: 2.0
-neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in everywhere]
+time.sleep(0.3)
 print(starvation.starved())
 os.environ["OMP_WAIT_POLICY"] = "passive"
 print(starvation.starved())
 torch.set_num_threads(1)
 print(starvation.starved())
-neighbour.kill()
+for neighbour in neighbours:
+    neighbour.kill()
 """
 
 
@@ -77,9 +80,8 @@ def test_more_threads_than_processors_are_noticed(monkeypatch: pytest.MonkeyPatc
 
 def test_a_busy_neighbour_is_noticed_and_one_thread_is_not_disturbed() -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP")}
-    code = TOLD.format(one_processor=ONE_PROCESSOR)
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", TOLD], env=environment, capture_output=True, text=True, check=True
     )
     narrow, busy, asleep, single = done.stdout.splitlines()
     assert narrow.startswith("2 threads wait for each other on 1 processors")
