@@ -43,9 +43,12 @@ os.sched_setaffinity(0, everywhere)
 starvation.processors = lambda: 2.0
 neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in everywhere]
 time.sleep(0.3)
-print(starvation.starved())
+# a fifth of a second can fall between the turns of a neighbour
+def told():
+    return next((found for _ in range(10) if (found := starvation.starved())), None)
+print(told())
 os.environ["OMP_WAIT_POLICY"] = "passive"
-print(starvation.starved())
+print(told())
 torch.set_num_threads(1)
 print(starvation.starved())
 for neighbour in neighbours:
