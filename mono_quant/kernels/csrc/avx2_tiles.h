@@ -1,15 +1,11 @@
 // Products on 256-bit vectors, for an operation `Op` that multiplies and adds.
 //
-// An Op names the size of a code (4: floats with float16 weights, 2: int16, 1: int8 with unsigned weights) and how
-// many bytes
-// of weights it loads at once (kBytes, for kStep values), loads them, and adds products of weights and codes.
+// An Op names the size of a code (4: floats with float16 weights, 2: int16, 1: int8 with unsigned weights) and how many
+// bytes of weights it loads at once (kBytes, for kStep values), loads them, and adds products of weights and codes.
 //
-// Included once per instruction set with MQ_TARGET set to it: a target attribute cannot depend on a template
-// argument, and
-// code compiled for VNNI must not run without it.
-#include <immintrin.h>
-
-#include "common.h"
+// Included once per instruction set with MQ_TARGET set to it: a target attribute cannot depend on a template argument,
+// and code compiled for VNNI must not run without it.
+#include "words256.h"
 
 namespace mq {
 namespace {
@@ -20,25 +16,6 @@ constexpr int kTileTokens = 6;
 constexpr int kDotTokens = 4;
 // A cache line of each row is one turn of the loop.
 constexpr int64_t kLineBytes = 64;
-
-MQ_TARGET MQ_INLINE void transpose_words(__m256i r[8]) {
-  __m256i t[8];
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  __m256i u[8];
-  for (int i = 0; i < 2; ++i) {
-    u[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    u[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    u[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    u[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x20);
-    r[i + 4] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x31);
-  }
-}
 
 // 32 weights, zeros from `depth` on.
 MQ_TARGET MQ_INLINE __m256i load_weights(const int8_t* weight, int64_t k, int64_t depth) {
@@ -341,8 +318,7 @@ MQ_TARGET MQ_INLINE __m256i eight_totals(const __m256i v[8]) {
 }
 
 // Four weight rows by one token and two groups from the one at `k` on, or by two tokens and one group: eight sums,
-// added up
-// together. Lanes hold the rows of the first, then those of the second.
+// added up together. Lanes hold the rows of the first, then those of the second.
 template <class Op, int T, bool Whole>
 MQ_TARGET MQ_INLINE __m256i group_sums(const int8_t* const weight[4], int64_t k, int64_t depth, int64_t group,
                                        int64_t ahead, const char* const codes[T]) {

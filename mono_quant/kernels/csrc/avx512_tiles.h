@@ -5,13 +5,7 @@
 //
 // Included once per instruction set with MQ_TARGET set to it: a target attribute cannot depend on a template
 // argument, and code compiled for VNNI must not run without it.
-#include <immintrin.h>
-
-#include "common.h"
-
-// GCC 12 reports the undefined merge operands inside its own intrinsics.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
+#include "words512.h"
 
 namespace mq {
 namespace {
@@ -20,36 +14,6 @@ constexpr int kLanes = 16;
 constexpr int kVectors = 3;
 constexpr int kTileTokens = 8;
 constexpr int kDotTokens = 4;
-
-MQ_TARGET MQ_INLINE void transpose_words(__m512i r[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
 
 MQ_TARGET MQ_INLINE __mmask64 first_bytes(int64_t count) {
   return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1;
@@ -392,8 +356,7 @@ MQ_TARGET MQ_INLINE __m512i sixteen_totals(const __m512i v[16]) {
 }
 
 // Four weight rows by T tokens and 4 / T groups from the one at `k` on: sixteen sums, added up together. Lanes hold
-// the rows
-// of the first group's first token, those of its second token, ...
+// the rows of the first group's first token, those of its second token, ...
 template <class Op, int T, bool Whole, bool Ahead>
 MQ_TARGET MQ_INLINE __m512i group_sums(const int8_t* const weight[4], int64_t k, int64_t depth, int64_t group,
                                        int64_t ahead, const char* const codes[T]) {

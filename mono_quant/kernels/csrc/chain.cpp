@@ -11,9 +11,6 @@ namespace {
 
 // Fewer tokens for each thread than this, and threads share the weights' rows rather than the tokens.
 constexpr int64_t kFewTokens = 80;
-// Multiply-adds below which another thread costs more than it brings.
-constexpr int64_t kThreadWork = 1 << 17;
-constexpr int64_t kMaxPanel = 64;
 
 int64_t aligned(int64_t bytes) { return round_up(bytes, 64); }
 

@@ -27,8 +27,7 @@ struct Chunk {
 bool quantize(const Chunk& chunk, int64_t t);
 
 // Sums [tokens, columns], `stride` apart, of the tokens from `t` and the weight rows from `n` on become outputs; fp32
-// totals
-// where the tokens have groups.
+// totals where the tokens have groups.
 void finish(const Chunk& chunk, int64_t t, int64_t tokens, int64_t n, int64_t columns, const int32_t* sums,
             int64_t stride);
 

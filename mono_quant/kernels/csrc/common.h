@@ -100,8 +100,7 @@ struct ProductKernels {
   void (*dot)(const int8_t* const weight[4], int64_t depth, int64_t ahead, const void* codes, int64_t stride,
               int tokens, int32_t* sums, int64_t sums_stride);
   // The same two for one group of values, and for rows of groups. Every integer sum of a group becomes a float and
-  // joins
-  // the total of its token: total + float(sum + correction) * scale, each operation rounded.
+  // joins the total of its token: total + float(sum + correction) * scale, each operation rounded.
   void (*group_tile)(const int32_t* codes, int64_t stride, int tokens, const int32_t* panel, int rows, int64_t words,
                      const Token* token, int64_t token_stride, float* totals, bool accumulate);
   void (*group_dot)(const int8_t* const weight[4], int64_t depth, int64_t group, int64_t ahead, const void* codes,

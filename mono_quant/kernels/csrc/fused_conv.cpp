@@ -13,13 +13,9 @@ namespace {
 // Codes of the tokens held at once: they stay in the second-level caches while all weights pass by.
 constexpr int64_t kChunkBytes = 2 << 20;
 // Tokens that pass by a panel of weights at a time.
-constexpr int64_t kBlockTokens = 96;
+constexpr int64_t kBlockPositions = 96;
 // Tasks for each thread from which on a thread that is late does not hold up the others.
 constexpr int64_t kTasks = 4;
-// Multiply-adds below which another thread costs more than it brings.
-constexpr int64_t kThreadWork = 1 << 17;
-constexpr int64_t kMaxPanel = 64;
-constexpr int64_t kMaxTile = 8;
 
 const ConvKernels* float_kernels(Isa isa) {
 #ifdef MQ_X86
@@ -240,7 +236,7 @@ void run_chunk(const Call& call, const Chunk& chunk, float* patch, int team) {
     }
   }
   const int64_t units = layout.pixels ? chunk.tokens * p.out_h : chunk.tokens;
-  const int64_t block = layout.pixels ? std::max<int64_t>(1, kBlockTokens / p.out_w) : kBlockTokens;
+  const int64_t block = layout.pixels ? std::max<int64_t>(1, kBlockPositions / p.out_w) : kBlockPositions;
   const int64_t blocks = (units + block - 1) / block;
   const int64_t panels = panels_of(call.conv.rows, call.product);
   const int64_t parts = std::min(panels, (kTasks * team + blocks - 1) / blocks);
@@ -276,7 +272,7 @@ bool fused_conv(const FusedConv& conv) {
   const int64_t units = layout.pixels ? conv.images : conv.images * p.out_h * p.out_w;
   const int64_t unit_pixels = layout.pixels ? layout.height * layout.width : 1;
   const int64_t unit_codes = unit_pixels * layout.stride, unit_scales = unit_pixels * layout.scales;
-  const int64_t step = std::min(units, std::max<int64_t>(layout.pixels ? 1 : kBlockTokens, kChunkBytes / unit_codes));
+  const int64_t step = std::min(units, std::max<int64_t>(layout.pixels ? 1 : kBlockPositions, kChunkBytes / unit_codes));
   const int64_t work = conv.images * p.out_h * p.out_w * conv.rows * conv.depth();
   const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(conv.threads, work / kThreadWork)));
 

@@ -7,11 +7,10 @@
 
 #include "common.h"
 
-#if defined(MQ_LANES_512) || defined(MQ_LANES_256)
-#include <immintrin.h>
-// GCC 12 reports the undefined merge operands inside its own intrinsics.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
+#if defined(MQ_LANES_512)
+#include "words512.h"
+#elif defined(MQ_LANES_256)
+#include "words256.h"
 #endif
 
 #define MQ_LANE MQ_TARGET MQ_INLINE
@@ -98,35 +97,12 @@ MQ_LANE Lanes load_as(const void* row, int64_t k) {
 
 // Sixteen rows of sixteen words become columns.
 MQ_LANE void transpose(Lanes lanes[16]) {
-  __m512i r[16], t[16];
+  __m512i words[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(lanes[i].v);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    lanes[i].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    lanes[i + 8].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-    lanes[i + 4].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-    lanes[i + 12].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
-  }
+  for (int i = 0; i < 16; ++i) words[i] = _mm512_castps_si512(lanes[i].v);
+  transpose_words(words);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) lanes[i].v = _mm512_castsi512_ps(words[i]);
 }
 
 #elif defined(MQ_LANES_256)
@@ -242,44 +218,22 @@ MQ_LANE Lanes load_as(const void* row, int64_t k) {
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(high), 16))};
 }
 
-MQ_LANE void transpose8(__m256 r[8]) {
-  __m256 t[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) r[i] = t[i];
-}
-
 MQ_LANE void transpose(Lanes lanes[16]) {
-  __m256 a[8], b[8], c[8], d[8];
+  // the four quarters, of which two change places
+  __m256i a[8], b[8], c[8], d[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    a[i] = lanes[i].low, b[i] = lanes[i].high;
-    c[i] = lanes[i + 8].low, d[i] = lanes[i + 8].high;
+    a[i] = _mm256_castps_si256(lanes[i].low), b[i] = _mm256_castps_si256(lanes[i].high);
+    c[i] = _mm256_castps_si256(lanes[i + 8].low), d[i] = _mm256_castps_si256(lanes[i + 8].high);
   }
-  transpose8(a);
-  transpose8(b);
-  transpose8(c);
-  transpose8(d);
+  transpose_words(a);
+  transpose_words(b);
+  transpose_words(c);
+  transpose_words(d);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    lanes[i] = {a[i], c[i]};
-    lanes[i + 8] = {b[i], d[i]};
+    lanes[i] = {_mm256_castsi256_ps(a[i]), _mm256_castsi256_ps(c[i])};
+    lanes[i + 8] = {_mm256_castsi256_ps(b[i]), _mm256_castsi256_ps(d[i])};
   }
 }
 

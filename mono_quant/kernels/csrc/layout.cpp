@@ -1,7 +1,8 @@
 #include "layout.h"
 
 #ifdef MQ_X86
-#include <immintrin.h>
+#define MQ_TARGET MQ_AVX2
+#include "words256.h"
 #endif
 
 #include <algorithm>
@@ -23,24 +24,12 @@ void block_of(const T* source, int64_t rows, int64_t columns, int64_t source_str
 
 #ifdef MQ_X86
 MQ_AVX2 void transpose8(const uint32_t* source, int64_t source_stride, uint32_t* target, int64_t target_stride) {
-  __m256 r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(source + i * source_stride));
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    float* low = reinterpret_cast<float*>(target + i * target_stride);
-    float* high = reinterpret_cast<float*>(target + (i + 4) * target_stride);
-    _mm256_storeu_ps(low, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(high, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
+  __m256i r[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i * source_stride));
+  transpose_words(r);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i * target_stride), r[i]);
 }
 
 MQ_AVX2 void block_of_words(const uint32_t* source, int64_t rows, int64_t columns, int64_t source_stride,

@@ -5,38 +5,24 @@
 namespace mq {
 namespace {
 
-// Weights of one panel interleaved at once, per row: the panel stays in the second-level cache.
-constexpr int64_t kBlockDepth = 2048;
 // Rows of a panel are padded to this.
 constexpr int64_t kPanelAlign = 16;
 // Of panels that were interleaved before, so much passes from the second-level cache to the first at once.
 constexpr int64_t kSliceDepth = 512;
-// Weight rows per task of the dot products.
-constexpr int64_t kDotRows = 32;
 constexpr int64_t kShortDepth = 1024;
 // With groups the limit of dot products shrinks in proportion: to a quarter of the tokens for 128, an eighth for 64
 // (measured).
 constexpr int64_t kDotGroups = 512;
-// Weights that are larger come from memory rather than from a cache near the core, and are fetched ahead.
-constexpr int64_t kFarBytes = 2 << 20;
-// Multiply-adds below which another thread costs more than it brings.
-constexpr int64_t kThreadWork = 1 << 17;
 // Interleaved weights, all of them and one panel, that stay in the caches while blocks of tokens pass by.
 constexpr int64_t kPackedBytes = 4 << 20, kPackedPanelBytes = 256 << 10;
-// Tokens that are quantized, and then multiplied while they are in the second-level cache.
-constexpr int64_t kBlockTokens = 64;
 // Blocks for each thread from which on the interleaved weights have paid.
 constexpr int64_t kBlocks = 8;
-constexpr int64_t kMaxPanel = 64;
-constexpr int64_t kMaxTile = 8;
-
-bool is_far(const Linear& layer) { return layer.rows * layer.weight_stride > kFarBytes; }
 
 // `rows` weight rows from `n` on, by dot products.
 void multiply_rows(const Chunk& chunk, int64_t n, int64_t rows) {
   const Linear& layer = chunk.layer;
   alignas(64) int32_t sums[kMaxTile * kDotRows];
-  const bool far = is_far(layer);
+  const bool far = is_far(layer.rows, layer.weight_stride);
   const int64_t step = chunk.product.dot_tokens;
   for (int64_t first = 0; first < chunk.tokens; first += kMaxTile) {
     const int64_t last = std::min(first + kMaxTile, chunk.tokens);
@@ -104,9 +90,8 @@ void multiply_tiles(const Chunk& chunk, int64_t first, int64_t last, int64_t n, 
   }
 }
 
-// The same for tokens with groups, which keep their totals in the place of sums: group by group, so that a group's
-// part of
-// the panel stays in the first-level cache while a block of tokens passes by.
+// The same for tokens with groups, which keep their totals in the place of sums: group by group, so that a group's part
+// of the panel stays in the first-level cache while a block of tokens passes by.
 void multiply_groups(const Chunk& chunk, int64_t first, int64_t last, int64_t n, int64_t k, int64_t depth,
                      const int32_t* panel, const Ahead& ahead, int32_t* sums) {
   const ProductKernels& product = chunk.product;
@@ -182,14 +167,6 @@ struct Plan {
 };
 
 // Up to how many tokens dot products are faster.
-int64_t dot_limit(const Linear& layer, const ProductKernels& product) {
-  // Weights that were interleaved before cost nothing but their size: twice that of the codes where these are pairs.
-  if (layer.packed != nullptr) return product.packed_limit;
-  const bool is_short = layer.depth < kShortDepth && !is_far(layer);
-  const int64_t limit = is_short ? product.dot_limit_short : product.dot_limit_long;
-  // The lanes of every group are added up by themselves.
-  return layer.group == 0 ? limit : (limit * layer.group + kDotGroups - 1) / kDotGroups;
-}
 
 Plan make_plan(const Chunk& chunk) {
   const Linear& layer = chunk.layer;
@@ -198,7 +175,9 @@ Plan make_plan(const Chunk& chunk) {
   Plan plan;
   plan.threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(layer.threads, work / kThreadWork)));
   plan.parts = 1;
-  plan.dot = product.panel_rows == 0 || chunk.tokens <= dot_limit(layer, product) || layer.depth == 0;
+  const int64_t limit = dot_limit(product, layer.rows, layer.depth, layer.weight_stride, layer.group,
+                                  layer.packed != nullptr);
+  plan.dot = product.panel_rows == 0 || chunk.tokens <= limit || layer.depth == 0;
   if (plan.dot) {
     plan.tasks = (layer.rows + kDotRows - 1) / kDotRows;
     return plan;
@@ -226,6 +205,16 @@ void run_task(const Chunk& chunk, const Plan& plan, int64_t task, int32_t* panel
 }
 
 }  // namespace
+
+int64_t dot_limit(const ProductKernels& product, int64_t rows, int64_t depth, int64_t row_bytes, int64_t group,
+                  bool packed) {
+  // Weights that were interleaved before cost nothing but their size: twice that of the codes where these are pairs.
+  if (packed) return product.packed_limit;
+  const bool is_short = depth < kShortDepth && !is_far(rows, row_bytes);
+  const int64_t limit = is_short ? product.dot_limit_short : product.dot_limit_long;
+  // The lanes of every group are added up by themselves.
+  return group == 0 ? limit : (limit * group + kDotGroups - 1) / kDotGroups;
+}
 
 bool multiply(const Chunk& chunk) {
   const Plan plan = make_plan(chunk);

@@ -3,21 +3,8 @@
 #include <algorithm>
 
 #include "linear.h"
-#include "multiply.h"
 
 namespace mq {
-namespace {
-
-// Weight rows per strip of dot products.
-constexpr int64_t kDotRows = 32;
-constexpr int64_t kMaxPanel = 64;
-// Weights of one panel that are interleaved at once where they are not packed, per row.
-constexpr int64_t kBlockDepth = 2048;
-// Weights that are larger come from memory rather than from a cache near the core, and are fetched ahead.
-constexpr int64_t kFarBytes = 2 << 20;
-constexpr int64_t kShortDepth = 1024;
-
-}  // namespace
 
 Stage::Stage(const Chain& chain, const Product& product, const Part* parts, bool packed, int64_t tokens)
     : product_(product),
@@ -29,11 +16,8 @@ Stage::Stage(const Chain& chain, const Product& product, const Part* parts, bool
   padded_ = round_up(product.depth, kDepthAlign) + kDepthAlign;
   group_ = product.group < product.depth ? product.group : 0;
   groups_ = group_ == 0 ? 1 : (product.depth + group_ - 1) / group_;
-  const bool is_short = product.depth < kShortDepth && product.rows * product.depth <= kFarBytes;
-  const int limit = is_short ? kernels_->dot_limit_short : kernels_->dot_limit_long;
-  // From memory, weights flow faster along their rows.
-  const bool few = tokens <= (packed ? (group_ == 0 && !is_short ? kernels_->dot_tokens : 0) : limit);
-  dot_ = kernels_->panel_rows == 0 || product.depth == 0 || few;
+  const int64_t limit = dot_limit(*kernels_, product.rows, product.depth, product.depth, group_, packed);
+  dot_ = kernels_->panel_rows == 0 || product.depth == 0 || tokens <= limit;
   strip_rows_ = dot_ ? kDotRows : kernels_->panel_rows;
   strips_ = 0;
   for (int64_t i = 0; i < product.parts; ++i) strips_ += (parts[i].rows + strip_rows_ - 1) / strip_rows_;
@@ -146,7 +130,7 @@ void Stage::by_tiles(const Codes& codes, int64_t first, int64_t tokens, const St
 
 void Stage::by_dots(const Codes& codes, int64_t first, int64_t tokens, const Strip& strip, int32_t* sums) const {
   const int64_t depth = product_.depth, step = kernels_->dot_tokens;
-  const bool far = product_.rows * depth > kFarBytes;
+  const bool far = is_far(product_.rows, depth);
   for (int64_t r = 0; r < strip.rows; r += 4) {
     const int8_t* weight[4];
     for (int64_t i = 0; i < 4; ++i) {

@@ -2,11 +2,9 @@
 #pragma once
 
 #include "chain.h"
+#include "multiply.h"
 
 namespace mq {
-
-// Tokens whose sums are held at once.
-constexpr int64_t kBlockTokens = 64;
 
 // Tokens as codes, [tokens, padded] of the product's code size, and [tokens, groups] scales.
 struct Codes {
