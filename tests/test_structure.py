@@ -24,7 +24,7 @@ ROOMS = {
     "io/hub": [["patience", "metadata"], ["client"], ["repo"], ["target"], ["push"]],
     "kernels": [
         ["activations"],
-        ["reference", "weights", "build", "inputs", "pool", "starvation"],
+        ["reference", "weights", "build", "inputs", "pool", "starvation", "watching"],
         ["cpu"],
         ["choice", "packs"],
         ["encoding", "paths", "attention"],

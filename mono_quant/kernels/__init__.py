@@ -12,11 +12,12 @@ from mono_quant.kernels.encoding import cast_half, encode_rows
 from mono_quant.kernels.fused import Norm, Product, chain, chain_parts, norm, rotary
 from mono_quant.kernels.fused_conv import BatchNorm, conv
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
-from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear, is_watched
+from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear
 from mono_quant.kernels.packs import bytes_held
 from mono_quant.kernels.recurrent import run_recurrent
 from mono_quant.kernels.reference import MAX_IN_FEATURES
 from mono_quant.kernels.starvation import processors, starved
+from mono_quant.kernels.watching import is_watched
 
 __all__ = [
     "ACTIVATIONS",

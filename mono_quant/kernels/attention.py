@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from mono_quant.errors import InputError
 from mono_quant.kernels import pool
 from mono_quant.kernels.choice import active
+from mono_quant.kernels.watching import is_followed, wants_gradient
 
 # `Attention` of csrc/attention.h, without its first field.
 _CALL = struct.Struct("=9q" + 3 * "Q4q" + "qQ4q" + "2qd" + "Q4q")
@@ -200,12 +201,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _is_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Say whether nobody but the CPU looks at this call."""
     return (
-        not torch.compiler.is_compiling()
+        not is_followed()
         and type(q) is type(k) is type(v) is Tensor
-        and not _wants_gradients(q, k, v, mask)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not _is_differentiated()
+        and not wants_gradient(q, k, v, mask)
+        # torch would compute in another dtype then
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -216,7 +216,7 @@ def _is_captured(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         return False
     if not compiling and torch._C._get_tracing_state() is not None:
         return False
-    if q.dtype not in _DTYPES or q.device.type != "cpu" or _wants_gradients(q, k, v, mask):
+    if q.dtype not in _DTYPES or q.device.type != "cpu" or wants_gradient(q, k, v, mask):
         return False
     fits = q.dim() == k.dim() == v.dim() == 4 and q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3]
     return fits and q.shape[3] == k.shape[3] <= WIDEST_HEAD and q.shape[1] % k.shape[1] == 0
@@ -226,14 +226,7 @@ def _is_differentiated() -> bool:
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        # torch would compute in another dtype then
         or torch.is_autocast_enabled("cpu")
-    )
-
-
-def _wants_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (mask is not None and mask.requires_grad)
     )
 
 

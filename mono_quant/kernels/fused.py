@@ -14,14 +14,14 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from mono_quant.kernels import packs, pool
 from mono_quant.kernels.activations import ActivationScheme
 from mono_quant.kernels.choice import active, scheme_of
 from mono_quant.kernels.cpu import Cpu, Packed
-from mono_quant.kernels.ops import int8_linear, is_watched
+from mono_quant.kernels.ops import int8_linear
+from mono_quant.kernels.watching import is_followed, wants_gradient
 
 # Weights int8 [N_i, K], their scales fp32 [N_i, 1], biases float [N_i] or None, and an activation scheme: several weights are
 # one product, their outputs side by side.
@@ -160,17 +160,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _is_plain(x: Tensor) -> bool:
     """Say whether `x` is what the kernels take and nobody looks on: no compiler, tracer, transform or mode."""
-    return (
-        type(x) is Tensor
-        and x.dtype is torch.float32
-        and x.is_cpu
-        and not is_watched()
-        and forward_ad._current_level < 0
-    )
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu and not is_followed()
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -236,7 +226,7 @@ def _chain_wants_gradient(
 ) -> bool:
     norms = [tensor for how in (pre, post) if how is not None for tensor in how[1:3]]
     biases = [bias for product in (first, gate, second) if product is not None for bias in product[2]]
-    return _wants_gradient(x, residual, *norms, *biases)
+    return wants_gradient(x, residual, *norms, *biases)
 
 
 def _record(words: int) -> struct.Struct:
@@ -283,9 +273,8 @@ def _product_words(
 
 
 def _learn_codes(cpu: Cpu, scheme: ActivationScheme, depth: int) -> tuple[int, bool]:
-    # weights as pairs of 16 bits take twice their memory, and bring many tokens a twentieth of the time and few ones none
-    qmax = scheme.widest_code(depth)
-    return _codes.setdefault((scheme.name, depth, cpu.path), (qmax, not cpu.is_wide(qmax)))
+    known = scheme.widest_code(depth), packs.pays(cpu, scheme)
+    return _codes.setdefault((scheme.name, depth, cpu.path), known)
 
 
 def _is_row(values: Tensor, count: int) -> bool:
@@ -320,7 +309,7 @@ def _native_norm(
     words = _norm_words(how, width)
     if words is None or width == 0:
         return None
-    if torch.is_grad_enabled() and _wants_gradient(x, residual, *how[1:3]):
+    if wants_gradient(x, residual, *how[1:3]):
         return None
     x = _dense(x)
     total, term = x, None
@@ -348,7 +337,7 @@ def _native_rotary(cpu: Cpu, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | No
     for angle in (cos, sin):
         if angle.dtype is not torch.float32 or not angle.is_cpu or tuple(angle.shape) not in angles:
             return None
-    if cos.shape != sin.shape or (torch.is_grad_enabled() and _wants_gradient(x, cos, sin)):
+    if cos.shape != sin.shape or wants_gradient(x, cos, sin):
         return None
     cos, sin = _dense(cos), _dense(sin)
     out = pool.empty((batch, tokens, heads, width), x)

@@ -21,6 +21,7 @@ from mono_quant.kernels import ops, packs, paths
 from mono_quant.kernels.activations import AUTO, ActivationScheme
 from mono_quant.kernels.choice import active, scheme_on
 from mono_quant.kernels.cpu import Cpu, Longs, Packed, longs
+from mono_quant.kernels.watching import is_plain
 
 # Weight, bias, running mean, running variance and epsilon of `nn.BatchNorm2d` in evaluation; the first two may be None.
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
@@ -73,7 +74,7 @@ def conv(
     how = (tuple(stride), tuple(padding), tuple(dilation), groups)
     norm = batch_norm or _NO_NORM
     floats = (weight_scale, bias, *norm[:4])
-    if not ops.is_plain((x, residual, *floats)):
+    if not is_plain((x, residual, *floats)):
         out = ops.int8_conv(x, weight, weight_scale, bias, *how, activations)
         if batch_norm is not None:
             scale, offset, mean, variance, epsilon = batch_norm
@@ -146,7 +147,7 @@ def _fused(
 
 def _packed(cpu: Cpu, weight: Tensor, scheme: ActivationScheme) -> Packed | None:
     """Return the packed form of a weight whose channels are last in memory, if it is kept."""
-    if scheme.bits > 8 or not weight.is_contiguous(memory_format=torch.channels_last):
+    if not packs.pays(cpu, scheme) or not weight.is_contiguous(memory_format=torch.channels_last):
         return None
     matrix = weight.permute(0, 2, 3, 1).flatten(1)
     return packs.find(cpu, matrix, (matrix.data_ptr(), *matrix.shape), scheme)

@@ -10,16 +10,14 @@ the dequantized weight.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn import functional as F
 
 from mono_quant.kernels import paths, transforms
 from mono_quant.kernels.activations import AUTO
 from mono_quant.kernels.choice import active
 from mono_quant.kernels.inputs import check_halves, check_input
-
-_PLAIN = (Tensor, nn.Parameter)
+from mono_quant.kernels.watching import is_followed, wants_gradient
 
 
 def int8_linear(
@@ -132,47 +130,6 @@ def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return paths.half_linear(x, weight, bias)
 
 
-def is_watched() -> bool:
-    """Say whether a compiler, a tracer, a transform or a mode runs this code on something that stands for tensors."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
-def is_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Say whether all are fp32 tensors on the CPU that no one else looks at: no compiler, tracer, mode or autograd."""
-    if is_watched() or forward_ad._current_level >= 0:
-        return False
-    with_grad = torch.is_grad_enabled()
-    for given in tensors:
-        if given is not None and (
-            type(given) not in _PLAIN
-            or given.dtype is not torch.float32
-            or not given.is_cpu
-            or (with_grad and given.requires_grad)
-        ):
-            return False
-    return True
-
-
 def _needs_op(x: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> bool:
     """Say whether someone other than the CPU looks at this call: a compiler, a tracer, autograd, a fake tensor."""
-    return (
-        type(x) is not Tensor
-        or torch.compiler.is_compiling()
-        or (
-            torch.is_grad_enabled()
-            and (
-                x.requires_grad
-                or (bias is not None and bias.requires_grad)
-                or (weight is not None and weight.requires_grad)
-            )
-        )
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+    return type(x) is not Tensor or is_followed() or wants_gradient(x, bias, weight)

@@ -51,15 +51,6 @@ class _Entry:
 # Single operations on a dict are atomic: a thread finds an entry or does without.
 _entries: dict[Key, _Entry] = {}
 _packing = threading.Lock()
-
-
-def _start_anew() -> None:
-    """Let a forked process pack although another thread was at it."""
-    global _packing
-    _packing = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_start_anew)
 _MISSING = Packed(torch.empty(0, dtype=torch.int32), "", False)
 
 
@@ -85,7 +76,7 @@ def find(cpu: Cpu, weight: Tensor, key: Key, scheme: ActivationScheme) -> Packed
         cpu: the path that reads it.
         weight: int8 [N, K], dense, on CPU.
         key: its address, N and K, which the caller knows.
-        scheme: what becomes of the activations: one of 8 bits.
+        scheme: what becomes of the activations; one for which packing `pays`.
 
     Returns:
         What `cpu.pack` made; hold it as long as a kernel reads it.
@@ -102,6 +93,12 @@ def find(cpu: Cpu, weight: Tensor, key: Key, scheme: ActivationScheme) -> Packed
         return None
     packed = entry.packed.get(cpu.path, _MISSING)
     return _pack(cpu, weight, scheme, entry) if packed is _MISSING else packed
+
+
+def pays(cpu: Cpu, scheme: ActivationScheme) -> bool:
+    """Say whether weights are worth packing for codes of a scheme."""
+    # as pairs of 16 bits they take twice their memory, and bring many tokens a twentieth of the time and few ones none
+    return not cpu.is_wide(scheme.qmax)
 
 
 def bytes_held() -> int:
@@ -175,3 +172,12 @@ def _number(file: str, name: str | None = None) -> int | None:
         return None
     place = 0 if name is None else words.index(name) + 1 if name in words else len(words)
     return int(words[place]) if place < len(words) and words[place].isdecimal() else None
+
+
+def _start_anew() -> None:
+    """Let a forked process pack although another thread was at it."""
+    global _packing
+    _packing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_start_anew)

@@ -21,7 +21,7 @@ INT8, CONV, TABLE, HALF = (
     "an int8 linear layer", "an int8 convolution", "an int8 embedding", "a float16 linear layer"
 )  # fmt: skip
 
-# Weights are read along their rows for so many tokens.
+# So few tokens alone, as of a model that only ever decodes, are not worth the memory of packed weights.
 _FEW_TOKENS = 4
 
 # Rows of unfolded patches held at once by a convolution, in elements: bounds its scratch memory.
@@ -46,12 +46,12 @@ def linear(
 
 
 def _packed(cpu: Cpu, x: Tensor, weight: Tensor, scheme: ActivationScheme) -> Packed | None:
-    """Return the packed form of a weight where products with so many tokens are faster with it."""
-    rows, depth = weight.shape
-    if x.numel() <= _FEW_TOKENS * depth or cpu.is_wide(scheme.qmax):
+    """Return the packed form of a weight, if it is kept."""
+    if x.numel() <= _FEW_TOKENS * weight.shape[1] or not packs.pays(cpu, scheme):
         return None
     if weight.dtype is not torch.int8 or not weight.is_cpu or not weight.is_contiguous():
         return None
+    rows, depth = weight.shape
     return packs.find(cpu, weight, (weight.data_ptr(), rows, depth), scheme)
 
 

@@ -6,10 +6,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mono_quant.kernels import ops
 from mono_quant.kernels.activations import AUTO
 from mono_quant.kernels.choice import active, scheme_on
 from mono_quant.kernels.cpu import longs
+from mono_quant.kernels.watching import is_plain
 
 # The numbers are part of the C interface.
 _CELLS = {"LSTM": 0, "GRU": 1, "RNN_TANH": 2, "RNN_RELU": 3}
@@ -48,7 +48,7 @@ def run_recurrent(
         the call: a compiler, autograd.
     """
     cpu = active.cpu
-    if cpu is None or not ops.is_plain((given, *state, weight_scale, bias)):
+    if cpu is None or not is_plain((given, *state, weight_scale, bias)):
         return None
     size = weight.shape[1]
     if weight.dtype is not torch.int8 or not weight.is_cpu or not size or not sizes or min(sizes) < 1:

@@ -25,8 +25,6 @@ from torch import Tensor
 from mono_quant.kernels.activations import INT8, ActivationScheme
 
 QMAX = INT8.qmax
-# Below this the fp32 scale a / 127 would be subnormal: the group counts as zero.
-TINY = QMAX * 2.0**-126
 # Partial sums below 2^24 are integers that fp32 holds exactly, in any order. Weights may hold -128: foreign
 # checkpoints do.
 _EXACT = 2**24 // 128
@@ -92,6 +90,7 @@ def quantize_tokens(x: Tensor, qmax: int = QMAX) -> tuple[Tensor, Tensor]:
     x = x.float()
     absmax = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
     finite = torch.isfinite(absmax)
+    # below this the fp32 scale would be subnormal: the row counts as zero
     zero = absmax < qmax * 2.0**-126
     # a tensor on both sides: with a number on one, `/` multiplies by a rounded reciprocal
     largest = torch.full_like(absmax, qmax)
