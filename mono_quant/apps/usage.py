@@ -348,9 +348,9 @@ def verify(
     _show(answer, as_json)
 
 
-@app.command(short_help="Show which int8 kernels run here, and why not others.")
+@app.command(short_help="Show which int8 kernels run here, and whether threads starve.")
 def env(as_json: JsonOption = False) -> None:
-    """Show which int8 kernels run on this machine, and why others do not."""
+    """Show which int8 kernels run on this machine, why others do not, and what holds its threads up."""
     with _work():
         answer = commands.env()
     _show(answer, as_json)

@@ -16,7 +16,7 @@ from mono_quant.graphs.matching import is_barrier, is_call, is_method
 # Functions of images whose result does not depend on that order, and has it too.
 _KEEPERS = (
     operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, torch.add, torch.mul, torch.relu,
-    torch.sigmoid, torch.nn.functional.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.leaky_relu,
+    torch.sigmoid, F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.leaky_relu,
     F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.batch_norm, F.interpolate, kernels.int8_conv,
 )  # fmt: skip
 

@@ -18,16 +18,14 @@ from mono_quant.kernels import pool
 from mono_quant.kernels.choice import active
 from mono_quant.kernels.watching import is_followed, wants_gradient
 
-# `Attention` of csrc/attention.h, without its first field.
-_CALL = struct.Struct("=9q" + 3 * "Q4q" + "qQ4q" + "2qd" + "Q4q")
+# `Attention` of csrc/attention.h.
+_CALL = struct.Struct("=10q" + 3 * "Q4q" + "qQ4q" + "2qd" + "Q4q")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # What outputs of the kernel are like.
 _FLOAT = torch.empty(0, dtype=torch.float32, device="cpu")
 _NONE = 0
 _KINDS = {torch.float32: 1, torch.bool: 2}
 _NO_STEPS = (0, 0, 0, 0)
-# Elements below which an output does not come from the pool.
-_SMALL = pool.SMALLEST // 4
 WIDEST_HEAD = 256
 
 
@@ -131,17 +129,14 @@ def native(
         q, k, v = (x.resolve_neg().contiguous() for x in (q, k, v))
         q_steps, k_steps, v_steps = q.stride(), k.stride(), v.stride()
     row = heads * width
-    if batch * queries * row < _SMALL:
-        steps_out = (queries * row, width, row, 1)
-        out = q.new_empty_strided((batch, heads, queries, width), steps_out, dtype=torch.float32)
-    else:
-        out = pool.empty((batch, queries, heads, width), _FLOAT).transpose(1, 2)
+    out = pool.empty((batch, queries, heads, width), _FLOAT).transpose(1, 2)
     call = _CALL.pack(
-        torch.get_num_threads(), _DTYPES[dtype], batch, heads, key_heads, queries, keys, size, width, q.data_ptr(), *q_steps,
+        cpu.isa, torch.get_num_threads(), _DTYPES[dtype], batch, heads, key_heads, queries, keys, size, width,
+        q.data_ptr(), *q_steps,
         k.data_ptr(), *k_steps, v.data_ptr(), *v_steps, kind, pointer, *steps, causal, window or 0,
         size**-0.5 if scale is None else scale, out.data_ptr(), queries * row, width, row, 1,
     )  # fmt: skip
-    if not cpu.attend(call):
+    if cpu.attention(call):
         return None
     return out if dtype is torch.float32 else out.to(dtype)
 

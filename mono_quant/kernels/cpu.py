@@ -7,7 +7,6 @@ names the same runtime and is loaded after torch.
 import ctypes
 import json
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,14 +150,14 @@ class Cpu:
 
     def __init__(self, library: ctypes.CDLL, path: str) -> None:
         self.path, self.activations = path, _OWN_ACTIVATIONS.get(path, WIDE)
-        self._isa = (PATHS | TWIN)[path]
-        self._isa_field = struct.pack("=q", self._isa)
+        # the number by which the library knows the path
+        self.isa = (PATHS | TWIN)[path]
         self._library = library
         self._linear, self._half_linear = library.mq_linear, library.mq_half_linear
-        self._embedding, self._attention = library.mq_embedding, library.mq_attention
-        # the C functions of `fused` and the number by which they know the path
-        self.isa, self.chain = self._isa, library.mq_chain
-        self.norm, self.rotary = library.mq_norm, library.mq_rotary
+        self._embedding = library.mq_embedding
+        # the C functions of `fused` and of `attention`, which return 0 where they ran
+        self.chain, self.norm, self.rotary = library.mq_chain, library.mq_norm, library.mq_rotary
+        self.attention = library.mq_attention
 
     def linear(
         self,
@@ -196,7 +195,7 @@ class Cpu:
         out = pool.empty((*shape[:-1], rows), x)
         qmax = scheme.widest_code(depth)
         failed = self._linear(
-            self._isa,
+            self.isa,
             qmax,
             scheme.group,
             torch.get_num_threads(),
@@ -235,7 +234,7 @@ class Cpu:
             bias_pointer, bias_dtype = bias.data_ptr(), known
         out = pool.empty((*shape[:-1], rows), x)
         failed = self._half_linear(
-            self._isa,
+            self.isa,
             torch.get_num_threads(),
             shape[:-1].numel(),
             rows,
@@ -293,7 +292,7 @@ class Cpu:
         sizes += [*kernel_size, *stride, *padding, *dilation, *out_size]
         qmax = scheme.widest_code(depth)
         failed = self._library.mq_conv(
-            self._isa,
+            self.isa,
             qmax,
             scheme.group,
             torch.get_num_threads(),
@@ -350,7 +349,7 @@ class Cpu:
         residual = None if residual is None else self._channels_last(residual)
         out = pool.empty(out_shape, x)
         failed = self._library.mq_fused_conv(
-            self._isa,
+            self.isa,
             qmax,
             scheme.group,
             torch.get_num_threads(),
@@ -406,7 +405,7 @@ class Cpu:
         qmax = scheme.widest_code(size)
         out = pool.empty((given.shape[0], size), given)
         failed = self._library.mq_recurrent(
-            self._isa,
+            self.isa,
             qmax,
             scheme.group,
             torch.get_num_threads(),
@@ -453,12 +452,12 @@ class Cpu:
         if weight.dtype is not torch.int8 or not weight.is_cpu or not weight.is_contiguous():
             return None
         qmax = scheme.widest_code(depth)
-        count = self._library.mq_packed_words(self._isa, qmax, rows, depth)
+        count = self._library.mq_packed_words(self.isa, qmax, rows, depth)
         if count <= 0:
             return None
         words = weight.new_empty(groups * count, dtype=torch.int32)
         failed = self._library.mq_pack(
-            self._isa,
+            self.isa,
             qmax,
             torch.get_num_threads(),
             groups,
@@ -477,10 +476,6 @@ class Cpu:
     def is_wide(self, qmax: int) -> bool:
         """Say whether products with codes up to `qmax` read weights as pairs of 16 bits."""
         return self.path not in _BYTES or qmax > reference.QMAX
-
-    def attend(self, call: bytes) -> bool:
-        """Run attention; `call` is the `Attention` of csrc/attention.h, but for its first field. Return whether it ran."""
-        return bool(self._attention(self._isa_field + call) == 0)
 
     def _transposed(self, x: Tensor) -> Tensor:
         """Return a dense copy of [B, R, C] as [B, C, R]."""
