@@ -79,6 +79,7 @@ ROOMS = {
         ["inspection", "publishing"],
         ["keeping"],
     ],
+    "stream": [["spec"], ["blocks", "ledger", "supply"], ["shard"], ["crew"], ["work"]],
     "api": [
         ["measuring"],
         ["result"],

@@ -1,0 +1,1 @@
+"""Checkpoint to checkpoint: weights go from files to files, and the model is never in memory."""
