@@ -79,7 +79,7 @@ ROOMS = {
         ["inspection", "publishing"],
         ["keeping"],
     ],
-    "stream": [["spec"], ["blocks", "ledger", "supply"], ["shard"], ["crew"], ["work"]],
+    "stream": [["spec", "supply"]],
     "api": [
         ["measuring"],
         ["result"],

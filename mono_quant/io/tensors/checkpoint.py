@@ -105,7 +105,7 @@ class WeightFile(NamedTuple):
         except MonoQuantError:
             return None
         try:
-            return _sha256(descriptor, self.path.name) if _identity(descriptor) == self.identity else None
+            return _sha256(descriptor, self.path.name) if identity_of(descriptor) == self.identity else None
         finally:
             os.close(descriptor)
 
@@ -200,7 +200,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return tuple(WeightFile(self.folder / s.name, s.identity) for s in self._shards.values())
 
     def _check_unchanged(self, shard: _Shard) -> None:
-        if _identity(shard.descriptor) != shard.identity:
+        if identity_of(shard.descriptor) != shard.identity:
             raise CorruptCheckpointError(
                 f"{shard.name} in {printable(self.folder, 400)} changed while it was read; "
                 "stop whatever writes there and start again"
@@ -309,7 +309,7 @@ def _weight_map(folder: Path, stem: str) -> dict[str, str]:
 def _open_shard(folder: Path, name: str, resources: ExitStack) -> _Shard:
     descriptor = open_regular(folder / name)
     resources.callback(os.close, descriptor)
-    identity = _identity(descriptor)
+    identity = identity_of(descriptor)
     spans, data_start = parse_header(descriptor, name)
     return _Shard(name, descriptor, identity, spans, data_start)
 
@@ -321,7 +321,8 @@ def _sha256(descriptor: int, name: str) -> str:
     return digest.hexdigest()
 
 
-def _identity(descriptor: int) -> tuple[int, ...]:
+def identity_of(descriptor: int) -> tuple[int, ...]:
+    """Return what tells whether an open file is the one it was: device, inode, size, time of the last change."""
     facts = os.fstat(descriptor)
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
