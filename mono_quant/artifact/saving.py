@@ -48,6 +48,9 @@ from mono_quant.sources.source import Subject
 
 MAX_SHARD_SIZE = 5 * 10**9
 
+# Puts tensors into the files of a folder under construction, with the stem of their names.
+Put = Callable[[OutputFolder, Sequence[TensorEntry], str], None]
+
 
 def save(
     target: str | Path,
@@ -77,12 +80,62 @@ def save(
         OutputExistsError: files that mono_quant did not write would get lost, or the card's words contradict the new model.
         OutputError: it could not be written; nothing was changed.
     """
+    return save_with(target, subject, report, config, _writer(max_shard_size), overwrite=overwrite)
+
+
+def save_with(
+    target: str | Path,
+    subject: Subject,
+    report: QuantReport,
+    config: QuantizationConfig,
+    put: Put,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Do the same, with the weights put into the folder by the caller.
+
+    Args:
+        target, subject, report, config, overwrite: as for `save`; the model may be on meta.
+        put: called with the folder under construction, what belongs into its weight files, and the stem of their names.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MonoQuantError: as `save`.
+    """
     subject = _as_saved(subject)
     sources = [subject.folder] if subject.folder else []
     opened = new_folder(target, overwrite=overwrite, sources=sources, merges=[README])
     with at_rest(subject.model):
-        _save(opened, target, subject, report, config, max_shard_size)
+        _save(opened, target, subject, report, config, put)
     return Path(target)
+
+
+def weights_to_save(subject: Subject, report: QuantReport) -> tuple[list[TensorEntry], str]:
+    """Return what `save` puts into the weight files of a model, and the stem of their names; the model may be on meta.
+
+    Raises:
+        UnsupportedModelError: `load` would not give this model back.
+    """
+    subject = _in_saved_form(subject)
+    with at_rest(subject.model):
+        state = state_of(subject, report)
+        layout = _layout(subject, report, state)
+        _check_savable(subject, state, layout)
+        entries, _ = _entries(subject, state, layout)
+    return entries, _stem(subject)
+
+
+def _writer(max_shard_size: int | str) -> Put:
+    def put(folder: OutputFolder, entries: Sequence[TensorEntry], stem: str) -> None:
+        write_checkpoint(folder, entries, max_shard_size, stem)
+
+    return put
+
+
+def _stem(subject: Subject) -> str:
+    return STEM if subject.kind == "diffusers" else "model"
 
 
 def save_beside(
@@ -104,7 +157,7 @@ def save_beside(
     """
     subject = _as_saved(subject)
     with at_rest(subject.model):
-        _save(shared_folder(target), target, subject, report, config, max_shard_size)
+        _save(shared_folder(target), target, subject, report, config, _writer(max_shard_size))
 
 
 def _save(
@@ -113,7 +166,7 @@ def _save(
     subject: Subject,
     report: QuantReport,
     config: QuantizationConfig,
-    max_shard_size: int | str,
+    put: Put,
 ) -> None:
     refuse_adapters(subject.model)
     refuse_offloaded(subject.model)
@@ -122,14 +175,12 @@ def _save(
     config = asked_again(config, converted, report)
     state = state_of(subject, report)
     layout = _layout(subject, report, state)
-    if subject.kind == "diffusers":
-        check_diffusion(subject.core, state)
-    elif subject.kind != "module":
-        _check_described(subject, state, layout)
+    _check_savable(subject, state, layout)
     dtype = read_dtype(subject, layout)
     buffers = buffers_of(subject.core, dtype)
     with opened as folder:
-        table = _write_tensors(folder, subject, state, layout, max_shard_size)
+        entries, table = _entries(subject, state, layout)
+        put(folder, entries, _stem(subject))
         if subject.kind == "diffusers":
             folder.write_json("config.json", config_of(subject.core) | _own_method(layout))
         elif is_transformers_model(subject.core):
@@ -219,7 +270,10 @@ def render_card(subject: Subject, report: QuantReport, config: QuantizationConfi
 
 def _as_saved(subject: Subject) -> Subject:
     """Return the subject in the form it is saved in: what only the user's code can build is a plain module."""
-    subject = subject.with_hashes()
+    return _in_saved_form(subject.with_hashes())
+
+
+def _in_saved_form(subject: Subject) -> Subject:
     if subject.kind == "module" or _builds_itself(subject):
         return subject
     if subject.kind == "sentence_transformer":
@@ -234,6 +288,14 @@ def _builds_itself(subject: Subject) -> bool:
     if subject.kind == "diffusers":
         return diffusion.builds_itself(subject.core)
     return models.builds_itself(subject.core)
+
+
+def _check_savable(subject: Subject, state: Mapping[str, Tensor], layout: str) -> None:
+    """Refuse a model that `load` would not give back, before anything is written."""
+    if subject.kind == "diffusers":
+        check_diffusion(subject.core, state)
+    elif subject.kind != "module":
+        _check_described(subject, state, layout)
 
 
 def _check_described(subject: Subject, state: Mapping[str, Tensor], layout: str) -> None:
@@ -272,7 +334,7 @@ def state_of(subject: Subject, report: QuantReport) -> dict[str, Tensor]:
                 raise UnsupportedModelError(
                     f"{name} in the state dict is a {type(tensor).__name__}, not a tensor"
                 )
-            key = (tensor.data_ptr(), tensor.shape)
+            key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
             if tensor.numel() and first.setdefault(key, name) != name:
                 del state[name]
         state = {name: tensor.to(halves.get(name, tensor.dtype)) for name, tensor in state.items()}
@@ -292,14 +354,10 @@ def _narrowed(subject: Subject, report: QuantReport) -> set[str]:
     return {name.removeprefix(prefix) for name in names}
 
 
-def _write_tensors(
-    folder: OutputFolder,
-    subject: Subject,
-    state: Mapping[str, Tensor],
-    layout: str,
-    max_shard_size: int | str,
-) -> dict[str, StoredCodes]:
-    """Write the weights and say how the int8 codes lie in them."""
+def _entries(
+    subject: Subject, state: Mapping[str, Tensor], layout: str
+) -> tuple[list[TensorEntry], dict[str, StoredCodes]]:
+    """Return what goes into the weight files, and how the int8 codes lie in them."""
     transposed = {
         f"{name}.weight".lstrip(".")
         for name, module in subject.core.named_modules()
@@ -317,8 +375,7 @@ def _write_tensors(
             entries.append(_entry(name, (tensor.numel(),), torch.int8, _flat(tensor, kind)))
         else:
             entries.append(_entry(name, tuple(tensor.shape), tensor.dtype, _as_is(tensor)))
-    write_checkpoint(folder, entries, max_shard_size, STEM if subject.kind == "diffusers" else "model")
-    return table
+    return entries, table
 
 
 def _entry(name: str, shape: tuple[int, ...], dtype: torch.dtype, get: Callable[[], Tensor]) -> TensorEntry:

@@ -1,7 +1,7 @@
 """What every dtype promises: how it decides, plans, converts and is measured, behind one set of names."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ class Task:
         rows: one per tensor, as `survey` gives them before anything is changed.
         floats: dtype of tensors that get another one than the scheme would give them, by name.
         written: names of the tensors that a forward writes into, as its code says and as a run has shown.
+        unfit: why tensors cannot be cast to half precision, by name, where that is known without their values.
+        unsound: names of tensors that are known to hold NaN or infinity, where the values are not in the model.
     """
 
     model: nn.Module
@@ -43,6 +45,8 @@ class Task:
     rows: Mapping[str, TensorReport]
     floats: Mapping[str, torch.dtype]
     written: frozenset[str] = frozenset()
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    unsound: frozenset[str] = frozenset()
 
     @classmethod
     def of(

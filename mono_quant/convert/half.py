@@ -17,7 +17,6 @@ from mono_quant.convert.halves import cast, hold_, memory_notes
 from mono_quant.convert.probes import Probe
 from mono_quant.convert.stored import StoredModule
 from mono_quant.kernels.weights import HalfCast
-from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.kinds import kind_of
 from mono_quant.planning.rows import Converted
 from mono_quant.planning.rules import DEFAULTS, Decision, Layer, container_reason, user_reason
@@ -58,7 +57,7 @@ def to_half_(task: Task, decisions: Decisions, progress: Progress) -> Outcome:
     for count, (name, module) in enumerate(modules.items()):
         progress(name, count, len(modules))
         if name not in keep:
-            reason = _cast_all(name, module, wide, halves, task.request)
+            reason = _cast_all(name, module, wide, halves, task)
             if reason:
                 keep[name] = reason
             elif name not in partners:
@@ -143,12 +142,12 @@ def _cast_all(
     module: nn.Module,
     wide: Container[int],
     halves: dict[int, HalfCast],
-    request: QuantizationConfig,
+    task: Task,
 ) -> str:
     """Cast all own tensors of a module but the `wide` ones into `halves` by id, or say why the module is kept."""
     for name, tensor in own_floats(module).items():
         if id(tensor) not in halves and id(tensor) not in wide:
-            half, reason = cast(f"{prefix}.{name}".lstrip("."), tensor, request)
+            half, reason = cast(f"{prefix}.{name}".lstrip("."), tensor, task)
             if half is None:
                 return reason
             halves[id(tensor)] = half

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from mono_quant.convert.contract import Task
 from mono_quant.convert.half_layers import layer_of
 from mono_quant.convert.stored import StoredModule
 from mono_quant.convert.surgery import clash, disable_float_fast_paths_, put_, relink_
@@ -21,32 +22,63 @@ _HALVES = {dtype_name(dtype) for dtype in HALVES.values()}
 
 
 def cast(
-    name: str, tensor: Tensor, request: QuantizationConfig, dtype: torch.dtype = torch.float16
+    name: str, tensor: Tensor, task: Task, dtype: torch.dtype = torch.float16
 ) -> tuple[HalfCast | None, str]:
-    """Cast a tensor to half precision, or say why it has to stay as it is.
+    """Cast a tensor of the model of a task to half precision, or say why it has to stay as it is.
 
     Raises:
         NonFiniteWeightError: it holds NaN or infinity, and the request does not keep such tensors.
         Fp16RangeError: a value does not fit, and the request does not keep such tensors.
     """
+    if name in task.unfit:
+        return None, task.unfit[name]
     try:
         half = cast_half(tensor, dtype)
     except NonFiniteWeightError as e:
-        if request.on_nonfinite == "error":
-            raise NonFiniteWeightError(
-                f"{name}: {e}. Repair the checkpoint, or use ", Option("on_nonfinite", "keep")
-            ) from e
-        return None, f"{name} holds NaN or infinity"
+        return None, unfinite(name, e, task.request)
     if half.overflowed:
-        largest = float(tensor.detach().abs().max())
-        if request.on_overflow == "error":
-            raise Fp16RangeError(
-                f"{name}: {half.overflowed} values do not fit {dtype_name(dtype)} (largest {largest:.6g}, limit "
-                f"{torch.finfo(dtype).max:.6g}); use int8, or keep the layer with ",
-                Option("on_overflow", "keep"),
-            )
-        return None, f"{name} has values up to {largest:.4g}, which {dtype_name(dtype)} cannot hold"
+        return None, overflow(name, half.overflowed, float(tensor.detach().abs().max()), task.request, dtype)
     return half, ""
+
+
+def unfinite(name: str, what: object, request: QuantizationConfig) -> str:
+    """Return why a tensor with values that are not finite is not cast, where the request keeps such tensors.
+
+    Args:
+        name: of the tensor.
+        what: is wrong with its values.
+        request: what the user asks for.
+
+    Raises:
+        NonFiniteWeightError: it does not.
+    """
+    if request.on_nonfinite == "error":
+        raise NonFiniteWeightError(
+            f"{name}: {what}. Repair the checkpoint, or use ", Option("on_nonfinite", "keep")
+        )
+    return f"{name} holds NaN or infinity"
+
+
+def overflow(name: str, count: int, largest: float, request: QuantizationConfig, dtype: torch.dtype) -> str:
+    """Return why a tensor with values that are too large is not cast, where the request keeps such tensors.
+
+    Args:
+        name: of the tensor.
+        count: of the values that do not fit.
+        largest: magnitude of all.
+        request: what the user asks for.
+        dtype: that they do not fit.
+
+    Raises:
+        Fp16RangeError: it does not.
+    """
+    if request.on_overflow == "error":
+        raise Fp16RangeError(
+            f"{name}: {count} values do not fit {dtype_name(dtype)} (largest {largest:.6g}, limit "
+            f"{torch.finfo(dtype).max:.6g}); use int8, or keep the layer with ",
+            Option("on_overflow", "keep"),
+        )
+    return f"{name} has values up to {largest:.4g}, which {dtype_name(dtype)} cannot hold"
 
 
 def hold_(model: nn.Module, wide: Mapping[int, torch.dtype]) -> None:

@@ -154,8 +154,13 @@ def _non_finite(modules: Mapping[str, nn.Module], decisions: Mapping[str, Decisi
         for name, decision in decisions.items()
         if decision.quantize
         for weight in decision.layer.matrices
-        if not bool(torch.isfinite(modules[name].get_parameter(weight).detach().float()).all())
+        if not _is_finite(modules[name].get_parameter(weight).detach())
     }
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    # of weights that are in files, whoever reads them says so
+    return weight.is_meta or bool(torch.isfinite(weight.float()).all())
 
 
 def keep_unfinite(decisions: Decisions, names: Collection[str]) -> Decisions:
@@ -256,7 +261,7 @@ def _with_schemes(task: Task, layers: Sequence[Layer], outcome: Outcome) -> Outc
 
 def notes(task: Task, rows: Sequence[TensorReport], model: nn.Module | None) -> Iterator[str]:
     """Yield what a user must not overlook; see `Scheme`."""
-    yield from int8_notes(rows, model)
+    yield from int8_notes(rows, model, task.unsound)
     yield from memory_notes([row for row in rows if row.narrowed], model)
     became = {row.module for row in rows if row.action == "quantized"}
     chosen = _names(layer for layer in task.layers if layer.name in became)
@@ -307,13 +312,23 @@ def record(old: nn.Module, layer: Layer, encoded: Mapping[str, RowCodes], done: 
     """Note what became of the weights of a float layer, by their names in the model."""
     for name, rows in encoded.items():
         scale = stored_scale(rows.scale, old.get_parameter(name).dtype)
-        gap = None if rows.sqnr_db == float("inf") else weight_limit_db(rows.codes.shape[1]) - rows.sqnr_db
         done[f"{layer.name}.{name}".lstrip(".")] = Converted(
             rows.codes.numel() + scale.numel() * scale.element_size(),
             torch.int8,
-            None if gap is None else round(rows.sqnr_db, 3),
-            None if gap is None else round(gap, 3),
+            *lost(rows.sqnr_db, rows.codes.shape[1]),
         )
+
+
+def lost(sqnr: float, depth: int) -> tuple[float | None, float | None]:
+    """Return what a report says of codes: their SQNR in dB, and how far it is from what Gaussian rows reach; None for no loss.
+
+    Args:
+        sqnr: of the whole weight.
+        depth: length of its rows.
+    """
+    if sqnr == float("inf"):
+        return None, None
+    return round(sqnr, 3), round(weight_limit_db(depth) - sqnr, 3)
 
 
 INT8 = Scheme(

@@ -259,7 +259,12 @@ def put_schemes_(model: nn.Module, schemes: str | Mapping[str, str]) -> list[str
 def tensors_of(model: nn.Module) -> dict[str, Any]:
     """Return what is in the state dict of a model, with int8 codes in the shape of the float weight instead of flat."""
     state = model.state_dict(keep_vars=True)
-    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
+    # one object for what is one: on meta nothing else tells
+    plain: dict[int, Tensor] = {}
+    return {
+        name: plain.setdefault(id(value), value.detach()) if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
 
 
 def narrow_scales(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def narrow_(task: Task, outcome: Outcome) -> Outcome:
     found, problems, wide = {}, {}, {}
     for name, tensor in _matrices(task, outcome):
         try:
-            half, problem = cast(name, tensor, task.request, _half(task))
+            half, problem = cast(name, tensor, task, _half(task))
         except NonFiniteWeightError:
             # what stays in float may hold anything: the notes of the report name it
             half, problem = None, "it holds NaN or infinity"

@@ -5,7 +5,7 @@ a file of the checkpoint itself. transformers is imported when a function here i
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,28 @@ def computed_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         raise CorruptCheckpointError(
             f"{subject}: transformers cannot initialise it ({one_line(e, 300)})"
         ) from e
+
+
+def built_buffers(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Return buffers as the class of a transformers model makes them; without those that it does not have.
+
+    Args:
+        model: on any device.
+        names: of the buffers.
+
+    Raises:
+        CorruptCheckpointError: the class cannot be built from the config.
+    """
+    from accelerate import init_empty_weights
+
+    cls: Any = type(model)
+    subject = cls.__name__
+    try:
+        with init_empty_weights(include_buffers=False), quiet(), torch.random.fork_rng(devices=[]):
+            built: nn.Module = cls._from_config(copy.deepcopy(model.config))
+    except BUILD_ERRORS as e:
+        raise CorruptCheckpointError(f"{subject}: transformers cannot build it ({one_line(e, 300)})") from e
+    return {name: buffer for name, buffer in built.named_buffers() if name in names and not buffer.is_meta}
 
 
 def given_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

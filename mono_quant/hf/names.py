@@ -18,6 +18,9 @@ from mono_quant.convert.stored import StoredModule
 
 SCALE = "_scale"
 
+# Operations of transformers after which rows are still rows, in their order.
+_ROWWISE = {"MergeModulelist", "SplitModulelist", "Concatenate", "Chunk", "Split"}
+
 # What transformers' operations raise for tensors that they cannot merge or split.
 _CONVERSION_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
@@ -43,12 +46,16 @@ class Placement:
         sources: the checkpoint names that it is made of, by name in the model.
         left: the name that it would have in the model, by checkpoint name of a tensor that has no place there.
         broken: why a tensor cannot be made, by name in the model.
+        conversions: transformers' that took part.
+        reordered: names in the model of tensors whose rows, or their order, are others than in the checkpoint.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
+    conversions: list[Any] = field(default_factory=list)
+    reordered: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,8 @@ def place(model: Any, tensors: Mapping[str, Tensor]) -> Placement:
     """
     from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-    renamings, converters = _mapping(model)
+    mapping = _mapping(model)
+    renamings, converters = _split(mapping)
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     placed = Placement()
@@ -126,15 +134,21 @@ def place(model: Any, tensors: Mapping[str, Tensor]) -> Placement:
             gathered[name].add_tensor(name, key, pattern, tensors[key])
     for name, converter in gathered.items():
         _convert(model, name, converter, placed, state)
+    placed.conversions.extend(conversion for conversion in mapping if conversion.was_used())
     return placed
 
 
-def _mapping(model: Any) -> tuple[list[Any], list[Any]]:
-    """Return the renamings and the conversions of a model's class."""
+def _mapping(model: Any) -> list[Any]:
+    """Return what transformers does to the names and tensors of a checkpoint of a model's class."""
     from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model))
+
+
+def _split(mapping: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the renamings and the conversions of a mapping."""
     from transformers.core_model_loading import WeightConverter
 
-    mapping = get_model_conversion_mapping(model)
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     return [m for m in mapping if not isinstance(m, WeightConverter)], converters
 
@@ -146,7 +160,9 @@ def _convert(model: Any, name: str, converter: Any, placed: Placement, state: Ma
     except _CONVERSION_ERRORS as e:
         placed.broken[name] = f"it cannot be made of {_some(keys)} ({e})"
         return
+    keeps_rows = all(type(operation).__name__ in _ROWWISE for operation in converter.operations)
     for target, value in made.items():
+        placed.reordered.update(() if keeps_rows else (target,))
         if target in state:
             placed.tensors[target] = value[0] if isinstance(value, list) else value
             placed.sources[target] = keys
@@ -307,7 +323,7 @@ def standard_obstacle(model: nn.Module) -> str:
         matrices = [p for p in module.parameters(recurse=False) if p.dim() == 3 and p.is_floating_point()]
         if "Experts" in type(module).__name__ and not isinstance(module, StoredModule) and matrices:
             return f"{type(module).__name__} stays in float, which compressed-tensors cannot load beside int8 layers"
-    targets = [target for converter in _mapping(model)[1] for target in converter.target_patterns]
+    targets = [target for converter in _split(_mapping(model))[1] for target in converter.target_patterns]
     other = [target for target in targets if not target.endswith(("gate_up_proj", "down_proj"))]
     return (
         f"transformers builds {other[0]} from several tensors, which it does not do for int8" if other else ""

@@ -88,4 +88,6 @@ def _conversions(model: nn.Module) -> list[Any]:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta or b.is_meta:
+        return a is b
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape

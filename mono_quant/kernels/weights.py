@@ -44,6 +44,8 @@ class RowCodes:
 def quantize_rows(weight: Tensor, scale_dtype: torch.dtype | None = None) -> RowCodes:
     """Quantize each row of a matrix symmetrically to int8.
 
+    A matrix on meta, which has no values, gives codes and scales on meta, and has lost nothing.
+
     Args:
         weight: floating [N, K].
         scale_dtype: dtype whose values the scales are rounded to; the dtype of `weight` when not given.
@@ -58,6 +60,8 @@ def quantize_rows(weight: Tensor, scale_dtype: torch.dtype | None = None) -> Row
     codes = torch.empty(rows, depth, dtype=torch.int8, device=weight.device)
     scale = torch.ones(rows, 1, dtype=torch.float32, device=weight.device)
     signal = noise = 0.0
+    if weight.is_meta:
+        return RowCodes(codes, scale, math.inf)
     step = max(1, _CHUNK // max(1, depth))
     for start in range(0, rows, step):
         block = weight[start : start + step].detach().float()
@@ -100,12 +104,12 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return fp32 scales as a file holds them: in the `dtype` of their weight where it has every one of them exactly.
 
     Readers multiply codes by scales in the dtype they find, some of them without a cast. Only float16 can lack values, see
-    `round_scale`; a whole tensor has one dtype, so a single such row keeps it in fp32.
+    `round_scale`; a whole tensor has one dtype, so a single such row keeps it in fp32. Scales on meta are taken to fit.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return scale
     narrow = scale.to(dtype)
-    return narrow if torch.equal(narrow.float(), scale) else scale
+    return narrow if scale.is_meta or torch.equal(narrow.float(), scale) else scale
 
 
 def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -160,7 +164,7 @@ class HalfCast:
 
 
 def cast_half(tensor: Tensor, dtype: torch.dtype = torch.float16) -> HalfCast:
-    """Cast a floating tensor to half precision and count what does not fit.
+    """Cast a floating tensor to half precision and count what does not fit; of one on meta, nothing.
 
     Args:
         tensor: to cast.
@@ -171,6 +175,8 @@ def cast_half(tensor: Tensor, dtype: torch.dtype = torch.float16) -> HalfCast:
     """
     source = tensor.detach()
     value = source.to(dtype)
+    if source.is_meta:
+        return HalfCast(value, 0, 0, 0)
     if source.dtype == dtype:
         if not torch.isfinite(source).all():
             raise _non_finite(source)

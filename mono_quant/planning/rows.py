@@ -1,7 +1,7 @@
 """The rows of a report: what a model holds before, and what became of it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,12 +129,15 @@ def layer_reasons(rows: Mapping[str, TensorReport], decisions: Mapping[str, Deci
     return {name: kept[row.module] for name, row in rows.items() if row.is_layer and row.module in kept}
 
 
-def int8_notes(rows: Sequence[TensorReport], model: nn.Module | None = None) -> Iterator[str]:
+def int8_notes(
+    rows: Sequence[TensorReport], model: nn.Module | None = None, unsound: Container[str] = ()
+) -> Iterator[str]:
     """Yield what a user must not overlook in an int8 conversion.
 
     Args:
         rows: complete, as `account` gives them.
         model: the converted model; None for a plan, which knows no values.
+        unsound: names of tensors that are known to hold NaN or infinity, where their values are not in the model.
     """
     if not any(row.action == "quantized" for row in rows):
         layers = {row.module or row.name: row.reason for row in rows if row.is_layer and row.action == "kept"}
@@ -142,18 +145,18 @@ def int8_notes(rows: Sequence[TensorReport], model: nn.Module | None = None) -> 
         total = reasons.total()
         reason, count = next(iter(reasons.most_common(1)), ("it holds no layer with a weight matrix", 0))
         yield Words("NO LAYER BECAME INT8: ", f"{count} of {total} layers kept: " if count else "", reason)
-    bad = _non_finite(rows, model) if model is not None else []
+    bad = _non_finite(rows, model, unsound) if model is not None else []
     if bad:
         yield f"NaN or infinity in tensors that stay in float: {listed(bad)}; check the original model"
 
 
-def _non_finite(rows: Sequence[TensorReport], model: nn.Module) -> list[str]:
+def _non_finite(rows: Sequence[TensorReport], model: nn.Module, unsound: Container[str]) -> list[str]:
     kept = {row.name for row in rows if row.action == "kept"}
     return [
         name
         for name, tensor, is_buffer in tensor_names(model)
-        if name in kept and tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
-        if not _is_sound(tensor.detach(), is_buffer)
+        if name in kept and tensor.is_floating_point() and tensor.numel()
+        if (name in unsound if tensor.is_meta else not _is_sound(tensor.detach(), is_buffer))
     ]
 
 

@@ -33,7 +33,7 @@ from mono_quant.hf.diffusion import (
 from mono_quant.hf.dtypes import loaded_dtypes, take_dtypes_
 from mono_quant.hf.encoders import Encoder, encoder_of
 from mono_quant.hf.models import load_as_stored, model_class, skeleton
-from mono_quant.hf.names import Fit, fit, grouped, on_meta
+from mono_quant.hf.names import Fit, Placement, fit, grouped, on_meta
 from mono_quant.hf.sentence import core_class, settings_of
 from mono_quant.io.disk.allowed import BUFFERS, is_allowed
 from mono_quant.io.disk.json_text import read_json_object
@@ -72,7 +72,7 @@ class _Skeleton:
         config: of a transformers model.
         dtype: of most of the checkpoint.
         dtypes: that transformers would give the float tensors.
-        sources: the names in the checkpoint that a tensor is made of, by its name in the model.
+        placed: where the tensors of the checkpoint go in it.
         notes: what the user should know.
         has_code: the repository's own code was run.
         encoder: of sentence-transformers, that the model is the transformer of.
@@ -84,7 +84,7 @@ class _Skeleton:
     config: Any
     dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype]
-    sources: Mapping[str, tuple[str, ...]]
+    placed: Placement
     notes: list[str]
     has_code: bool
     encoder: Encoder | None
@@ -140,7 +140,9 @@ def _stored(subject: Subject, bare: _Skeleton, checkpoint: Checkpoint) -> Stored
         subject.settings.update(settings_of(whole))
         return whole
 
-    return Stored(fill, lambda: frozenset(f"{prefix}{name}" for name in unfinite(checkpoint, bare.sources)))
+    return Stored(
+        fill, lambda: frozenset(f"{prefix}{name}" for name in unfinite(checkpoint, bare.placed.sources))
+    )
 
 
 def from_headers(folder: Path, access: Access, shapes: Shapes, others: Around) -> Source:
@@ -175,10 +177,12 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shap
     _refuse_misfit(found, cls.__name__, folder)
     dtypes = loaded_dtypes(model, dtype)
     take_dtypes_(model, dtype, {name: tensor.dtype for name, tensor in found.placed.tensors.items()})
+    # as transformers notes it on a model that it loads: by these its tensors get their names back
+    model.__dict__["_weight_conversions"] = found.placed.conversions
     has_code = access.trust_remote_code and bool(raw.get("auto_map"))
     notes = _left_out(model, found.left)
     return _Skeleton(
-        "transformers", model, raw, config, dtype, dtypes, found.placed.sources, notes, has_code, encoder
+        "transformers", model, raw, config, dtype, dtypes, found.placed, notes, has_code, encoder
     )
 
 
@@ -190,7 +194,7 @@ def _diffusion_skeleton(folder: Path, raw: Mapping[str, Any], shapes: Shapes) ->
     kept = {name: tensor for name, tensor in held.items() if name not in left}
     fill_(model, kept)
     dtype = common_dtype((tensor.dtype, tensor.numel()) for tensor in kept.values())
-    sources = {name: (names[name],) for name in kept}
+    placed = Placement(kept, {name: (names[name],) for name in kept})
     return _Skeleton(
         "diffusers",
         model,
@@ -198,7 +202,7 @@ def _diffusion_skeleton(folder: Path, raw: Mapping[str, Any], shapes: Shapes) ->
         None,
         dtype,
         {},
-        sources,
+        placed,
         _left_out(model, left),
         has_code=False,
         encoder=None,
@@ -250,7 +254,7 @@ def _of_folder(folder: Path, bare: _Skeleton, others: Around) -> Source:
         whole = skeleton_around(folder, bare.model, bare.encoder, others)
         name = bare.encoder.core_name
         subject = replace(subject, model=whole, kind="sentence_transformer", core_name=name)
-    return Source(subject, owned=True, dtypes=bare.dtypes, notes=bare.notes)
+    return Source(subject, owned=True, dtypes=bare.dtypes, notes=bare.notes, placed=bare.placed)
 
 
 def loaded_from(model: Any, files: Sequence[Path], kind: str = "transformers") -> Source:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mono_quant.convert.arrival import Arrival
+from mono_quant.hf.names import Placement
 from mono_quant.hf.processors import load_processor
 from mono_quant.io.hub.client import HUB, Hub
 from mono_quant.io.hub.repo import RepoFile
@@ -91,6 +92,7 @@ class Source:
             as they hold it. Empty for a model in memory, which is what it is.
         notes: what the user should know.
         stored: the weights, where the model is a skeleton that has none yet.
+        placed: where the tensors of the checkpoint go in the core of the model; nothing for a model in memory.
     """
 
     subject: Subject
@@ -98,6 +100,7 @@ class Source:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     stored: Stored | None = None
+    placed: Placement = field(default_factory=Placement)
 
     def read(self) -> "Source":
         """Return the same with the weights, where they are still in their files."""

@@ -143,6 +143,7 @@ class Seen(NamedTuple):
         signal, noise: sums of squares of the values and of the errors of codes.
         overflowed, clamped, flushed: of a cast; see `kernels.weights.HalfCast`.
         unfinite: number of values that are NaN or infinite.
+        largest: magnitude of all finite values, of a cast.
     """
 
     weight: str
@@ -153,6 +154,21 @@ class Seen(NamedTuple):
     clamped: int = 0
     flushed: int = 0
     unfinite: int = 0
+    largest: float = 0.0
+
+    def joined(self, other: "Seen") -> "Seen":
+        """Return what was seen of two parts of a weight together."""
+        return Seen(
+            self.weight,
+            self.part,
+            self.signal + other.signal,
+            self.noise + other.noise,
+            self.overflowed + other.overflowed,
+            self.clamped + other.clamped,
+            self.flushed + other.flushed,
+            self.unfinite + other.unfinite,
+            max(self.largest, other.largest),
+        )
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         found = {shard.name: _sha256(shard.descriptor, shard.name) for shard in self._shards.values()}
         return dict(sorted(found.items()))
 
+    def start_of(self, name: str) -> int:
+        """Return where the data of a tensor begins in its file."""
+        shard = self._shards[self.headers[name].file]
+        return shard.data_start + shard.spans[name].start
+
     def weight_files(self) -> tuple["WeightFile", ...]:
         """Return the weight files, to be hashed when somebody wants to know."""
         return tuple(WeightFile(self.folder / s.name, s.identity) for s in self._shards.values())

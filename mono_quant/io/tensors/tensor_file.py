@@ -46,6 +46,46 @@ class FileImage(NamedTuple):
     chunks: Iterator[bytes | memoryview]
 
 
+class Layout(NamedTuple):
+    """Where everything lies in a safetensors file.
+
+    Attributes:
+        size: of the file in bytes.
+        header: its first bytes, up to the data.
+        entries: in the order of their data.
+        starts: of the data of each tensor, from the beginning of the file.
+    """
+
+    size: int
+    header: bytes
+    entries: tuple[TensorEntry, ...]
+    starts: dict[str, int]
+
+
+def lay_out(name: str, entries: Sequence[TensorEntry]) -> Layout:
+    """Lay tensors out as one file, as `safetensors.torch.save_file` with `{"format": "pt"}` does; none is made.
+
+    Args:
+        name: how to call the file in an error.
+        entries: what will be written.
+
+    Raises:
+        OutputError: a name or dtype that the format cannot hold, or too many tensors.
+    """
+    _check_entries(name, entries)
+    ordered = tuple(sorted(entries, key=lambda entry: (_RANK[entry.dtype], entry.name)))
+    header = _header(ordered)
+    if len(header) > MAX_HEADER_BYTES:
+        raise OutputError(
+            f"{name} would need a header of {len(header)} bytes, more than {MAX_HEADER_BYTES}; use more shards"
+        )
+    starts, reached = {}, len(header)
+    for entry in ordered:
+        starts[entry.name] = reached
+        reached += entry.nbytes
+    return Layout(reached, header, ordered, starts)
+
+
 def file_image(name: str, tensors: Mapping[str, torch.Tensor] | Sequence[TensorEntry]) -> FileImage:
     """Lay tensors out as one file, byte for byte as `safetensors.torch.save_file` with `{"format": "pt"}`.
 
@@ -63,14 +103,8 @@ def file_image(name: str, tensors: Mapping[str, torch.Tensor] | Sequence[TensorE
         entries = [_held(key, tensor) for key, tensor in tensors.items()]
     else:
         entries = list(tensors)
-    _check_entries(name, entries)
-    entries.sort(key=lambda entry: (_RANK[entry.dtype], entry.name))
-    header = _header(entries)
-    if len(header) > MAX_HEADER_BYTES:
-        raise OutputError(
-            f"{name} would need a header of {len(header)} bytes, more than {MAX_HEADER_BYTES}; use more shards"
-        )
-    return FileImage(len(header) + sum(entry.nbytes for entry in entries), _chunks(header, entries))
+    layout = lay_out(name, entries)
+    return FileImage(layout.size, _chunks(layout.header, layout.entries))
 
 
 def _held(name: str, tensor: torch.Tensor) -> TensorEntry:

@@ -1,0 +1,139 @@
+"""Which tensors of a checkpoint the tensors of its result are made of."""
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant.convert.int8_layers import tensors_of
+from mono_quant.hf.models import built_buffers
+from mono_quant.hf.names import Placement, place
+from mono_quant.hf.state import checkpoint_state
+from mono_quant.planning.walk import is_transformers_model
+from mono_quant.sources.source import Source
+from mono_quant.stream.layout import Origin, Part
+from mono_quant.stream.spec import Piece
+
+# A tensor that no file holds is computed by its class, and small: masks, positions.
+MAX_CONSTANT_BYTES = 1 << 24
+
+
+def find_origins(
+    source: Source, pieces: Mapping[str, Piece], names: set[str], codes: Container[str]
+) -> dict[str, Origin]:
+    """Return what each tensor of a result is made of, by its name in the file; not what has no answer.
+
+    A result has the names of its checkpoint, of whose tensors a model may have made others: merged, split, renamed.
+
+    Args:
+        source: with a skeleton in it that nothing has changed.
+        pieces: where the tensors of the checkpoint lie, by name.
+        names: of the tensors of the result, without scales.
+        codes: names in the model of the weights that become int8.
+    """
+    core, within = source.subject.core, source.subject.core_name
+    prefix = f"{within}." if within else ""
+    owners: dict[str, list[str]] = {}
+    for name, keys in source.placed.sources.items():
+        for key in keys:
+            owners.setdefault(key, []).append(name)
+    shapes = {name: tuple(t.shape) for name, t in core.state_dict(keep_vars=True).items()}
+    found: dict[str, Origin] = {}
+    for key, held in owners.items():
+        name = held[0]
+        keys = source.placed.sources[name]
+        if f"{prefix}{name}" not in codes or _has_rows(source.placed, name, shapes[name], pieces[key].shape):
+            found[key] = Origin((Part(f"{prefix}{name}", keys.index(key), pieces[key]),))
+    shared = {key: held for key, held in owners.items() if len(held) > 1}
+    found |= _split(core, prefix, shared, pieces) if shared else {}
+    if names <= found.keys():
+        return found
+    return _renamed(source, prefix, pieces, codes) | found
+
+
+def _has_rows(placed: Placement, name: str, shape: tuple[int, ...], held: tuple[int, ...]) -> bool:
+    """Tell whether the rows of a tensor of a checkpoint are rows of the tensor in the model that it is a part of."""
+    if name in placed.reordered:
+        return False
+    return held == shape or (len(placed.sources[name]) > 1 and held[-1:] == shape[-1:])
+
+
+def _split(
+    core: nn.Module, prefix: str, owners: Mapping[str, Sequence[str]], pieces: Mapping[str, Piece]
+) -> dict[str, Origin]:
+    """Return the origins of tensors that a model has in several parts, by asking transformers to split their row numbers."""
+    numbers = {key: _numbers(pieces[key].shape) for key in owners}
+    placed = place(core, numbers)
+    found: dict[str, list[Part]] = {key: [] for key in owners}
+    for name, tensor in placed.tensors.items():
+        key = placed.sources[name][0]
+        if len(placed.sources[name]) == 1 and tensor.shape[:1].numel() == tensor.numel():
+            runs = list(_runs(tensor.flatten().tolist()))
+            found[key] += [
+                Part(f"{prefix}{name}", number, _rows(pieces[key], first, count))
+                for number, (first, count) in enumerate(runs)
+            ]
+    origins = {}
+    for key, parts in found.items():
+        ordered = tuple(sorted(parts, key=lambda part: part.piece.start))
+        if sum(part.piece.nbytes for part in ordered) == pieces[key].nbytes:
+            origins[key] = Origin(ordered)
+        for name in owners[key]:
+            own = tuple(part for part in parts if part.weight == f"{prefix}{name}")
+            if own:
+                origins[name] = Origin(own)
+    return origins
+
+
+def _numbers(shape: tuple[int, ...]) -> Tensor:
+    rows = shape[0] if shape else 1
+    return torch.arange(rows).reshape(rows, *(1 for _ in shape[1:]))
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield first and length of every run of numbers that follow each other."""
+    first = count = 0
+    for number in numbers:
+        if count and number == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = number, 1
+    if count:
+        yield first, count
+
+
+def _rows(piece: Piece, first: int, count: int) -> Piece:
+    """Return where some rows of a tensor lie."""
+    row = piece.nbytes // max(1, piece.shape[0])
+    return piece._replace(
+        start=piece.start + first * row, shape=(count, *piece.shape[1:]), nbytes=count * row
+    )
+
+
+def _renamed(
+    source: Source, prefix: str, pieces: Mapping[str, Piece], codes: Container[str]
+) -> dict[str, Origin]:
+    """Return the origins of tensors whose names in a result are not those of the checkpoint, and of what the class computes."""
+    core = source.subject.core
+    # a storage keeps its Python object, and views have that of their tensor
+    by_storage = {id(tensor.untyped_storage()): name for name, tensor in core.state_dict().items()}
+    state = checkpoint_state(core) if is_transformers_model(core) else tensors_of(core)
+    found, computed = {}, {}
+    for name, tensor in state.items():
+        own = by_storage.get(id(tensor.untyped_storage()))
+        keys = source.placed.sources.get(own, ()) if own is not None else ()
+        if own is not None and len(keys) == 1:
+            shape = pieces[keys[0]].shape
+            if f"{prefix}{own}" not in codes or _has_rows(source.placed, own, tuple(tensor.shape), shape):
+                found[name] = Origin((Part(f"{prefix}{own}", 0, pieces[keys[0]]),))
+        elif own is not None and not keys and tensor.nbytes <= MAX_CONSTANT_BYTES:
+            computed[name] = own
+    if computed and is_transformers_model(core):
+        buffers = built_buffers(core, set(computed.values()))
+        for name, own in computed.items():
+            if own in buffers:
+                value = buffers[own].to(state[name].dtype).contiguous()
+                found[name] = Origin((), value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found

@@ -1,0 +1,192 @@
+"""What a conversion from files to files will write: the same decisions, names and layouts as for a model in memory.
+
+The model is a skeleton on meta. It is converted as any other model, codes and scales being on meta as well; what `save` would
+put into the weight files of the result is then looked up in the source, tensor by tensor.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mono_quant.api.origins import find_origins
+from mono_quant.api.recipe import decided, finished
+from mono_quant.artifact.saving import MAX_SHARD_SIZE, weights_to_save
+from mono_quant.convert.contract import Outcome, Task
+from mono_quant.convert.halves import overflow, unfinite
+from mono_quant.convert.int8 import keep_unfinite, lost
+from mono_quant.convert.schemes import SCHEMES
+from mono_quant.convert.surgery import structural_copy
+from mono_quant.errors import ConfigError, Name, NonFiniteWeightError, Option
+from mono_quant.io.tensors.tensor_file import TensorEntry
+from mono_quant.kernels.weights import sqnr_db
+from mono_quant.planning.config import HALVES, QuantizationConfig
+from mono_quant.planning.kinds import rows_of
+from mono_quant.planning.report import QuantReport, dtype_name
+from mono_quant.planning.schemes import MEASURED
+from mono_quant.planning.walk import tensor_names
+from mono_quant.sources.source import Source, Subject
+from mono_quant.stream.layout import Origin, shards_of
+from mono_quant.stream.spec import Found, Piece, Seen, ShardPlan
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """A conversion from files to files.
+
+    Attributes:
+        task: with the converted skeleton.
+        subject: the skeleton with what belongs to it.
+        outcome: of the conversion, without what only values say.
+        report: of it.
+        request: what the user asks for.
+        shards: the files with weights.
+        stem: of their names.
+        names: of the tensors that the float model has.
+    """
+
+    task: Task
+    subject: Subject
+    outcome: Outcome
+    report: QuantReport
+    request: QuantizationConfig
+    shards: tuple[ShardPlan, ...]
+    stem: str
+    names: tuple[str, ...]
+
+
+def plan_stream(
+    source: Source,
+    pieces: Mapping[str, Piece],
+    request: QuantizationConfig,
+    found: Found,
+    seen: Mapping[str, Seen],
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> StreamPlan:
+    """Decide what a conversion from files to files writes.
+
+    Args:
+        source: with a skeleton in it; stays as it is.
+        pieces: where the tensors of the checkpoint lie, by name.
+        request: what the user asks for.
+        found: what is known of the values.
+        seen: sums over the values of the tensors that `found` names.
+        max_shard_size: see `save`.
+
+    Raises:
+        NonFiniteWeightError, Fp16RangeError: values were found that the request does not let pass.
+        UnsupportedModelError: a tensor of the result is not made of one of the source.
+        ConfigError: the request needs the model in memory.
+    """
+    if request.activations == MEASURED:
+        raise ConfigError(
+            Name("activations"),
+            " is 'measured', which needs the model in memory; name a scheme, or leave out ",
+            Option("stream", True),
+        )
+    scheme = SCHEMES[request.dtype]
+    work = replace(source.subject, model=structural_copy(source.subject.model))
+    task, decisions = decided(source, work, request)
+    _refuse(found, seen, request)
+    task = replace(task, unfit=_unfit(found, seen, request))
+    decisions = keep_unfinite(decisions, found.unfinite) if request.dtype == "int8" else decisions
+    names = tuple(name for name, _, _ in tensor_names(work.model))
+    outcome = _widened(scheme.apply_(task, decisions, _silent), found.wide, task)
+    report = finished(task, outcome, names, source.notes)
+    entries, stem = weights_to_save(work, report)
+    # what is tied has codes under the name of one layer
+    kinds = {row.name: row.kind for row in report.rows if row.action == "quantized"}
+    codes = {entry.name for entry in entries if entry.dtype == torch.int8}
+    scales = {f"{name}_scale" for name in codes}
+    names_in_file = {entry.name for entry in entries} - scales
+    origins = find_origins(source, pieces, names_in_file, kinds)
+    shards = shards_of([_wide(e, origins, found.wide) for e in entries], origins, kinds, max_shard_size, stem)
+    return StreamPlan(task, work, outcome, report, request, shards, stem, names)
+
+
+def with_values(plan: StreamPlan, seen: Sequence[Seen], notes: Sequence[str]) -> QuantReport:
+    """Return the report of a conversion that was carried out.
+
+    Args:
+        plan: of it.
+        seen: one per job.
+        notes: of the source.
+    """
+    sums = summed(seen)
+    rows = []
+    for row in plan.report.rows:
+        values = sums.get(row.name)
+        if values is not None and row.action == "quantized" and row.dtype_after == "int8":
+            depth = torch.Size(row.shape).numel() // max(1, rows_of(torch.Size(row.shape), row.kind).numel())
+            sqnr, gap = lost(sqnr_db(values.signal, values.noise), depth)
+            rows.append(replace(row, sqnr_db=sqnr, gap_db=gap))
+        elif values is not None and row.dtype_after in _HALVES:
+            rows.append(replace(row, flushed=values.flushed))
+        else:
+            rows.append(row)
+    unsound = frozenset(name for name, values in sums.items() if values.unfinite)
+    task = replace(plan.task, unsound=unsound)
+    said = (*notes, *SCHEMES[plan.request.dtype].notes(task, rows, plan.task.model))
+    return replace(plan.report, rows=tuple(rows), notes=said)
+
+
+def summed(seen: Sequence[Seen]) -> dict[str, Seen]:
+    """Return what was seen of each weight, its parts together."""
+    found: dict[str, Seen] = {}
+    # a weight that lies at the border of two files was read twice
+    once = {(one.weight, one.part): one for one in seen}
+    for (weight, _), one in sorted(once.items()):
+        found[weight] = one.joined(found[weight]) if weight in found else one
+    return found
+
+
+_HALVES = {dtype_name(dtype) for dtype in HALVES.values()}
+
+
+def _silent(name: str, done: int, total: int) -> None:
+    del name, done, total
+
+
+def _refuse(found: Found, seen: Mapping[str, Seen], request: QuantizationConfig) -> None:
+    """Refuse values that the request does not let pass."""
+    if request.dtype != "int8" or request.on_nonfinite == "keep":
+        return
+    for name in sorted(found.unfinite):
+        raise NonFiniteWeightError(
+            f"{name}: {seen[name].unfinite} values are NaN or infinite. Repair the checkpoint, or keep the layer in float with ",
+            Option("on_nonfinite", "keep"),
+        )
+
+
+def _unfit(found: Found, seen: Mapping[str, Seen], request: QuantizationConfig) -> dict[str, str]:
+    """Return why tensors are not cast to half precision."""
+    dtype = torch.float16 if request.dtype == "fp16" else HALVES.get(request.kept, torch.float16)
+    if request.dtype == "int8":
+        # what stays in float may hold anything
+        unfit = dict.fromkeys(found.unfinite, "it holds NaN or infinity")
+    else:
+        unfit = {
+            name: unfinite(name, f"{seen[name].unfinite} values are NaN or infinite", request)
+            for name in sorted(found.unfinite)
+        }
+    for name in sorted(found.overflowed):
+        unfit[name] = overflow(name, seen[name].overflowed, seen[name].largest, request, dtype)
+    return unfit
+
+
+def _widened(outcome: Outcome, wide: frozenset[str], task: Task) -> Outcome:
+    """Count the scales in float32 that the dtype of their weights cannot hold."""
+    done = dict(outcome.done)
+    for name in wide & done.keys():
+        row = task.rows[name]
+        rows = rows_of(torch.Size(row.shape), row.kind).numel()
+        done[name] = replace(done[name], bytes_after=row.numel + 4 * rows)
+    return Outcome(done, outcome.reasons)
+
+
+def _wide(entry: TensorEntry, origins: Mapping[str, Origin], wide: frozenset[str]) -> TensorEntry:
+    """Return a tensor of the result in float32, where it is scales that the dtype of their weight cannot hold."""
+    owner = origins.get(entry.name.removesuffix("_scale"))
+    if entry.name in origins or owner is None or wide.isdisjoint(part.weight for part in owner.parts):
+        return entry
+    return replace(entry, dtype=torch.float32)
