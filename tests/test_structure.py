@@ -12,7 +12,7 @@ PACKAGE = Path(mono_quant.__file__).parent
 # A new room has to be given a line here.
 ROOMS = {
     "": [["errors", "version"]],
-    "io": [["text", "phases"]],
+    "io": [["text", "phases", "memory"]],
     "io/disk": [
         ["reading", "allowed"],
         ["json_text", "disk"],
@@ -47,13 +47,15 @@ ROOMS = {
         ["walk"],
         ["layers", "rows", "suggestion"],
     ],
+    "stream": [["spec", "supply"], ["layout"]],
     "convert": [
         ["computed", "snapshot"],
         ["stored", "untouched"],
         ["forwards", "recurrent", "probes", "filling"],
         ["int8_layers", "half_layers", "fidelity", "surgery", "diffusion_probes"],
         ["int8_recurrent", "savers", "crest"],
-        ["contract", "halves"],
+        ["contract"],
+        ["halves"],
         ["kept"],
         ["int8", "half"],
         ["arrival"],
@@ -69,7 +71,7 @@ ROOMS = {
         ["floats", "ties", "arithmetic"],
         ["marks"],
     ],
-    "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"]],
+    "sources": [["origin", "guards"], ["source"], ["folder"], ["remote"], ["opening"], ["streamed"]],
     "artifact": [
         ["layouts", "card_text", "buffers", "changes"],
         ["cards"],
@@ -79,12 +81,12 @@ ROOMS = {
         ["inspection", "publishing"],
         ["keeping"],
     ],
-    "stream": [["spec", "supply"]],
     "api": [
         ["measuring"],
         ["result"],
-        ["recipe"],
-        ["delivery", "on_load"],
+        ["recipe", "origins"],
+        ["stream_plan"],
+        ["delivery", "on_load", "streaming"],
         ["verbs", "diffusion_on_load", "enabled"],
     ],
     "apps": [

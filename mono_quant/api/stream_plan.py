@@ -42,7 +42,6 @@ class StreamPlan:
         request: what the user asks for.
         shards: the files with weights.
         stem: of their names.
-        names: of the tensors that the float model has.
     """
 
     task: Task
@@ -52,7 +51,14 @@ class StreamPlan:
     request: QuantizationConfig
     shards: tuple[ShardPlan, ...]
     stem: str
-    names: tuple[str, ...]
+
+    def weight_map(self) -> dict[str, str]:
+        """Return which file holds which tensor."""
+        return {name: shard.file for shard in self.shards for name in shard.tensors}
+
+    def total_bytes(self) -> int:
+        """Return the size of all tensors together."""
+        return sum(shard.size - len(shard.header) for shard in self.shards)
 
 
 def plan_stream(
@@ -101,7 +107,7 @@ def plan_stream(
     names_in_file = {entry.name for entry in entries} - scales
     origins = find_origins(source, pieces, names_in_file, kinds)
     shards = shards_of([_wide(e, origins, found.wide) for e in entries], origins, kinds, max_shard_size, stem)
-    return StreamPlan(task, work, outcome, report, request, shards, stem, names)
+    return StreamPlan(task, work, outcome, report, request, shards, stem)
 
 
 def with_values(plan: StreamPlan, seen: Sequence[Seen], notes: Sequence[str]) -> QuantReport:

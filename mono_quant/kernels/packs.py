@@ -14,12 +14,12 @@ import os
 import threading
 import weakref
 from functools import partial
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from mono_quant.io.memory import free_bytes
 from mono_quant.kernels.activations import ActivationScheme
 from mono_quant.kernels.cpu import Cpu, Packed, Samples
 
@@ -62,7 +62,7 @@ class _Budget:
 
     def __call__(self) -> int:
         if self._bytes is None:
-            self._bytes = 0 if os.environ.get("MONO_QUANT_PACK") == "0" else _free_bytes() // 4
+            self._bytes = 0 if os.environ.get("MONO_QUANT_PACK") == "0" else free_bytes() // 4
         return self._bytes
 
 
@@ -153,25 +153,6 @@ def _drop_moved() -> None:
         storage = entry.storage()
         if storage is None or not 0 <= key[0] - storage.data_ptr() < max(1, storage.nbytes()):
             _entries.pop(key, None)
-
-
-def _free_bytes() -> int:
-    """Return the memory that is free for this process: the machine's, or its control group's if that is less."""
-    free = _number("/proc/meminfo", "MemAvailable:")
-    if free is None:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024
-    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
-    return free * 1024 if limit is None or used is None else max(0, min(free * 1024, limit - used))
-
-
-def _number(file: str, name: str | None = None) -> int | None:
-    """Return the number in a file, or the one after `name`; None where there is none, as in "max"."""
-    try:
-        words = Path(file).read_text(encoding="ascii").split()
-    except OSError:
-        return None
-    place = 0 if name is None else words.index(name) + 1 if name in words else len(words)
-    return int(words[place]) if place < len(words) and words[place].isdecimal() else None
 
 
 def _start_anew() -> None:

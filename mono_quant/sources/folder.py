@@ -145,6 +145,32 @@ def _stored(subject: Subject, bare: _Skeleton, checkpoint: Checkpoint) -> Stored
     )
 
 
+def savable_folder(folder: Path, access: Access, checkpoint: Checkpoint) -> Source:
+    """Make a source with a skeleton in it that has everything but weights: it can be converted and saved around them.
+
+    Args:
+        folder: of a model.
+        access: how to read it.
+        checkpoint: the weights in the folder, of which the headers are read.
+
+    Raises:
+        MonoQuantError: as `from_folder`.
+    """
+    shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
+    bare = _skeleton(folder, read_config(folder), access, shapes)
+    source = _of_folder(folder, bare, held_around(folder, bare.encoder) if bare.encoder else {})
+    subject = source.subject
+    if bare.kind != "diffusers":
+        set_generation_(bare.model, folder)
+    if bare.encoder is not None:
+        dtype = first_dtype(bare.model)
+        whole = around(folder, bare.model, bare.encoder, dtype, trust_remote_code=bare.has_code)
+        subject = replace(subject, model=whole, settings=settings_of(whole))
+    used = ("trust_remote_code",) if bare.has_code else ()
+    origin = replace(subject.origin, access=used)
+    return replace(source, subject=replace(subject, origin=origin, weights=checkpoint.weight_files()))
+
+
 def from_headers(folder: Path, access: Access, shapes: Shapes, others: Around) -> Source:
     """Make a source without data from a config and the headers of weights that lie elsewhere.
 

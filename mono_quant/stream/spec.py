@@ -110,6 +110,11 @@ class ShardPlan:
         pieces = [piece for job in self.jobs for piece in (job.source, job.source.inverse) if piece]
         return tuple(dict.fromkeys(piece.file for piece in pieces))
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of its tensors, in the order in which they fill files."""
+        return tuple(sorted(n for n in json.loads(self.header[8:]) if n != "__metadata__"))
+
     def digest(self) -> str:
         """Return the sha256 of everything that its bytes depend on, but for the bytes of the source."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
