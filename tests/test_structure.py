@@ -79,7 +79,7 @@ ROOMS = {
         ["inspection", "publishing"],
         ["keeping"],
     ],
-    "stream": [["spec", "supply"]],
+    "stream": [["spec", "supply"], ["blocks"], ["bench"], ["shard"]],
     "api": [
         ["measuring"],
         ["result"],
@@ -119,11 +119,11 @@ EFFECTS = {
     "posix_fallocate": {"io/disk/disk"},
     "rmtree": {"io/disk/disk"},
     "chmod": set(),
-    "pwrite": set(),
+    "pwrite": {"io/disk/disk"},
     "save_file": set(),
     "symlink": set(),
     "truncate": set(),
-    "unlink": set(),
+    "unlink": {"io/disk/disk"},
     "ctypes": {
         "kernels/cpu",
         "kernels/pool",
