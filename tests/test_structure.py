@@ -47,7 +47,7 @@ ROOMS = {
         ["walk"],
         ["layers", "rows", "suggestion"],
     ],
-    "stream": [["spec", "supply"], ["layout"]],
+    "stream": [["spec", "supply"], ["layout", "blocks"], ["bench"], ["shard"]],
     "convert": [
         ["computed", "snapshot"],
         ["stored", "untouched"],
@@ -121,11 +121,11 @@ EFFECTS = {
     "posix_fallocate": {"io/disk/disk"},
     "rmtree": {"io/disk/disk"},
     "chmod": set(),
-    "pwrite": set(),
+    "pwrite": {"io/disk/disk"},
     "save_file": set(),
     "symlink": set(),
     "truncate": set(),
-    "unlink": set(),
+    "unlink": {"io/disk/disk"},
     "ctypes": {
         "kernels/cpu",
         "kernels/pool",

@@ -265,7 +265,19 @@ def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> n
         raise CorruptCheckpointError(
             f"{subject}: its config.json describes no {cls.__name__} ({one_line(e, 300)})"
         ) from e
+    _to_meta_(model)
     return model
+
+
+def _to_meta_(model: nn.Module) -> None:
+    """Take the data from parameters that a class makes on the CPU whatever the device is, as `torch.Tensor(...)` does."""
+    bare: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and not parameter.is_meta:
+                twin = bare.setdefault(id(parameter), nn.Parameter(parameter.detach().to("meta")))
+                vars(twin).update(vars(parameter))
+                module._parameters[name] = twin
 
 
 def tie_(skeleton: Any) -> None:

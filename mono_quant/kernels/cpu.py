@@ -514,18 +514,26 @@ class Cpu:
         )
         return None if failed else out
 
-    def encode_rows(self, weight: Tensor, scale_dtype: torch.dtype) -> EncodedRows | None:
+    def encode_rows(
+        self,
+        weight: Tensor,
+        scale_dtype: torch.dtype,
+        into: tuple[Tensor, Tensor] | None = None,
+        threads: int | None = None,
+    ) -> EncodedRows | None:
         """Quantize the rows of a weight; see `mono_quant.kernels.encode_rows`."""
         dtype, scale_code = _DTYPES.get(weight.dtype), _DTYPES.get(scale_dtype, 0)
         if dtype is None or not weight.is_cpu or weight.dim() != 2:
             return None
         weight = _dense(weight)
         rows, depth = weight.shape
-        codes = weight.new_empty((rows, depth), dtype=torch.int8)
-        scale = weight.new_empty((rows, 1), dtype=torch.float32)
+        codes, scale = into or (
+            weight.new_empty((rows, depth), dtype=torch.int8),
+            weight.new_empty((rows, 1), dtype=torch.float32),
+        )
         energy = weight.new_empty((rows, 2), dtype=torch.float64)
         failed = self._library.mq_quantize_rows(
-            torch.get_num_threads(),
+            threads or torch.get_num_threads(),
             rows,
             depth,
             weight.data_ptr(),
@@ -541,15 +549,17 @@ class Cpu:
         signal, noise = energy.sum(0).tolist()
         return EncodedRows(codes, scale, signal, noise)
 
-    def cast_half(self, tensor: Tensor) -> HalfValues | None:
+    def cast_half(
+        self, tensor: Tensor, into: Tensor | None = None, threads: int | None = None
+    ) -> HalfValues | None:
         """Cast to float16 and count what does not fit; see `mono_quant.kernels.cast_half`."""
         if tensor.dtype not in (torch.float32, torch.bfloat16) or not tensor.is_cpu:
             return None
         tensor = _dense(tensor)
-        value = tensor.new_empty(tensor.shape, dtype=torch.float16)
+        value = tensor.new_empty(tensor.shape, dtype=torch.float16) if into is None else into
         counts = (_LONG * 4)()
         failed = self._library.mq_to_half(
-            torch.get_num_threads(),
+            threads or torch.get_num_threads(),
             tensor.numel(),
             tensor.data_ptr(),
             _DTYPES[tensor.dtype],

@@ -8,36 +8,55 @@ from torch import Tensor
 
 from mono_quant.kernels import weights
 from mono_quant.kernels.choice import active
-from mono_quant.kernels.weights import QMAX, HalfCast, RowCodes, sqnr_db
+from mono_quant.kernels.weights import HalfCast, RowCodes
 
 
-def encode_rows(matrix: Tensor) -> RowCodes:
+def encode_rows(
+    matrix: Tensor, *, into: tuple[Tensor, Tensor] | None = None, threads: int | None = None
+) -> RowCodes:
     """Quantize each row of a matrix symmetrically to int8; see `weights.quantize_rows`.
+
+    Rows are independent: those of a part of a matrix get the bits that they have in the whole.
 
     Args:
         matrix: floating [N, K].
+        into: dense codes, int8 [N, K], and scales, fp32 [N, 1], to write and return; new ones when not given.
+        threads: of the native kernel; those of torch when not given.
 
     Raises:
         NonFiniteWeightError: a value is NaN or infinite.
     """
-    native = None if active.cpu is None else active.cpu.encode_rows(matrix, matrix.dtype)
-    # What is not finite, or next to the largest float, is left to the definition, which says what is wrong; so are
-    # magnitudes whose squares leave the range of the kernel's fp32 partial sums. Zeros have no magnitude.
-    if native is None or not bool(torch.isfinite(native.scale * QMAX).all()):
-        return weights.quantize_rows(matrix)
-    if not 1e-24 < native.signal / max(1, matrix.numel()) < 1e24:
-        return weights.quantize_rows(matrix)
-    return RowCodes(native.codes, native.scale, sqnr_db(native.signal, native.noise))
+    native = None
+    if active.cpu is not None:
+        native = active.cpu.encode_rows(matrix, matrix.dtype, into, threads)
+    # what is not finite is left to the definition, which says what is wrong
+    if native is None or bool(native.scale.isnan().any()):
+        return weights.quantize_rows(matrix, into=into)
+    return RowCodes(*native)
 
 
-def cast_half(tensor: Tensor, dtype: torch.dtype = torch.float16) -> HalfCast:
+def cast_half(
+    tensor: Tensor,
+    dtype: torch.dtype = torch.float16,
+    *,
+    into: Tensor | None = None,
+    threads: int | None = None,
+) -> HalfCast:
     """Cast a floating tensor to half precision and count what does not fit; see `weights.cast_half`.
+
+    Args:
+        tensor: to cast.
+        dtype: float16 or bfloat16.
+        into: dense, of that dtype and shape, to write and return; a new one when not given.
+        threads: of the native kernel; those of torch when not given.
 
     Raises:
         NonFiniteWeightError: a value is NaN or infinite already.
     """
     source = tensor.detach()
-    native = active.cpu.cast_half(source) if active.cpu is not None and dtype == torch.float16 else None
+    native = None
+    if active.cpu is not None and dtype == torch.float16:
+        native = active.cpu.cast_half(source, into, threads)
     if native is None or native.nonfinite:
-        return weights.cast_half(source, dtype)
+        return weights.cast_half(source, dtype, into)
     return HalfCast(native.value, native.overflowed, native.clamped, native.flushed)

@@ -33,15 +33,26 @@ class RowCodes:
     Attributes:
         codes: int8 [N, K] in [-127, 127].
         scale: fp32 [N, 1], finite and positive; 1 for a row of zeros.
-        sqnr_db: signal to quantization noise of the whole matrix in dB; infinity when nothing was lost.
+        signal, noise: sums of squares of the matrix, and of what rounding changed in it.
     """
 
     codes: Tensor
     scale: Tensor
-    sqnr_db: float
+    signal: float
+    noise: float
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise of the whole matrix in dB; infinity when nothing was lost."""
+        return sqnr_db(self.signal, self.noise)
 
 
-def quantize_rows(weight: Tensor, scale_dtype: torch.dtype | None = None) -> RowCodes:
+def quantize_rows(
+    weight: Tensor,
+    scale_dtype: torch.dtype | None = None,
+    *,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> RowCodes:
     """Quantize each row of a matrix symmetrically to int8.
 
     A matrix on meta, which has no values, gives codes and scales on meta, and has lost nothing.
@@ -49,6 +60,7 @@ def quantize_rows(weight: Tensor, scale_dtype: torch.dtype | None = None) -> Row
     Args:
         weight: floating [N, K].
         scale_dtype: dtype whose values the scales are rounded to; the dtype of `weight` when not given.
+        into: codes and scales to write and return; new ones when not given.
 
     Returns:
         The codes, scales and the error made.
@@ -57,11 +69,14 @@ def quantize_rows(weight: Tensor, scale_dtype: torch.dtype | None = None) -> Row
         NonFiniteWeightError: a value is NaN or infinite (in fp32).
     """
     rows, depth = weight.shape
-    codes = torch.empty(rows, depth, dtype=torch.int8, device=weight.device)
-    scale = torch.ones(rows, 1, dtype=torch.float32, device=weight.device)
+    codes, scale = into or (
+        torch.empty(rows, depth, dtype=torch.int8, device=weight.device),
+        torch.empty(rows, 1, dtype=torch.float32, device=weight.device),
+    )
+    scale.fill_(1.0)
     signal = noise = 0.0
     if weight.is_meta:
-        return RowCodes(codes, scale, math.inf)
+        return RowCodes(codes, scale, 0.0, 0.0)
     step = max(1, _CHUNK // max(1, depth))
     for start in range(0, rows, step):
         block = weight[start : start + step].detach().float()
@@ -84,7 +99,7 @@ def quantize_rows(weight: Tensor, scale_dtype: torch.dtype | None = None) -> Row
         scale[start : start + step] = s
         signal += float(block.double().square_().sum())
         noise += float(torch.sub(block, q.mul_(s)).double().square_().sum())
-    return RowCodes(codes, scale, sqnr_db(signal, noise))
+    return RowCodes(codes, scale, signal, noise)
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,18 +178,19 @@ class HalfCast:
     flushed: int
 
 
-def cast_half(tensor: Tensor, dtype: torch.dtype = torch.float16) -> HalfCast:
+def cast_half(tensor: Tensor, dtype: torch.dtype = torch.float16, into: Tensor | None = None) -> HalfCast:
     """Cast a floating tensor to half precision and count what does not fit; of one on meta, nothing.
 
     Args:
         tensor: to cast.
         dtype: float16 or bfloat16.
+        into: to write and return; a new tensor when not given.
 
     Raises:
         NonFiniteWeightError: a value is NaN or infinite already.
     """
     source = tensor.detach()
-    value = source.to(dtype)
+    value = source.to(dtype) if into is None else into.copy_(source)
     if source.is_meta:
         return HalfCast(value, 0, 0, 0)
     if source.dtype == dtype:

@@ -148,7 +148,8 @@ class Seen(NamedTuple):
         signal, noise: sums of squares of the values and of the errors of codes.
         overflowed, clamped, flushed: of a cast; see `kernels.weights.HalfCast`.
         unfinite: number of values that are NaN or infinite.
-        largest: magnitude of all finite values, of a cast.
+        largest: magnitude of all finite values, of a cast where some overflow.
+        nan: number of values that are NaN.
     """
 
     weight: str
@@ -160,6 +161,7 @@ class Seen(NamedTuple):
     flushed: int = 0
     unfinite: int = 0
     largest: float = 0.0
+    nan: int = 0
 
     def joined(self, other: "Seen") -> "Seen":
         """Return what was seen of two parts of a weight together."""
@@ -173,6 +175,7 @@ class Seen(NamedTuple):
             self.flushed + other.flushed,
             self.unfinite + other.unfinite,
             max(self.largest, other.largest),
+            self.nan + other.nan,
         )
 
 

@@ -55,3 +55,38 @@ def test_half_counts_equal_the_definition(dtype: torch.dtype) -> None:
     assert (found.overflowed, found.clamped, found.flushed) == (
         expected.overflowed, expected.clamped, expected.flushed,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_part_of_a_matrix_has_the_bits_of_the_whole(dtype: torch.dtype) -> None:
+    sizes = torch.tensor([[m] for m in MAGNITUDES if m < torch.finfo(dtype).max], dtype=torch.float64)
+    values = torch.randn(len(sizes), 37, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    matrix = (values * sizes).clamp(-largest, largest).to(dtype)
+    matrix[1] = 0
+    whole, definition = encoding.encode_rows(matrix), weights.quantize_rows(matrix)
+    assert torch.equal(whole.scale, definition.scale)
+    parts = [encoding.encode_rows(part, threads=1) for part in matrix.split(1)]
+    assert torch.equal(torch.cat([part.codes for part in parts]), whole.codes)
+    assert torch.equal(torch.cat([part.scale for part in parts]), whole.scale)
+    for name in ("signal", "noise"):
+        found = [getattr(part, name) for part in parts]
+        assert sum(found) == pytest.approx(getattr(whole, name), rel=1e-12)
+        # rows of any size, those too whose squares vanish in fp32
+        for part, row in zip(found, matrix.split(1), strict=True):
+            assert part == pytest.approx(getattr(weights.quantize_rows(row), name), rel=1e-3, abs=0)
+
+
+def test_codes_and_halves_go_where_they_are_wanted() -> None:
+    matrix = torch.randn(5, 9, dtype=torch.float64)
+    for dtype in DTYPES:
+        given = matrix.to(dtype)
+        into = torch.empty(5, 9, dtype=torch.int8), torch.empty(5, 1)
+        found = encoding.encode_rows(given, into=into)
+        assert found.codes is into[0]
+        assert found.scale is into[1]
+        assert torch.equal(into[0], weights.quantize_rows(given).codes)
+        for half in (torch.float16, torch.bfloat16):
+            place = torch.empty(5, 9, dtype=half)
+            assert encoding.cast_half(given, half, into=place).value is place
+            assert torch.equal(place, given.to(half))

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ from mono_quant.io.text import printable
 logger = logging.getLogger(__name__)
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+# What `copy_file_range` says where it cannot copy between two files.
+_NO_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+_CAN_COPY = hasattr(os, "copy_file_range")
+_NO_MORE = "the file system took no more bytes"
+# Bytes that are hashed at a time: they stay in the cache between reading and hashing.
+_WINDOW = 1 << 20
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -29,7 +36,7 @@ class _Ops:
     """Every system call that changes the disk."""
 
     def open(self, path: Path) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(path, flags, 0o666)
 
     def allocate(self, descriptor: int, size: int) -> None:
@@ -38,6 +45,12 @@ class _Ops:
 
     def write(self, descriptor: int, data: memoryview) -> int:
         return os.write(descriptor, data)
+
+    def write_at(self, descriptor: int, data: memoryview, offset: int) -> int:
+        return os.pwrite(descriptor, data, offset)
+
+    def copy_at(self, source: int, start: int, count: int, descriptor: int, offset: int) -> int:
+        return os.copy_file_range(source, descriptor, count, start, offset)
 
     def fsync(self, descriptor: int) -> None:
         os.fsync(descriptor)
@@ -72,6 +85,9 @@ class _Ops:
 
     def remove_tree(self, path: Path) -> None:
         shutil.rmtree(path)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
 
 
 _ops = _Ops()
@@ -165,8 +181,133 @@ def _write_whole(descriptor: int, data: memoryview) -> None:
     while data:
         count = _ops.write(descriptor, data)
         if count <= 0:
-            raise OSError(errno.EIO, "the file system took no more bytes")
+            raise OSError(errno.EIO, _NO_MORE)
         data = data[count:]
+
+
+class NewFile:
+    """A new file of a size known before, written in any order, by several threads where they write different parts.
+
+    Attributes:
+        path: where it is.
+        size: in bytes.
+        is_sealed: it is whole and durable.
+    """
+
+    def __init__(self, path: Path, size: int, descriptor: int) -> None:
+        self.path, self.size, self.is_sealed = path, size, False
+        self._descriptor = descriptor
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Write bytes that begin at `offset`.
+
+        Raises:
+            OutputWriteError: the file system refused.
+        """
+        with writing(self.path, self.size):
+            while data:
+                count = _ops.write_at(self._descriptor, data, offset)
+                if count <= 0:
+                    raise OSError(errno.EIO, _NO_MORE)
+                data, offset = data[count:], offset + count
+
+    def copy_at(self, source: int, start: int, count: int, offset: int) -> int:
+        """Let the system copy bytes of an open file that begin at `start`, and return how many it has copied.
+
+        Fewer than `count`, perhaps none, are copied where it does not do that between these files, or the source ends; the rest is
+        for the caller to read and write.
+
+        Raises:
+            OutputWriteError: the file system refused.
+        """
+        done = 0
+        with writing(self.path, self.size):
+            while done < count and _CAN_COPY:
+                try:
+                    step = _ops.copy_at(source, start + done, count - done, self._descriptor, offset + done)
+                except OSError as error:
+                    if error.errno not in _NO_COPY:
+                        raise
+                    break
+                if step <= 0:
+                    break
+                done += step
+        return done
+
+    def seal(self) -> dict[str, Any]:
+        """Make the file durable, once all of it is written.
+
+        Returns:
+            What the manifest says about the file: size and sha256, of what was read back meanwhile.
+
+        Raises:
+            OutputWriteError: the file system refused.
+        """
+        with ThreadPoolExecutor(1) as hasher, writing(self.path, self.size):
+            digest = hasher.submit(self._sha256)
+            _ops.fsync(self._descriptor)
+            self.is_sealed = True
+            return {"size": self.size, "sha256": digest.result()}
+
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        window = memoryview(bytearray(_WINDOW))
+        reached = 0
+        while reached < self.size:
+            count = os.preadv(self._descriptor, [window], reached)
+            if count <= 0:
+                raise OSError(errno.EIO, "the file is shorter than what was written")
+            digest.update(window[:count])
+            reached += count
+        return digest.hexdigest()
+
+
+@contextmanager
+def new_file(path: Path, size: int) -> Iterator[NewFile]:
+    """Make a file that the code inside writes and seals; where it fails, or does not seal it, no file is left.
+
+    Args:
+        path: where there is nothing yet.
+        size: of the file in bytes, reserved before the first is written.
+
+    Raises:
+        OutputWriteError: the file system refused.
+    """
+    with writing(path, size):
+        descriptor = _ops.open(path)
+    file = NewFile(path, size, descriptor)
+    try:
+        try:
+            with writing(path, size):
+                _allocate(descriptor, size)
+            yield file
+        except BaseException:
+            with suppress(OSError):
+                os.close(descriptor)
+            raise
+        with writing(path, size):
+            _ops.close(descriptor)
+    except BaseException:
+        file.is_sealed = False
+        raise
+    finally:
+        if not file.is_sealed:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    problem: OSError | None = None
+    for _ in range(3):
+        try:
+            _ops.unlink(path)
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            problem = error
+    logger.warning(
+        "%s could not be removed (%s); the next run tries again", path, problem and problem.strerror
+    )
 
 
 def fsync_folder(path: Path) -> None:

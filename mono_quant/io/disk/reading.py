@@ -63,6 +63,28 @@ def read_all(descriptor: int, size: int, offset: int = 0) -> bytes:
     return b"".join(_pieces(descriptor, size, offset))
 
 
+def read_into(data: memoryview, descriptor: int, offset: int, file: str) -> None:
+    """Fill memory with the bytes of an open file that begin at `offset`.
+
+    Args:
+        file: how to call it in an error.
+
+    Raises:
+        CorruptCheckpointError: it ends earlier, or cannot be read.
+    """
+    # Read, never mapped: a mapped file that shrinks kills the process.
+    while data:
+        try:
+            count = os.preadv(descriptor, [data], offset)
+        except OSError as error:
+            raise CorruptCheckpointError(
+                f"{file} cannot be read ({error.strerror}); check the disk"
+            ) from error
+        if count == 0:
+            raise CorruptCheckpointError(f"{file} became shorter while it was read; fetch it again")
+        data, offset = data[count:], offset + count
+
+
 def read_chunks(descriptor: int, size: int, source: str | os.PathLike[str]) -> Iterator[bytes]:
     """Yield the first `size` bytes in pieces; a file that ends earlier is an error."""
     reached = 0

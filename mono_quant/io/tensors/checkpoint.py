@@ -30,7 +30,7 @@ from mono_quant.errors import (
     UnsafeInputError,
 )
 from mono_quant.io.disk.json_text import read_json_object
-from mono_quant.io.disk.reading import open_regular, read_chunks
+from mono_quant.io.disk.reading import open_regular, read_chunks, read_into
 from mono_quant.io.tensors.headers import DTYPE_NAMES, Span, collisions, parse_header
 from mono_quant.io.tensors.pickles import converted
 from mono_quant.io.tensors.shards import index_name
@@ -148,7 +148,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         span = shard.spans[name]
         data = _empty(header.nbytes, name)
         self._check_unchanged(shard)
-        _fill(data, shard.descriptor, shard.data_start + span.start, shard.name)
+        read_into(data.numpy().data, shard.descriptor, shard.data_start + span.start, shard.name)
         self._check_unchanged(shard)
         if header.dtype is torch.bool and header.nbytes and int(data.max()) > 1:
             raise CorruptCheckpointError(
@@ -205,11 +205,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return tuple(WeightFile(self.folder / s.name, s.identity) for s in self._shards.values())
 
     def _check_unchanged(self, shard: _Shard) -> None:
-        if identity_of(shard.descriptor) != shard.identity:
-            raise CorruptCheckpointError(
-                f"{shard.name} in {printable(self.folder, 400)} changed while it was read; "
-                "stop whatever writes there and start again"
-            )
+        check_unchanged(shard.descriptor, WeightFile(self.folder / shard.name, shard.identity))
 
 
 def open_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
@@ -332,6 +328,19 @@ def identity_of(descriptor: int) -> tuple[int, ...]:
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
+def check_unchanged(descriptor: int, file: WeightFile) -> None:
+    """Refuse an open file that is no longer as it was.
+
+    Raises:
+        CorruptCheckpointError: somebody wrote into it.
+    """
+    if identity_of(descriptor) != file.identity:
+        raise CorruptCheckpointError(
+            f"{file.path.name} in {printable(file.path.parent, 400)} changed while it was read; "
+            "stop whatever writes there and start again"
+        )
+
+
 def _check_agreement(shards: Sequence[_Shard], weight_map: Mapping[str, str]) -> None:
     """Index and headers must say the same, in both directions."""
     if not weight_map:
@@ -384,18 +393,3 @@ def _empty(size: int, name: str) -> torch.Tensor:
         raise LimitExceededError(
             f"tensor {printable(name)} needs {size} bytes and there is not so much memory; use a larger machine"
         ) from error
-
-
-def _fill(data: torch.Tensor, descriptor: int, offset: int, file: str) -> None:
-    # Read, never mapped: a mapped file that shrinks kills the process.
-    rest = data.numpy().data
-    while rest:
-        try:
-            count = os.preadv(descriptor, [rest], offset)
-        except OSError as error:
-            raise CorruptCheckpointError(
-                f"{file} cannot be read ({error.strerror}); check the disk"
-            ) from error
-        if count == 0:
-            raise CorruptCheckpointError(f"{file} became shorter while it was read; fetch it again")
-        rest, offset = rest[count:], offset + count

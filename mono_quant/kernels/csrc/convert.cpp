@@ -2,6 +2,7 @@
 
 #ifdef MQ_X86
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "avx2_rows.h"
@@ -21,7 +22,15 @@ float round_scale(float scale, DType dtype) {
   if (dtype == DType::f32 || (dtype == DType::f16 && scale < 0x1p-14f)) return scale;
   uint16_t half;
   from_float(scale, &half, dtype);
-  return to_float(&half, dtype);
+  const float rounded = to_float(&half, dtype);
+  return std::isinf(rounded) ? scale : rounded;
+}
+
+// The scale below `scale` where 127 times it, rounded up, is infinite: next to the largest float.
+float finite_scale(float scale, DType dtype) {
+  if (!std::isinf(scale * 127.0f)) return scale;
+  const float epsilon = dtype == DType::f32 ? 0x1p-23f : dtype == DType::f16 ? 0x1p-10f : 0x1p-7f;
+  return round_scale(scale * (1.0f - epsilon), dtype);
 }
 
 // Sums of squares in units of the scale: they can neither overflow nor vanish in fp32.
@@ -89,6 +98,17 @@ MQ_AVX2 void encode_row(const void* row, const char* next, int64_t depth, float 
   sums[1] = noise * unit;
 }
 
+// The sum of squares of a row whose squares vanish in fp32.
+template <DType D>
+double tiny_energy(const void* row, int64_t depth) {
+  double sum = 0;
+  for (int64_t k = 0; k < depth; ++k) {
+    const double x = to_float(static_cast<const char*>(row) + k * size_of(D), D);
+    sum += x * x;
+  }
+  return sum;
+}
+
 template <DType D>
 void quantize_weight_row(const QuantizeRows& job, int64_t n) {
   const void* row = job.x.at(n);
@@ -104,9 +124,14 @@ void quantize_weight_row(const QuantizeRows& job, int64_t n) {
     sums[0] = sums[1] = 0;
     return;
   }
-  float scale = round_scale(absmax / 127.0f, job.scale_dtype);
-  // A row of zeros, or so small that its scale would be subnormal: with scale 1 all its codes are 0.
-  if (scale < std::numeric_limits<float>::min()) scale = 1;
+  const float scale = finite_scale(round_scale(absmax / 127.0f, job.scale_dtype), job.scale_dtype);
+  // A row of zeros, or so small that its scale would be subnormal.
+  if (scale < std::numeric_limits<float>::min()) {
+    std::memset(codes, 0, job.depth);
+    job.scale[n] = 1;
+    sums[0] = sums[1] = absmax == 0 ? 0 : tiny_energy<D>(row, job.depth);
+    return;
+  }
   job.scale[n] = scale;
   encode_row<D>(row, static_cast<const char*>(job.x.at(n + 1)), job.depth, scale, codes, sums);
 }

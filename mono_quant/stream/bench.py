@@ -1,0 +1,169 @@
+"""What becomes of one block of a tensor: read, made, written; in buffers that are used again and again."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mono_quant import kernels
+from mono_quant.errors import CorruptCheckpointError, NonFiniteWeightError
+from mono_quant.io.disk.reading import read_into
+from mono_quant.io.text import printable
+from mono_quant.stream.blocks import Block, dtype_of, own_dtype
+from mono_quant.stream.spec import Job, Piece, Place, Seen
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class Tally(NamedTuple):
+    """What a block saw; see `Seen`. `is_wide`: its scales do not fit their place."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    overflowed: int = 0
+    clamped: int = 0
+    flushed: int = 0
+    unfinite: int = 0
+    largest: float = 0.0
+    nan: int = 0
+    is_wide: bool = False
+
+
+def seen_by(job: Job, tallies: Iterable[Tally]) -> Seen:
+    """Return what the blocks of a job saw together."""
+    seen = Seen(job.weight, job.part)
+    for tally in tallies:
+        seen = seen.joined(Seen(job.weight, job.part, *tally[:-1]))
+    return seen
+
+
+class Bench:
+    """The buffers of one thread.
+
+    Args:
+        opened: returns the descriptor of a file of the source.
+        write: takes bytes, and where they belong.
+    """
+
+    def __init__(self, opened: Callable[[str], int], write: Callable[[memoryview, int], None]) -> None:
+        self._opened, self._write = opened, write
+        self._held: dict[str, Tensor] = {}
+
+    def work(self, job: Job, block: Block) -> Tally:
+        """Make what a job makes of a block, and write it.
+
+        Raises:
+            CorruptCheckpointError: the source ends early, or holds what is no boolean.
+            OutputError: the result cannot be written.
+        """
+        values = self._values(job.source, block)
+        if job.action == "int8":
+            return self._encode(job, block, values)
+        return Tally() if job.value is None else self._convert(job, job.value, block, values)
+
+    def _encode(self, job: Job, block: Block, values: Tensor) -> Tally:
+        count, depth = block.rows, block.grid.depth
+        codes = self._take("codes", torch.int8, count * depth).view(count, depth)
+        scale = self._take("scale", torch.float32, count).view(count, 1)
+        matrix = values.view(count, depth)
+        try:
+            made = kernels.encode_rows(matrix, into=(codes, scale), threads=1)
+        except NonFiniteWeightError:
+            # in fp32, as codes are made from that
+            return _unfinite(matrix.float())
+        is_wide = False
+        if job.scale is not None:
+            stored = scale.to(dtype_of(job.scale.dtype))
+            is_wide = not torch.equal(stored.float(), scale)
+            self._put(stored, job.scale.start + block.first * stored.itemsize)
+        if job.value is not None:
+            self._put(codes, job.value.start + block.first * depth)
+        return Tally(made.signal, made.noise, is_wide=is_wide)
+
+    def _convert(self, job: Job, place: Place, block: Block, values: Tensor) -> Tally:
+        dtype, tally = dtype_of(place.dtype), Tally()
+        if job.action == "cast" and dtype in _HALVES:
+            into = self._take("cast", dtype, values.numel())
+            try:
+                made = kernels.cast_half(values, dtype, into=into, threads=1)
+            except NonFiniteWeightError:
+                return _unfinite(values)
+            largest = float(values.abs().max()) if made.overflowed else 0.0
+            tally = Tally(0, 0, made.overflowed, made.clamped, made.flushed, largest=largest)
+            values = into
+        else:
+            tally = _unfinite(values)
+            if dtype != values.dtype:
+                values = self._take("cast", dtype, values.numel()).copy_(values)
+        self._put(values, place.start + block.first * block.grid.depth * dtype.itemsize)
+        return tally
+
+    def _values(self, piece: Piece, block: Block) -> Tensor:
+        """Read a block as a vector, row after row, in the dtype that the weight has."""
+        if block.grid.is_transposed:
+            return self._panel(piece, block)
+        dtype, depth = dtype_of(piece.dtype), block.grid.depth
+        raw = self._take("raw", dtype, block.rows * depth)
+        self._read(raw, piece, block.first * depth)
+        if piece.inverse is not None:
+            return self._dequantized(piece, piece.inverse, block, raw.view(block.rows, depth))
+        if dtype == torch.bool and raw.numel() and int(raw.view(torch.uint8).max()) > 1:
+            raise CorruptCheckpointError(
+                f"{piece.file}: the boolean tensor {printable(piece.name)} holds another byte than 0 and 1; "
+                "fetch the file again"
+            )
+        return raw
+
+    def _panel(self, piece: Piece, block: Block) -> Tensor:
+        """Read some columns of a matrix, and return them one after another."""
+        dtype, width = dtype_of(piece.dtype), block.rows
+        raw = self._take("raw", dtype, block.grid.depth * width).view(-1, width)
+        for row, data in enumerate(raw):
+            self._read(data, piece, row * block.grid.rows + block.first)
+        turned = self._take("turned", dtype, raw.numel())
+        turned.view(width, -1).copy_(raw.t())
+        return turned
+
+    def _dequantized(self, piece: Piece, inverse: Piece, block: Block, raw: Tensor) -> Tensor:
+        """Return float8 values times the scales of their blocks, rounded once."""
+        height, width = piece.block
+        rows, across = piece.shape[-2], inverse.shape[-1]
+        # the number of each row's row of scales; those of one tensor of several follow each other
+        number = torch.arange(block.first, block.first + block.rows)
+        number = number // rows * inverse.shape[-2] + number % rows // height
+        first = int(number[0])
+        stored = self._take("inverse", dtype_of(inverse.dtype), (int(number[-1]) - first + 1) * across)
+        self._read(stored, inverse, first * across)
+        scales = stored.float().view(-1, across)[number - first]
+        values = self._take("float", torch.float32, raw.numel()).view(raw.shape).copy_(raw)
+        whole = raw.shape[1] // width
+        values[:, : whole * width].view(block.rows, whole, width).mul_(scales[:, :whole, None])
+        values[:, whole * width :].mul_(scales[:, whole:])
+        return self._take("read", own_dtype(piece), raw.numel()).copy_(values.view(-1))
+
+    def _read(self, into: Tensor, piece: Piece, first: int) -> None:
+        data = into.view(torch.uint8).numpy().data
+        read_into(data, self._opened(piece.file), piece.start + first * into.itemsize, piece.file)
+
+    def _put(self, values: Tensor, offset: int) -> None:
+        self._write(values.view(-1).view(torch.uint8).numpy().data, offset)
+
+    def _take(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
+        """Return a vector in the buffer of this name; what it held is lost."""
+        size = dtype.itemsize * count
+        if name not in self._held or self._held[name].numel() < size:
+            self._held[name] = torch.empty(size, dtype=torch.uint8)
+        return self._held[name][:size].view(dtype)
+
+
+def _unfinite(values: Tensor) -> Tally:
+    if not values.is_floating_point():
+        return Tally()
+    if values.itemsize == 1:
+        values = values.float()
+    # one pass, and no copy, where all is well; a sum of finite values may be infinite, so then it is looked at closely
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    if bool(values.sum(dtype=wide).isfinite()):
+        return Tally()
+    return Tally(unfinite=int((~values.isfinite()).sum()), nan=int(values.isnan().sum()))
