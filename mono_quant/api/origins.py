@@ -1,6 +1,8 @@
 """Which tensors of a checkpoint the tensors of its result are made of."""
 
+from bisect import bisect
 from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ def find_origins(
         if f"{prefix}{name}" not in codes or _has_rows(source.placed, name, shapes[name], pieces[key].shape):
             found[key] = Origin((Part(f"{prefix}{name}", keys.index(key), pieces[key]),))
     shared = {key: held for key, held in owners.items() if len(held) > 1}
-    found |= _split(core, prefix, shared, pieces) if shared else {}
+    found |= _split(core, prefix, shared, source.placed.sources, pieces) if shared else {}
     if names <= found.keys():
         return found
     return _renamed(source, prefix, pieces, codes) | found
@@ -59,35 +61,50 @@ def _has_rows(placed: Placement, name: str, shape: tuple[int, ...], held: tuple[
 
 
 def _split(
-    core: nn.Module, prefix: str, owners: Mapping[str, Sequence[str]], pieces: Mapping[str, Piece]
+    core: nn.Module,
+    prefix: str,
+    owners: Mapping[str, Sequence[str]],
+    sources: Mapping[str, Sequence[str]],
+    pieces: Mapping[str, Piece],
 ) -> dict[str, Origin]:
-    """Return the origins of tensors that a model has in several parts, by asking transformers to split their row numbers."""
-    numbers = {key: _numbers(pieces[key].shape) for key in owners}
-    placed = place(core, numbers)
-    found: dict[str, list[Part]] = {key: [] for key in owners}
-    for name, tensor in placed.tensors.items():
-        key = placed.sources[name][0]
-        if len(placed.sources[name]) == 1 and tensor.shape[:1].numel() == tensor.numel():
-            runs = list(_runs(tensor.flatten().tolist()))
-            found[key] += [
-                Part(f"{prefix}{name}", number, _rows(pieces[key], first, count))
-                for number, (first, count) in enumerate(runs)
-            ]
+    """Return the origins of tensors that a model has in several parts, by letting transformers split the numbers of their rows.
+
+    Args:
+        core: the model.
+        prefix: of its names in the whole.
+        owners: the names in the model of what has parts of a tensor, by the name of that in the checkpoint.
+        sources: the names in the checkpoint of what a tensor is made of, by its name in the model.
+        pieces: where the tensors of the checkpoint lie.
+    """
+    keys = sorted({key for held in owners.values() for name in held for key in sources[name]})
+    # a number between two tensors is nobody's, so that no run goes from one into the next
+    firsts = dict(zip(keys, accumulate((_count(pieces[k]) + 1 for k in keys), initial=0), strict=False))
+    numbers = {key: _numbers(pieces[key].shape, firsts[key]) for key in keys}
+    found: dict[str, list[Part]] = {key: [] for key in keys}
     origins = {}
+    for name, tensor in place(core, numbers).tensors.items():
+        if tensor.dim() > 1 and tensor.shape[-1] != 1:
+            continue
+        own = []
+        for number, (first, count) in enumerate(_runs(tensor.flatten().tolist())):
+            key = keys[bisect(keys, first, key=firsts.__getitem__) - 1]
+            own.append(Part(f"{prefix}{name}", number, _rows(pieces[key], first - firsts[key], count)))
+            found[key].append(own[-1])
+        origins[name] = Origin(tuple(own))
     for key, parts in found.items():
         ordered = tuple(sorted(parts, key=lambda part: part.piece.start))
         if sum(part.piece.nbytes for part in ordered) == pieces[key].nbytes:
             origins[key] = Origin(ordered)
-        for name in owners[key]:
-            own = tuple(part for part in parts if part.weight == f"{prefix}{name}")
-            if own:
-                origins[name] = Origin(own)
     return origins
 
 
-def _numbers(shape: tuple[int, ...]) -> Tensor:
+def _count(piece: Piece) -> int:
+    return piece.shape[0] if piece.shape else 1
+
+
+def _numbers(shape: tuple[int, ...], first: int) -> Tensor:
     rows = shape[0] if shape else 1
-    return torch.arange(rows).reshape(rows, *(1 for _ in shape[1:]))
+    return torch.arange(first, first + rows).reshape(rows, *(1 for _ in shape[1:]))
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

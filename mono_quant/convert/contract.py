@@ -127,5 +127,6 @@ class Scheme:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the first parameter; the CPU for a model without one."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Return the device of the first parameter; the CPU for a model without one, and for one whose weights are in files."""
+    first = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if first.type == "meta" else first

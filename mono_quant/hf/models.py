@@ -271,13 +271,13 @@ def skeleton(cls: type[Any], config: Any, dtype: torch.dtype, subject: str) -> n
 
 def _to_meta_(model: nn.Module) -> None:
     """Take the data from parameters that a class makes on the CPU whatever the device is, as `torch.Tensor(...)` does."""
-    bare: dict[int, nn.Parameter] = {}
+    bare: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and not parameter.is_meta:
-                twin = bare.setdefault(id(parameter), nn.Parameter(parameter.detach().to("meta")))
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if not parameter.is_meta:
+                twin = bare.setdefault(parameter, nn.Parameter(parameter.detach().to("meta")))
                 vars(twin).update(vars(parameter))
-                module._parameters[name] = twin
+                module.register_parameter(name, twin)
 
 
 def tie_(skeleton: Any) -> None:
