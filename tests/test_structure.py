@@ -79,7 +79,7 @@ ROOMS = {
         ["inspection", "publishing"],
         ["keeping"],
     ],
-    "stream": [["spec", "supply"]],
+    "stream": [["spec", "supply", "members"], ["crew", "ledger", "stages"], ["workspace", "work"]],
     "api": [
         ["measuring"],
         ["result"],
@@ -123,7 +123,7 @@ EFFECTS = {
     "save_file": set(),
     "symlink": set(),
     "truncate": set(),
-    "unlink": set(),
+    "unlink": {"io/disk/disk"},
     "ctypes": {
         "kernels/cpu",
         "kernels/pool",
