@@ -28,6 +28,7 @@ Catch `MonoQuantError` for all of them, or a branch for one family::
     ├── OutputError                 the result could not be written
     │   ├── OutputExistsError       something that is not ours is there
     │   ├── OutputBusyError         another run is writing there
+    │   ├── ResumeError             what a stopped run left is of other settings or another source
     │   └── OutputWriteError        the file system refused
     └── HubError                    the Hub refused or did not answer
         ├── HubAuthError            the token is missing, wrong or too weak
@@ -222,6 +223,10 @@ class OutputExistsError(OutputError):
 
 class OutputBusyError(OutputError):
     """Another run is writing to the output path."""
+
+
+class ResumeError(OutputError):
+    """What a stopped run left was made with other settings or from another source."""
 
 
 class OutputWriteError(OutputError):

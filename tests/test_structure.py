@@ -47,7 +47,12 @@ ROOMS = {
         ["walk"],
         ["layers", "rows", "suggestion"],
     ],
-    "stream": [["spec", "supply"], ["layout", "blocks"], ["bench"], ["shard"]],
+    "stream": [
+        ["spec", "supply", "members"],
+        ["layout", "blocks", "crew", "ledger", "stages"],
+        ["bench", "workspace", "work"],
+        ["shard"],
+    ],
     "convert": [
         ["computed", "snapshot"],
         ["stored", "untouched"],

@@ -28,6 +28,8 @@ _CAN_COPY = hasattr(os, "copy_file_range")
 _NO_MORE = "the file system took no more bytes"
 # Bytes that are hashed at a time: they stay in the cache between reading and hashing.
 _WINDOW = 1 << 20
+# What file systems without hard links say, or where a file has too many.
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -37,6 +39,10 @@ class _Ops:
 
     def open(self, path: Path) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(path, flags, 0o666)
+
+    def open_shared(self, path: Path) -> int:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(path, flags, 0o666)
 
     def allocate(self, descriptor: int, size: int) -> None:
@@ -70,6 +76,15 @@ class _Ops:
     def rename(self, old: Path, new: Path) -> None:
         os.rename(old, new)  # noqa: PTH104  Path.rename hides which call it is
 
+    def replace(self, old: Path, new: Path) -> None:
+        os.replace(old, new)  # noqa: PTH105  as rename
+
+    def link(self, old: Path, new: Path) -> None:
+        os.link(old, new)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
     def exchange(self, one: Path, other: Path) -> bool:
         """Swap two folders in one step; False where the system cannot."""
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -85,9 +100,6 @@ class _Ops:
 
     def remove_tree(self, path: Path) -> None:
         shutil.rmtree(path)
-
-    def unlink(self, path: Path) -> None:
-        path.unlink()
 
 
 _ops = _Ops()
@@ -308,6 +320,73 @@ def _remove(path: Path) -> None:
     logger.warning(
         "%s could not be removed (%s); the next run tries again", path, problem and problem.strerror
     )
+
+
+def open_shared(path: Path) -> int:
+    """Open a file that is kept and grows, and make it where it is missing; the caller closes the descriptor."""
+    with writing(path):
+        return _ops.open_shared(path)
+
+
+def append(descriptor: int, data: bytes, path: Path) -> None:
+    """Write behind what an open file holds, durably.
+
+    Args:
+        descriptor: from `open_shared`.
+        data: to be written.
+        path: of the file, for errors.
+    """
+    with writing(path, len(data)):
+        _write_whole(descriptor, memoryview(data))
+        _ops.fsync(descriptor)
+
+
+def move_file(old: Path, new: Path) -> None:
+    """Give a file another name, durably; a file that has it already is replaced."""
+    with writing(new):
+        _ops.replace(old, new)
+    fsync_folder(new.parent)
+
+
+def link_file(old: Path, new: Path) -> None:
+    """Give a file a second name; where the file system has no links, another name.
+
+    Raises:
+        OutputWriteError: the file system refused.
+    """
+    with writing(new):
+        try:
+            _ops.link(old, new)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _ops.rename(old, new)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file that may be gone already."""
+    with writing(path), suppress(FileNotFoundError):
+        _ops.unlink(path)
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Refuse what a disk has no room for.
+
+    Args:
+        folder: that is to be written.
+        size: of everything that is still to be written, in bytes.
+
+    Raises:
+        OutputWriteError: there is less room.
+    """
+    with writing(folder):
+        facts = os.statvfs(folder)
+    free = facts.f_bavail * facts.f_frsize
+    if size > free:
+        raise OutputWriteError(
+            f"{printable(folder, 400)} has no room: needed {size} bytes, available {free} bytes; "
+            "free some space or choose another folder"
+        )
 
 
 def fsync_folder(path: Path) -> None:

@@ -11,7 +11,8 @@ Everything is built in a hidden sibling, `.<name>.mq-<run>.partial`, and renamed
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,34 @@ class OutputFolder:
             OutputError: the name is not allowed or was written already, or the chunks are more or less than announced.
             OutputWriteError: the file system refused.
         """
+        self.files[name] = disk.write_new(self._place(name), chunks, size)
+
+    def take(self, name: str, path: Path, facts: Mapping[str, Any]) -> None:
+        """Take in a finished file that lies elsewhere on the same disk, without copying it.
+
+        It keeps its old name beside the new one, where the file system can, so that nothing is lost if this folder is not finished.
+
+        Args:
+            name: its name here; see `write`.
+            path: the file, complete and on the disk.
+            facts: its size and sha256, which the caller has compared with its bytes.
+
+        Raises:
+            OutputError: the name is not allowed or was written already, or the file is no regular one of this size.
+            OutputWriteError: the file system refused.
+        """
+        place = self._place(name)
+        with disk.writing(path):
+            found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size != facts["size"]:
+            raise OutputError(
+                f"{printable(path, 400)} is no regular file of {facts['size']} bytes; run the same command again"
+            )
+        disk.link_file(path, place)
+        self.files[name] = {"size": facts["size"], "sha256": facts["sha256"]}
+
+    def _place(self, name: str) -> Path:
+        """Return where a new file goes, with the folders above it."""
         if not is_allowed(name) or name == MANIFEST:
             raise OutputError(
                 f"{printable(name)} may not be written: it is not a model file; see mono_quant.io.disk.allowed"
@@ -69,7 +98,7 @@ class OutputFolder:
         for above in reversed(path.relative_to(self.path).parents[:-1]):
             if not (self.path / above).is_dir():
                 disk.make_folder(self.path / above)
-        self.files[name] = disk.write_new(path, chunks, size)
+        return path
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a new file.
