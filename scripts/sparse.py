@@ -121,9 +121,7 @@ def deepseek_v3(config: dict[str, Any]) -> Iterator[Stub]:
         yield Stub(f"{layer}.mlp.gate.e_score_correction_bias", "F32", (experts,))
         for expert in range(experts):
             yield from gated(f"{layer}.mlp.experts.{expert}", hidden, inner, fp8=True)
-        yield from gated(
-            f"{layer}.mlp.shared_experts", hidden, inner * config["n_shared_experts"], fp8=True
-        )
+        yield from gated(f"{layer}.mlp.shared_experts", hidden, inner * config["n_shared_experts"], fp8=True)
     for number in range(depth, depth + config["num_nextn_predict_layers"]):
         layer = f"model.layers.{number}"
         yield from linear(f"{layer}.embed_tokens", config["vocab_size"], hidden)
@@ -273,7 +271,9 @@ def write(name: str, folder: Path, limit: int = SHARD, **changes: Any) -> Path:
 
 def main() -> None:
     """Write the model that the command line names, and say how large it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=Path)
     given = parser.parse_args()
