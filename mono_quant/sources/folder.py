@@ -287,7 +287,9 @@ def _of_folder(folder: Path, bare: _Skeleton, others: Around) -> Source:
         whole = skeleton_around(folder, bare.model, bare.encoder, others)
         name = bare.encoder.core_name
         subject = replace(subject, model=whole, kind="sentence_transformer", core_name=name)
-    return Source(subject, owned=True, dtypes=bare.dtypes, notes=bare.notes, placed=bare.placed)
+    return Source(
+        subject, owned=True, dtypes=bare.dtypes, notes=bare.notes, placed=bare.placed, codes=bare.codes
+    )
 
 
 def loaded_from(model: Any, files: Sequence[Path], kind: str = "transformers") -> Source:

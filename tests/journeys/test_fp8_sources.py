@@ -15,6 +15,7 @@ from models import FAMILIES, seeded, transformer
 
 import mono_quant as mq
 from mono_quant.api.recipe import plan_source
+from mono_quant.api.stream_plan import plan_stream
 from mono_quant.errors import (
     AlreadyQuantizedError,
     CorruptCheckpointError,
@@ -25,6 +26,9 @@ from mono_quant.io.hub.client import Hub
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.sources.opening import open_source
 from mono_quant.sources.source import Access
+from mono_quant.sources.streamed import open_streamed
+from mono_quant.stream.shard import convert_shard
+from mono_quant.stream.spec import Found
 
 QUIET = {"fidelity": False}
 DEEPSEEK = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
@@ -36,14 +40,21 @@ def deepseek():
     return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**transformer, **DEEPSEEK))
 
 
-# with blocks that divide all sizes, none, and that are larger than most
+def nomic_bert():
+    return hf.NomicBertModel(hf.NomicBertConfig(**transformer))
+
+
+# with blocks that divide all sizes, none, and that are larger than most; whole matrices; what is split on its way into the model
 SOURCES = {
     "deepseek_v3": (deepseek, (48, 40)),
     "qwen3_moe": (FAMILIES["qwen3_moe"].make, (16, 16)),
     "llama": (FAMILIES["llama"].make, (128, 128)),
+    "llama_tied": (FAMILIES["llama_tied"].make, None),
+    "nomic_bert": (nomic_bert, (32, 48)),
+    "nomic_bert_whole": (nomic_bert, None),
 }
 EVERY = pytest.mark.parametrize("name", SOURCES)
-WORDS = "weights in fp8 (e4m3, blocks of"
+WORDS = "weights in fp8 (e4m3, "
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +82,10 @@ def llama(tmp_path):
 def test_the_result_is_that_of_the_floats(base, name, dtype, tmp_path):
     ours, expected = (mq.quantize(source, dtype, **QUIET) for source in sources(base, name))
     out, other = ours.save(tmp_path / "out"), expected.save(tmp_path / "other")
-    for file in ("model.safetensors", "config.json", "generation_config.json"):
+    assert {p.name for p in out.iterdir()} == {p.name for p in other.iterdir()}
+    for file in {"model.safetensors", "config.json", "generation_config.json"} & {
+        p.name for p in out.iterdir()
+    }:
         assert (out / file).read_bytes() == (other / file).read_bytes()
     assert ours.report.rows == expected.report.rows
     config = json.loads((out / "config.json").read_text())
@@ -80,7 +94,7 @@ def test_the_result_is_that_of_the_floats(base, name, dtype, tmp_path):
     assert [WORDS in note for note in ours.report.notes].count(True) == 1
     assert WORDS in (out / "README.md").read_text() and WORDS in ours.report.table()
     source = json.loads((out / "mono_quant.json").read_text())["source"]
-    assert source["stored"] in ours.report.notes[0] and source["stored"].startswith("fp8 (e4m3, blocks of ")
+    assert source["stored"] in ours.report.notes[0] and source["stored"].startswith("fp8 (e4m3, ")
     assert "stored" not in json.loads((other / "mono_quant.json").read_text())["source"]
     mq.load(out)
 
@@ -113,6 +127,18 @@ def test_values_are_those_that_transformers_gives_them(base):
     ours = mq.quantize(folder, "fp16", **QUIET).model.state_dict()
     for name, tensor in theirs.items():
         assert torch.equal(tensor.half(), ours[name].half()), name
+
+
+@EVERY
+def test_streamed_it_has_the_bytes_of_the_floats(base, name, tmp_path):
+    folder, floats = sources(base, name)
+    expected = mq.quantize(floats, **QUIET).save(tmp_path / "other") / "model.safetensors"
+    with open_streamed(folder, Access()) as opened:
+        planned = plan_stream(opened.source, opened.pieces, QuantizationConfig(), Found(), {})
+        (shard,) = planned.shards
+        record = convert_shard(shard, opened.supply, tmp_path / "out", threads=1, block=999)
+    assert not record.found and (tmp_path / "out").read_bytes() == expected.read_bytes()
+    assert planned.report.notes[0].startswith("the source holds ")
 
 
 def test_measured_like_the_floats(base):

@@ -14,7 +14,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODES = torch.float8_e4m3fn
 # what published checkpoints leave in bfloat16
 PLAIN = ("embed_tokens", "lm_head", "mlp.gate.", "norm")
-Block = tuple[int, int]
+Block = tuple[int, int] | None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -27,7 +27,7 @@ def read_json(path: Path) -> Any:
 
 def encode(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """Codes [N, K] and their scales [N / rows, K / columns], rounded up."""
-    rows, columns = block
+    rows, columns = block or weight.shape
     grid = math.ceil(weight.shape[0] / rows), math.ceil(weight.shape[1] / columns)
     codes, scales = torch.empty(weight.shape, dtype=CODES), torch.empty(grid)
     for i in range(grid[0]):
@@ -40,7 +40,8 @@ def encode(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, scales: Tensor, block: Block, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """What DeepSeek's `weight_dequant` makes of them: a tile of 1 x 1 block in float32, stored in bfloat16."""
-    rows, columns = block
+    rows, columns = block or codes.shape
+    scales = scales if block else scales.reshape(1, 1)
     out = torch.empty(codes.shape, dtype=dtype)
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
@@ -55,7 +56,7 @@ def write_fp8(model: nn.Module, folder: Path, block: Block = (128, 128), **field
     Args:
         model: of transformers.
         folder: to write to.
-        block: rows and columns of a scale.
+        block: rows and columns of a scale; None for one per matrix.
         **fields: of the `quantization_config`.
     """
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -64,13 +65,14 @@ def write_fp8(model: nn.Module, folder: Path, block: Block = (128, 128), **field
     scales = {}
     for name, tensor in list(tensors.items()):
         if tensor.dim() == 2 and not any(word in name for word in PLAIN):
-            tensors[name], scales[f"{name}_scale_inv"] = encode(tensor, block)
+            tensors[name], scale = encode(tensor, block)
+            scales[f"{name}_scale_inv"] = scale if block else scale.reshape(())
     write_shards(folder, tensors, scales)
     config = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": list(block),
+        "weight_block_size": list(block) if block else None,
     }
     write_json(
         folder / "config.json",
@@ -103,6 +105,7 @@ def write_bf16(folder: Path, target: Path, block: Block = (128, 128)) -> Path:
     config = read_json(folder / "config.json")
     del config["quantization_config"]
     write_json(target / "config.json", config)
-    for extra in ("generation_config.json",):
-        (target / extra).write_bytes((folder / extra).read_bytes())
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        (target / generation.name).write_bytes(generation.read_bytes())
     return target

@@ -27,7 +27,6 @@ Block = tuple[int, int] | None
 
 CODES = torch.float8_e4m3fn
 INVERSE = "_scale_inv"
-# Bytes of 8 bits are powers of two: 2 ** (byte - 127), as float8_e8m0fnu.
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
 # Values that are worked on at once, at most.
 _PART = 1 << 22
@@ -154,6 +153,29 @@ def values_of(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
     return codes.float().mul_(scales.repeat_interleave(columns)[: codes.shape[1]])
 
 
+def scale_dtype(stored: torch.dtype) -> torch.dtype:
+    """Return the dtype that scales are to be read as: bytes are powers of two, 2 ** (byte - 127)."""
+    return torch.float8_e8m0fnu if stored is torch.uint8 else stored
+
+
+def check_scales(scales: Tensor, name: str, file: str) -> None:
+    """Refuse scales that no method writes.
+
+    Args:
+        scales: fp32.
+        name, file: of the tensor, for the error.
+
+    Raises:
+        CorruptCheckpointError: one is not a finite number above 0.
+    """
+    bad = scales[~(scales.isfinite() & (scales > 0))]
+    if bad.numel():
+        raise CorruptCheckpointError(
+            f"{file}: {printable(name)} holds {bad.numel()} scales that are no finite numbers above 0, such as {float(bad[0])}; "
+            "fetch the file again, or quantize the original model"
+        )
+
+
 class Dequantized(Mapping[str, Tensor]):
     """An open checkpoint as the floats that it stands for; each tensor is read anew, alone, when it is asked for.
 
@@ -204,13 +226,8 @@ class Dequantized(Mapping[str, Tensor]):
 
     def _scales(self, name: str) -> Tensor:
         held = self.checkpoint[name]
-        scales = (held.view(torch.float8_e8m0fnu) if held.dtype is torch.uint8 else held).float()
-        bad = scales[~(scales.isfinite() & (scales > 0))]
-        if bad.numel():
-            raise CorruptCheckpointError(
-                f"{self.checkpoint.headers[name].file}: {printable(name)} holds {bad.numel()} scales that are no finite numbers "
-                f"above 0, such as {float(bad[0])}; fetch the file again, or quantize the original model"
-            )
+        scales = held.view(scale_dtype(held.dtype)).float()
+        check_scales(scales, name, self.checkpoint.headers[name].file)
         return scales
 
     def stored(self) -> dict[str, StoredTensor]:

@@ -168,7 +168,10 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         data = memory_of(size, name)
         self._check_unchanged(shard)
         read_into(
-            data.numpy().data, shard.descriptor, shard.data_start + shard.spans[name].start + start, shard.name
+            data.numpy().data,
+            shard.descriptor,
+            shard.data_start + shard.spans[name].start + start,
+            shard.name,
         )
         self._check_unchanged(shard)
         return data
