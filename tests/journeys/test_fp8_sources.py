@@ -244,3 +244,13 @@ def test_it_is_the_published_form(llama):
     weights, scales = read_shards(llama)
     codes = [name for name, tensor in weights.items() if tensor.dtype == CODES]
     assert len(codes) == len(scales) == 14 and (llama / WEIGHTS).exists()
+
+
+def test_rows_that_share_scales_with_rows_of_another_layer_are_not_streamed(tmp_path):
+    folder = write_fp8(seeded(nomic_bert).eval(), tmp_path / "theirs", (48, 40))
+    with (
+        open_streamed(folder, Access()) as opened,
+        pytest.raises(UnsupportedModelError, match=r"qkv.* cannot be streamed; convert the model in memory"),
+    ):
+        plan_stream(opened.source, opened.pieces, QuantizationConfig(), Found(), {})
+    mq.quantize(folder, **QUIET)
