@@ -20,7 +20,7 @@ ROOMS = {
         ["targets"],
         ["output"],
     ],
-    "io/tensors": [["headers"], ["tensor_file"], ["shards"], ["pickles"], ["checkpoint"]],
+    "io/tensors": [["headers"], ["tensor_file"], ["shards"], ["pickles"], ["checkpoint"], ["blockwise"]],
     "io/hub": [["patience", "metadata"], ["client"], ["repo"], ["target"], ["push"]],
     "kernels": [
         ["activations"],
@@ -68,7 +68,7 @@ ROOMS = {
     ],
     "hf": [
         ["configs", "names", "methods", "processors", "computed", "late", "encoders"],
-        ["dtypes", "compressed_tensors", "adapters", "attention"],
+        ["dtypes", "compressed_tensors", "adapters", "attention", "fp8"],
         ["quantizer"],
         ["models"],
         ["state", "sentence", "around", "described", "placing"],

@@ -85,9 +85,14 @@ def _split(
     for name, tensor in place(core, numbers).tensors.items():
         if tensor.dim() > 1 and tensor.shape[-1] != 1:
             continue
+        runs = [
+            (keys[bisect(keys, first, key=firsts.__getitem__) - 1], first, count)
+            for first, count in _runs(tensor.flatten().tolist())
+        ]
+        if not all(_begins_a_block(pieces[key], first - firsts[key]) for key, first, _ in runs):
+            continue
         own = []
-        for number, (first, count) in enumerate(_runs(tensor.flatten().tolist())):
-            key = keys[bisect(keys, first, key=firsts.__getitem__) - 1]
+        for number, (key, first, count) in enumerate(runs):
             own.append(Part(f"{prefix}{name}", number, _rows(pieces[key], first - firsts[key], count)))
             found[key].append(own[-1])
         origins[name] = Origin(tuple(own))
@@ -125,8 +130,25 @@ def _rows(piece: Piece, first: int, count: int) -> Piece:
     """Return where some rows of a tensor lie."""
     row = piece.nbytes // max(1, piece.shape[0])
     return piece._replace(
-        start=piece.start + first * row, shape=(count, *piece.shape[1:]), nbytes=count * row
+        start=piece.start + first * row,
+        shape=(count, *piece.shape[1:]),
+        nbytes=count * row,
+        inverse=None if piece.inverse is None else _scales_of(piece, piece.inverse, first, count),
     )
+
+
+def _scales_of(piece: Piece, inverse: Piece, first: int, count: int) -> Piece:
+    """Return where the scales of some rows of a block-quantized weight lie."""
+    # of several matrices, a row is one of them
+    height = piece.block[0] if len(piece.shape) == 2 else 1
+    return _rows(inverse, first // height, -(-(first + count) // height) - first // height)
+
+
+def _begins_a_block(piece: Piece, row: int) -> bool:
+    """Tell whether scales of a block-quantized weight begin with a row; so they do where all rows have the same."""
+    if piece.inverse is None or len(piece.shape) != 2 or piece.inverse.shape[0] == 1:
+        return True
+    return row % piece.block[0] == 0
 
 
 def _renamed(

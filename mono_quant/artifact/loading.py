@@ -31,6 +31,8 @@ from mono_quant.hf.compressed_tensors import STANDARD, check_ct, ct_differences
 from mono_quant.hf.configs import dtype_of, set_generation_
 from mono_quant.hf.diffusion import diffusion_class, load_diffusion
 from mono_quant.hf.encoders import encoder_of
+from mono_quant.hf.fp8 import METHOD as FP8
+from mono_quant.hf.fp8 import fp8_weights
 from mono_quant.hf.methods import method_of, way_out
 from mono_quant.hf.models import load_as_stored, load_int8, model_class
 from mono_quant.hf.sentence import is_encoder, settings_of, transformer_in
@@ -268,7 +270,7 @@ def _load_foreign(folder: Path) -> nn.Module:
         )
     if method not in ("", STANDARD):
         raise UnsupportedModelError(
-            f"{folder} was quantized by another method (quant_method is {method!r}); {way_out(method)}"
+            f"{folder} was quantized by another method (quant_method is {method!r}); {_way_out(folder, raw, method)}"
         )
     with open_checkpoint(folder) as checkpoint:
         shapes = _shapes(checkpoint)
@@ -285,6 +287,15 @@ def _load_foreign(folder: Path) -> nn.Module:
         if isinstance(module, Int8Module):
             module.settle_()
     return loaded if encoder_of(folder, raw) is None else _encoder(folder, raw, loaded)
+
+
+def _way_out(folder: Path, raw: Mapping[str, Any], method: str) -> str:
+    if method != FP8:
+        return way_out(method)
+    with open_checkpoint(folder) as checkpoint:
+        # says itself what is wrong with it
+        fp8_weights(raw, _shapes(checkpoint), str(folder))
+    return f"use quantize({str(folder)!r}) to convert it"
 
 
 def check_foreign(checkpoint: Checkpoint, block: Mapping[str, Any]) -> None:

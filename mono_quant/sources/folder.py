@@ -32,6 +32,7 @@ from mono_quant.hf.diffusion import (
 )
 from mono_quant.hf.dtypes import loaded_dtypes, take_dtypes_
 from mono_quant.hf.encoders import Encoder, encoder_of
+from mono_quant.hf.fp8 import fp8_weights, kind_of_fp8, told
 from mono_quant.hf.models import load_as_stored, model_class, skeleton
 from mono_quant.hf.names import Fit, Placement, fit, grouped, on_meta
 from mono_quant.hf.sentence import core_class, settings_of
@@ -41,6 +42,7 @@ from mono_quant.io.disk.manifest import MANIFEST, README, REPORT
 from mono_quant.io.disk.reading import open_regular, read_all
 from mono_quant.io.hub.metadata import local_card
 from mono_quant.io.hub.repo import RepoFile, cached_commit, git_id
+from mono_quant.io.tensors.blockwise import Blockwise, Dequantized
 from mono_quant.io.tensors.checkpoint import Checkpoint, WeightFile, open_checkpoint, open_weights
 from mono_quant.planning.walk import common_dtype
 from mono_quant.sources.guards import (
@@ -76,6 +78,7 @@ class _Skeleton:
         notes: what the user should know.
         has_code: the repository's own code was run.
         encoder: of sentence-transformers, that the model is the transformer of.
+        codes: which tensors of the files are fp8, where some are.
     """
 
     kind: str
@@ -88,6 +91,7 @@ class _Skeleton:
     notes: list[str]
     has_code: bool
     encoder: Encoder | None
+    codes: Blockwise | None = None
 
 
 def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool = False) -> Source:
@@ -111,7 +115,8 @@ def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool =
     source = _of_folder(folder, bare, held_around(folder, bare.encoder) if bare.encoder else {})
     if not weights:
         return source
-    source.stored = _stored(source.subject, bare, checkpoint)
+    tensors = checkpoint if bare.codes is None else Dequantized(checkpoint, bare.codes)
+    source.stored = _stored(source.subject, bare, tensors)
     files = {} if pickled or is_cache else checkpoint.sha256s()
     used = {"allow_pickle": pickled, "trust_remote_code": bare.has_code}
     origin = source.subject.origin
@@ -123,7 +128,7 @@ def from_folder(folder: Path, access: Access, weights: bool, *, is_cache: bool =
     return source
 
 
-def _stored(subject: Subject, bare: _Skeleton, checkpoint: Checkpoint) -> Stored:
+def _stored(subject: Subject, bare: _Skeleton, checkpoint: Checkpoint | Dequantized) -> Stored:
     folder, prefix = checkpoint.folder, f"{subject.core_name}." if subject.core_name else ""
 
     def fill(arrival: Arrival | None) -> nn.Module:
@@ -187,7 +192,9 @@ def from_headers(folder: Path, access: Access, shapes: Shapes, others: Around) -
     return _of_folder(folder, bare, others)
 
 
-def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shapes) -> _Skeleton:
+def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, held: Shapes) -> _Skeleton:
+    codes = fp8_weights(raw, held, str(folder))
+    shapes = held if codes is None else codes.shapes(held)
     check_float(folder, shapes)
     check_proportion(folder, raw, shapes)
     if CLASS in raw:
@@ -197,7 +204,7 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shap
     if encoder is not None:
         cls = core_class(config, encoder, cls)
     # the files decide: a config may say another dtype than they hold
-    dtype = common_dtype((held, math.prod(shape)) for held, shape in shapes.values())
+    dtype = common_dtype((own, math.prod(shape)) for own, shape in shapes.values())
     model = skeleton(cls, config, dtype, str(folder))
     found = fit(model, on_meta(shapes))
     _refuse_misfit(found, cls.__name__, folder)
@@ -206,9 +213,9 @@ def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, shapes: Shap
     # as transformers notes it on a model that it loads: by these its tensors get their names back
     model.__dict__["_weight_conversions"] = found.placed.conversions
     has_code = access.trust_remote_code and bool(raw.get("auto_map"))
-    notes = _left_out(model, found.left)
+    notes = [*([] if codes is None else [told(codes)]), *_left_out(model, found.left)]
     return _Skeleton(
-        "transformers", model, raw, config, dtype, dtypes, found.placed, notes, has_code, encoder
+        "transformers", model, raw, config, dtype, dtypes, found.placed, notes, has_code, encoder, codes
     )
 
 
@@ -274,13 +281,15 @@ def _of_folder(folder: Path, bare: _Skeleton, others: Around) -> Source:
         folder=folder,
         config=bare.raw,
         side_files=find_side_files(folder),
-        origin=_local_origin(type(bare.model).__name__, folder),
+        origin=replace(_local_origin(type(bare.model).__name__, folder), stored=kind_of_fp8(bare.codes)),
     )
     if bare.encoder is not None:
         whole = skeleton_around(folder, bare.model, bare.encoder, others)
         name = bare.encoder.core_name
         subject = replace(subject, model=whole, kind="sentence_transformer", core_name=name)
-    return Source(subject, owned=True, dtypes=bare.dtypes, notes=bare.notes, placed=bare.placed)
+    return Source(
+        subject, owned=True, dtypes=bare.dtypes, notes=bare.notes, placed=bare.placed, codes=bare.codes
+    )
 
 
 def loaded_from(model: Any, files: Sequence[Path], kind: str = "transformers") -> Source:

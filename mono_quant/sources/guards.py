@@ -26,6 +26,7 @@ from mono_quant.errors import (
 )
 from mono_quant.hf.adapters import is_adapter
 from mono_quant.hf.compressed_tensors import STANDARD, ct_problems
+from mono_quant.hf.fp8 import METHOD as FP8
 from mono_quant.hf.methods import method_of, way_out
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
@@ -155,7 +156,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     raw = read_json_object(folder / "config.json")
     method = method_of(raw, names)
-    if method:
+    # what is fp8 in a known way becomes float as it is read, and the headers tell which way it is
+    if method and method != FP8:
         ours = method == FORMAT or method == STANDARD and not ct_problems(raw["quantization_config"])
         remedy = f"use load({str(folder)!r}) to run it" if ours else way_out(method)
         raise AlreadyQuantizedError(f"{folder} is quantized already (quant_method {method!r}); {remedy}")

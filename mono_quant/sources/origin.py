@@ -11,6 +11,7 @@ from mono_quant.io.hub.metadata import NO_CARD, CardMetadata
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _SHA = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_STORED = re.compile(r"[a-z0-9 (),]{0,80}")
 _CARD = tuple(entry.name for entry in fields(CardMetadata))
 # Options of `quantize` that a source may need to be read again.
 _ACCESS = ("allow_pickle", "trust_remote_code")
@@ -27,6 +28,7 @@ class Origin:
         card: metadata of the source's card.
         files: sha256 of the weight files of a local folder, by name.
         access: what reading it needed: `allow_pickle`, `trust_remote_code`.
+        stored: what its weights were where they were no floats, such as `fp8 (e4m3, blocks of 128 x 128)`; empty for floats.
     """
 
     name: str
@@ -37,11 +39,14 @@ class Origin:
     card: CardMetadata = NO_CARD
     files: Mapping[str, str] = field(default_factory=dict)
     access: tuple[str, ...] = ()
+    stored: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` gives back an equal origin."""
         data = {**asdict(self), **asdict(self.card)}
         del data["card"]
+        if not self.stored:
+            del data["stored"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     @classmethod
@@ -74,6 +79,8 @@ class Origin:
                 found.append((key, value))
         if not isinstance(self.name, str):
             found.append(("name", self.name))
+        if not isinstance(self.stored, str) or not _STORED.fullmatch(self.stored):
+            found.append(("stored", self.stored))
         found += [("access", a) for a in self.access if a not in _ACCESS]
         found += [
             ("files", h) for h in self.files.values() if not (isinstance(h, str) and _SHA256.fullmatch(h))

@@ -52,7 +52,7 @@ def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
         shapes = remote_headers(facts, access.client)[0]
         opened = from_headers(folder, access, shapes, _headers_below(facts, access.client))
     found = opened.subject.origin
-    opened.subject.origin = replace(_origin(facts, found.name), access=found.access)
+    opened.subject.origin = replace(_origin(facts, found.name), access=found.access, stored=found.stored)
     if facts.gated:
         opened.notes.append("the source repository is gated; its terms apply to the result")
     return opened

@@ -13,6 +13,7 @@ from mono_quant.hf.names import Placement
 from mono_quant.hf.processors import load_processor
 from mono_quant.io.hub.client import HUB, Hub
 from mono_quant.io.hub.repo import RepoFile
+from mono_quant.io.tensors.blockwise import Blockwise
 from mono_quant.io.tensors.checkpoint import WeightFile
 from mono_quant.sources.origin import Origin
 
@@ -93,6 +94,7 @@ class Source:
         notes: what the user should know.
         stored: the weights, where the model is a skeleton that has none yet.
         placed: where the tensors of the checkpoint go in the core of the model; nothing for a model in memory.
+        codes: which tensors of the files are fp8 and read as floats, where some are.
     """
 
     subject: Subject
@@ -101,6 +103,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
     stored: Stored | None = None
     placed: Placement = field(default_factory=Placement)
+    codes: Blockwise | None = None
 
     def read(self) -> "Source":
         """Return the same with the weights, where they are still in their files."""

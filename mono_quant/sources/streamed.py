@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mono_quant.io.phases import phase
+from mono_quant.io.tensors.blockwise import Blockwise, scale_dtype
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 from mono_quant.sources.folder import savable_folder
 from mono_quant.sources.opening import place_of
 from mono_quant.sources.source import Access, Source
+from mono_quant.stream.blocks import dtype_of
 from mono_quant.stream.spec import Piece
 from mono_quant.stream.supply import FolderSupply, Supply
 
@@ -46,18 +50,48 @@ def open_streamed(source: str | Path, access: Access) -> Iterator[Streamed]:
     assert place_of(source, access) == "local"
     folder = Path(source)
     with phase("Reading the headers"), open_checkpoint(folder) as checkpoint:
-        pieces = {
+        held = {
             name: Piece(
                 name,
                 h.file,
                 checkpoint.start_of(name),
-                str(h.dtype).removeprefix("torch."),
+                _name(h.dtype),
                 h.shape,
                 h.nbytes,
             )
             for name, h in checkpoint.headers.items()
         }
         opened = savable_folder(folder, access, checkpoint)
+    pieces = with_scales(held, opened.codes)
     files = checkpoint.weight_files()
     identity = {file.path.name: list(file.identity) for file in files}
     yield Streamed(opened, pieces, FolderSupply(files), {"folder": str(folder.resolve()), "files": identity})
+
+
+def with_scales(held: Mapping[str, Piece], codes: Blockwise | None) -> dict[str, Piece]:
+    """Return where the tensors of a checkpoint lie, its fp8 weights with their scales, which are none of its tensors then.
+
+    Args:
+        held: every tensor in the files, by name.
+        codes: which of them are fp8, where some are.
+    """
+    if codes is None:
+        return dict(held)
+    pieces = {name: piece for name, piece in held.items() if name not in codes.hidden}
+    for name, (inverse, block) in codes.scaled.items():
+        scales = held[inverse]
+        rows, columns = held[name].shape[-2:]
+        pieces[name] = held[name]._replace(
+            block=block,
+            # one scale for a whole matrix comes in several shapes, and bytes may stand for powers of two
+            inverse=scales._replace(
+                shape=(*held[name].shape[:-2], -(-rows // block[0]), -(-columns // block[1])),
+                dtype=_name(scale_dtype(dtype_of(scales.dtype))),
+            ),
+            read_as=_name(codes.dtype),
+        )
+    return pieces
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ from torch import Tensor
 from mono_quant import kernels
 from mono_quant.errors import CorruptCheckpointError, NonFiniteWeightError
 from mono_quant.io.disk.reading import read_into
+from mono_quant.io.tensors.blockwise import check_scales
 from mono_quant.io.text import printable
 from mono_quant.stream.blocks import Block, dtype_of, own_dtype
 from mono_quant.stream.spec import Job, Piece, Place, Seen
@@ -135,7 +136,9 @@ class Bench:
         first = int(number[0])
         stored = self._take("inverse", dtype_of(inverse.dtype), (int(number[-1]) - first + 1) * across)
         self._read(stored, inverse, first * across)
-        scales = stored.float().view(-1, across)[number - first]
+        found = stored.float()
+        check_scales(found, inverse.name, inverse.file)
+        scales = found.view(-1, across)[number - first]
         values = self._take("float", torch.float32, raw.numel()).view(raw.shape).copy_(raw)
         whole = raw.shape[1] // width
         values[:, : whole * width].view(block.rows, whole, width).mul_(scales[:, :whole, None])

@@ -18,7 +18,15 @@ CARD = CardMetadata(
     extra_gated={"extra_gated_prompt": "Please", "extra_gated_fields": {"Name": "text"}},
 )
 FULL = Origin(
-    "Model", "org/model", "0" * 40, True, False, CARD, {"model.safetensors": "0" * 64}, ("allow_pickle",)
+    "Model",
+    "org/model",
+    "0" * 40,
+    True,
+    False,
+    CARD,
+    {"model.safetensors": "0" * 64},
+    ("allow_pickle",),
+    "fp8 (e4m3, blocks of 128 x 128)",
 )
 
 
@@ -30,8 +38,9 @@ def test_an_origin_comes_back_from_json(origin: Origin) -> None:
 def test_the_manifest_lists_the_fields_of_the_card_beside_the_others() -> None:
     assert set(FULL.to_dict()) == {
         "name", "repo_id", "sha", "private", "gated", "license", "license_name", "license_link", "language", "datasets",
-        "pipeline_tag", "extra_gated", "files", "access",
+        "pipeline_tag", "extra_gated", "files", "access", "stored",
     }  # fmt: skip
+    assert "stored" not in Origin("Net").to_dict()
 
 
 @pytest.mark.parametrize(
@@ -50,6 +59,8 @@ def test_the_manifest_lists_the_fields_of_the_card_beside_the_others() -> None:
         {"files": {"model.safetensors": "x"}},
         {"access": ["eval"]},
         {"access": 1},
+        {"stored": 8},
+        {"stored": "[x](http://x)"},
         {"surprise": 1},
     ],
     ids=str,

@@ -68,11 +68,11 @@ class StoredTensor:
 
     dtype: torch.dtype
     shape: torch.Size
-    _checkpoint: "Checkpoint"
+    _tensors: Mapping[str, torch.Tensor]
     _name: str
 
     def __getitem__(self, place: Any) -> torch.Tensor:
-        whole: torch.Tensor = self._checkpoint[self._name]
+        whole: torch.Tensor = self._tensors[self._name]
         return whole[place]
 
     def get_dtype(self) -> str:
@@ -142,20 +142,39 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             ValueError: the checkpoint is closed.
         """
         header = self.headers[name]
-        shard = self._shards[header.file]
-        if not self._release.alive:
-            raise ValueError(f"the checkpoint {printable(self.folder, 400)} is closed; open it again")
-        span = shard.spans[name]
-        data = _empty(header.nbytes, name)
-        self._check_unchanged(shard)
-        read_into(data.numpy().data, shard.descriptor, shard.data_start + span.start, shard.name)
-        self._check_unchanged(shard)
+        data = self._bytes(name, 0, header.nbytes)
         if header.dtype is torch.bool and header.nbytes and int(data.max()) > 1:
             raise CorruptCheckpointError(
-                f"{shard.name}: the boolean tensor {printable(name)} holds the byte {int(data.max())}; "
+                f"{header.file}: the boolean tensor {printable(name)} holds the byte {int(data.max())}; "
                 "fetch the file again"
             )
         return data.view(header.dtype).reshape(header.shape)
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Read the rows `first` to `last`, without that one, of a tensor that is not boolean, seen as [rows, last dimension].
+
+        Raises:
+            as `__getitem__`.
+        """
+        header = self.headers[name]
+        size = header.shape[-1] * header.dtype.itemsize
+        data = self._bytes(name, first * size, (last - first) * size)
+        return data.view(header.dtype).reshape(last - first, header.shape[-1])
+
+    def _bytes(self, name: str, start: int, size: int) -> torch.Tensor:
+        shard = self._shards[self.headers[name].file]
+        if not self._release.alive:
+            raise ValueError(f"the checkpoint {printable(self.folder, 400)} is closed; open it again")
+        data = memory_of(size, name)
+        self._check_unchanged(shard)
+        read_into(
+            data.numpy().data,
+            shard.descriptor,
+            shard.data_start + shard.spans[name].start + start,
+            shard.name,
+        )
+        self._check_unchanged(shard)
+        return data
 
     def read(self) -> dict[str, torch.Tensor]:
         """Read all tensors, several at a time; see `__getitem__`."""
@@ -164,10 +183,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def stored(self) -> dict[str, StoredTensor]:
         """Return all tensors, to be read when they are needed."""
-        return {
-            name: StoredTensor(header.dtype, torch.Size(header.shape), self, name)
-            for name, header in self.headers.items()
-        }
+        return stored(self, self.headers)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers)
@@ -206,6 +222,21 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def _check_unchanged(self, shard: _Shard) -> None:
         check_unchanged(shard.descriptor, WeightFile(self.folder / shard.name, shard.identity))
+
+
+def stored(
+    tensors: Mapping[str, torch.Tensor], headers: Mapping[str, TensorHeader]
+) -> dict[str, StoredTensor]:
+    """Return tensors that are read when they are needed.
+
+    Args:
+        tensors: reads one each time that it is asked for it.
+        headers: of all of them.
+    """
+    return {
+        name: StoredTensor(header.dtype, torch.Size(header.shape), tensors, name)
+        for name, header in headers.items()
+    }
 
 
 def open_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
@@ -381,7 +412,12 @@ def _check_tensors(shards: Sequence[_Shard]) -> None:
                 )
 
 
-def _empty(size: int, name: str) -> torch.Tensor:
+def memory_of(size: int, name: str) -> torch.Tensor:
+    """Return so many bytes of new memory, for the tensor of that name.
+
+    Raises:
+        LimitExceededError: there is not so much.
+    """
     try:
         if size < _OWN_MAPPING:
             return torch.empty(size, dtype=torch.uint8)
