@@ -74,6 +74,7 @@ _FOLDERS = (
     "kernels",
     "planning",
     "sources",
+    "stream",
     "version",
 )
 

@@ -18,6 +18,7 @@ from mono_quant.convert.int8 import keep_unfinite, lost
 from mono_quant.convert.schemes import SCHEMES
 from mono_quant.convert.surgery import structural_copy
 from mono_quant.errors import ConfigError, Name, NonFiniteWeightError, Option
+from mono_quant.hf.sentence import settings_of
 from mono_quant.io.tensors.tensor_file import TensorEntry
 from mono_quant.kernels.weights import sqnr_db
 from mono_quant.planning.config import HALVES, QuantizationConfig
@@ -27,7 +28,7 @@ from mono_quant.planning.schemes import MEASURED
 from mono_quant.planning.walk import tensor_names
 from mono_quant.sources.source import Source, Subject
 from mono_quant.stream.layout import Origin, shards_of
-from mono_quant.stream.spec import Found, Piece, Seen, ShardPlan
+from mono_quant.stream.spec import Found, Piece, Seen, ShardPlan, summed
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ def plan_stream(
         )
     scheme = SCHEMES[request.dtype]
     work = replace(source.subject, model=structural_copy(source.subject.model))
+    if work.kind == "sentence_transformer":
+        # they name its tokenizer, of which a copy has another one
+        work = replace(work, settings=settings_of(work.model))
     task, decisions = decided(source, work, request)
     _refuse(found, seen, request)
     task = replace(task, unfit=_unfit(found, seen, request))
@@ -134,16 +138,6 @@ def with_values(plan: StreamPlan, seen: Sequence[Seen], notes: Sequence[str]) ->
     task = replace(plan.task, unsound=unsound)
     said = (*notes, *SCHEMES[plan.request.dtype].notes(task, rows, plan.task.model))
     return replace(plan.report, rows=tuple(rows), notes=said)
-
-
-def summed(seen: Sequence[Seen]) -> dict[str, Seen]:
-    """Return what was seen of each weight, its parts together."""
-    found: dict[str, Seen] = {}
-    # a weight that lies at the border of two files was read twice
-    once = {(one.weight, one.part): one for one in seen}
-    for (weight, _), one in sorted(once.items()):
-        found[weight] = one.joined(found[weight]) if weight in found else one
-    return found
 
 
 _HALVES = {dtype_name(dtype) for dtype in HALVES.values()}

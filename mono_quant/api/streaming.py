@@ -20,7 +20,7 @@ from mono_quant.planning.report import QuantReport
 from mono_quant.sources.opening import place_of, preview
 from mono_quant.sources.source import Access, Subject
 from mono_quant.sources.streamed import Streamed, open_streamed
-from mono_quant.stream.crew import find_crew
+from mono_quant.stream.crew import Crew, meet
 from mono_quant.stream.ledger import Ledger
 from mono_quant.stream.shard import convert_shard
 from mono_quant.stream.spec import Found, ShardRecord
@@ -73,14 +73,14 @@ def stream(
     with open_streamed(source, access) as opened:
         identity = _identity(opened, request, max_shard_size)
         sources = [opened.source.subject.folder] if opened.source.subject.folder else []
-        crew = find_crew()
+        crew = meet()
         with (
             open_workspace(
                 output, identity, run=crew.run, rank=crew.rank, restart=restart, sources=sources
             ) as ledger,
             _hashed(opened.source.subject) as hashed,
         ):
-            done = _converted(opened, request, ledger, max_shard_size)
+            done = _converted(opened, request, ledger, crew, max_shard_size)
             if done is None:
                 return StreamResult(None, None)
             plan, records = done
@@ -93,10 +93,9 @@ def stream(
 
 
 def _converted(
-    opened: Streamed, request: QuantizationConfig, ledger: Ledger, max_shard_size: int | str
+    opened: Streamed, request: QuantizationConfig, ledger: Ledger, crew: Crew, max_shard_size: int | str
 ) -> tuple[StreamPlan, Mapping[str, ShardRecord]] | None:
     """Convert all shards; None where another worker finishes. What values say that was not known is planned with."""
-    crew = find_crew()
     while True:
         found = ledger.found
         with phase("Planning"):

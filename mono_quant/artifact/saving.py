@@ -80,6 +80,7 @@ def save(
         OutputExistsError: files that mono_quant did not write would get lost, or the card's words contradict the new model.
         OutputError: it could not be written; nothing was changed.
     """
+    refuse_offloaded(subject.model)
     return save_with(target, subject, report, config, _writer(max_shard_size), overwrite=overwrite)
 
 
@@ -155,6 +156,7 @@ def save_beside(
     Raises:
         MonoQuantError: as `save`; nothing was changed.
     """
+    refuse_offloaded(subject.model)
     subject = _as_saved(subject)
     with at_rest(subject.model):
         _save(shared_folder(target), target, subject, report, config, _writer(max_shard_size))
@@ -169,7 +171,6 @@ def _save(
     put: Put,
 ) -> None:
     refuse_adapters(subject.model)
-    refuse_offloaded(subject.model)
     converted = report
     report = as_it_is(report, subject.model, subject.core_name, subject.samples)
     config = asked_again(config, converted, report)

@@ -3,6 +3,7 @@
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def around(
 
     Args:
         folder: with everything but the weights of the transformer, checked by `encoder_of`.
-        core: the transformer.
+        core: the transformer; one on meta stays there.
         encoder: what the files say.
         dtype: for the other modules.
         trust_remote_code: the config may need code of the repository.
@@ -74,7 +75,7 @@ def around(
     held_around(folder, encoder)
     options = {"device": "cpu", "local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        with quiet():
+        with quiet(), _staying(core):
             if encoder.listed:
                 model = _holding(base, core, dtype)(str(folder), **options)
                 model.__class__ = base
@@ -98,6 +99,19 @@ def around(
         ) from e
     built: nn.Module = model.eval()
     return built
+
+
+@contextmanager
+def _staying(core: nn.Module) -> Iterator[None]:
+    """Keep a transformer on meta where it is: sentence-transformers moves what it holds to a device, which takes data."""
+    if not any(parameter.is_meta for parameter in core.parameters()):
+        yield
+        return
+    core.__dict__["_apply"] = lambda function, recurse=True: core
+    try:
+        yield
+    finally:
+        del core.__dict__["_apply"]
 
 
 def fill_around_(model: nn.Module, folder: Path, encoder: Encoder) -> None:

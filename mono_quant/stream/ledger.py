@@ -20,7 +20,7 @@ from mono_quant.io.disk import disk
 from mono_quant.io.disk.reading import open_regular, read_all
 from mono_quant.stream import members
 from mono_quant.stream.members import Member
-from mono_quant.stream.spec import Found, ShardRecord
+from mono_quant.stream.spec import Found, Seen, ShardRecord, summed
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Ledger:
         name: of what it is of: workers that write one result have the same.
         me: this worker.
         found: what this run and those before it found, to be planned with.
+        seen: sums over the values of weights that it names, by their name in the model.
 
         has_locks: whether the file system can lock, so that one sees who lives.
 
@@ -56,6 +57,7 @@ class Ledger:
         self.name = name
         self.me = me
         self.found = Found()
+        self.seen: dict[str, Seen] = {}
         self.has_locks = not members.is_free(folder / "gate")
         self._lock: int | None = lock
         self._finisher: int | None = None
@@ -202,6 +204,7 @@ class Ledger:
         record = ShardRecord.from_dict(data["record"])
         if record.found:
             self.found |= record.found
+            self.seen |= summed(record.seen)
         else:
             self._lines[record.digest] = _Line(data["run"], record, bool(data["sent"]))
 

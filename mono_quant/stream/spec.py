@@ -241,6 +241,16 @@ class ShardRecord:
         return cls(**{**data, "seen": seen, "found": Found.from_dict(data["found"])})
 
 
+def summed(seen: Iterable[Seen]) -> dict[str, Seen]:
+    """Return what was seen of each weight, its parts together."""
+    found: dict[str, Seen] = {}
+    # a weight that lies at the border of two files was read twice
+    once = {(one.weight, one.part): one for one in seen}
+    for (weight, _), one in sorted(once.items()):
+        found[weight] = one.joined(found[weight]) if weight in found else one
+    return found
+
+
 def _piece(piece: Piece) -> list[Any]:
     return [*piece[:7], None if piece.inverse is None else _piece(piece.inverse), piece.read_as]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.errors import CorruptCheckpointError
-from mono_quant.io.tensors.checkpoint import Checkpoint, StoredTensor, TensorHeader, memory_of, stored
+from mono_quant.io.tensors.checkpoint import Checkpoint, StoredTensor, memory_of, stored
 from mono_quant.io.text import SHOWN, listed, printable
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -193,9 +193,7 @@ class Dequantized(Mapping[str, Tensor]):
         self.headers = {
             name: header
             if name not in layout.scaled
-            else TensorHeader(
-                layout.dtype, header.shape, math.prod(header.shape) * layout.dtype.itemsize, header.file
-            )
+            else header._replace(dtype=layout.dtype, nbytes=math.prod(header.shape) * layout.dtype.itemsize)
             for name, header in checkpoint.headers.items()
             if name not in layout.hidden
         }
