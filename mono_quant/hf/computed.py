@@ -1,6 +1,6 @@
 """The buffers that a transformers model computes for itself when it is built: tables and scales that no checkpoint holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 INITIALIZED = "_is_hf_initialized"
 
 
-def computed_on(skeleton: nn.Module) -> dict[str, Tensor]:
+def computed_on(skeleton: nn.Module, left: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the buffers of a skeleton that are not in a checkpoint, with their values; the skeleton stays as it was.
 
     They are those of the dtype that the skeleton was built in. transformers computes them after it has filled a model, and
@@ -19,13 +19,14 @@ def computed_on(skeleton: nn.Module) -> dict[str, Tensor]:
 
     Args:
         skeleton: on meta.
+        left: names of buffers that checkpoints may have, and one did not.
 
     Raises:
         RuntimeError, and whatever else the code of the class raises: it cannot be initialised without its weights.
     """
     model: Any = skeleton
     saved = model.state_dict(keep_vars=True)
-    unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in saved or name in left}
     with _as_filled(model), torch.device("cpu"), _float32(), torch.random.fork_rng(devices=[]):
         try:
             # a value that shows where nothing is computed

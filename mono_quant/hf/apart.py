@@ -1,0 +1,81 @@
+"""A model that runs while its weights stay in their files, with everything that its class computes for itself."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mono_quant.convert.offloaded import Reads, Tensors, offloaded
+from mono_quant.convert.probes import ProbeError
+from mono_quant.errors import CorruptCheckpointError
+from mono_quant.hf.computed import put_buffers_
+from mono_quant.hf.dtypes import built_dtype
+from mono_quant.hf.making import Made, Recipe, Stored
+from mono_quant.hf.models import computed_buffers
+from mono_quant.hf.names import on_meta, place
+from mono_quant.planning.walk import is_transformers_model
+
+
+def made_of(
+    core: nn.Module,
+    tensors: Stored,
+    headers: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    codes: Iterable[str] | None = None,
+) -> Made:
+    """Return the tensors of a model by name, made of those of a checkpoint that fits it.
+
+    Args:
+        core: on meta; with int8 layers where there are codes.
+        tensors: of the checkpoint; int8 codes in the shape of the float weight, scales fp32.
+        headers: dtype and shape of each.
+        codes: names of the int8 codes, which have scales beside them.
+    """
+    held = on_meta(headers)
+    if not is_transformers_model(core):
+        recipes = {name: Recipe(name, ((name, ""),)) for name in held}
+        return Made(core, recipes, tensors, {name: tensor.shape for name, tensor in held.items()})
+    placed = place(core, held, codes)
+    return Made(
+        core, placed.recipes, tensors, {name: tensor.shape for name, tensor in placed.tensors.items()}
+    )
+
+
+@contextmanager
+def apart(core: nn.Module, tensors: Tensors) -> Iterator[Reads]:
+    """Let a model on meta run for the block, as if it had been loaded; see `offloaded`.
+
+    Args:
+        core: a model of transformers or diffusers, in float or converted; on meta, but for what is in memory already.
+        tensors: by name in it.
+
+    Raises:
+        ProbeError: it cannot run like that; says why.
+    """
+    left = _left(core, tensors)
+    before = {name: core.get_buffer(name) for name in left}
+    try:
+        if left:
+            put_buffers_(core, _computed(core, left))
+        with offloaded(core, tensors) as reads:
+            yield reads
+    finally:
+        put_buffers_(core, before)
+
+
+def _left(core: nn.Module, tensors: Tensors) -> list[str]:
+    """Return the names of the buffers that have no values yet, and get none from a checkpoint."""
+    named = list(core.named_buffers(remove_duplicate=False))
+    read = {id(buffer) for name, buffer in named if name in tensors}
+    return [name for name, buffer in named if buffer.is_meta and id(buffer) not in read]
+
+
+def _computed(core: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    if not is_transformers_model(core):
+        raise ProbeError(f"{names[0]} is not in the checkpoint, and is not known without loading the model")
+    try:
+        found = computed_buffers(core, built_dtype(core), names)
+    except CorruptCheckpointError as e:
+        raise ProbeError(f"what is not in the checkpoint ({names[0]}) cannot be computed alone ({e})") from e
+    saved = core.state_dict(keep_vars=True)
+    return {name: found[name].to(saved[name].dtype) if name in saved else found[name] for name in names}
