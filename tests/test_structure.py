@@ -90,7 +90,7 @@ ROOMS = {
     "api": [
         ["measuring"],
         ["result"],
-        ["recipe", "origins"],
+        ["recipe", "origins", "apart"],
         ["stream_plan"],
         ["delivery", "on_load", "streaming"],
         ["verbs", "diffusion_on_load", "enabled"],

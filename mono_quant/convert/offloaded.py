@@ -126,7 +126,7 @@ def _stand_in_(model: nn.Module, tensors: Tensors, reads: Reads, desk: "_Desk") 
         for name in names:
             # what a class ties is tied where the checkpoint has it once, or twice the same
             own = (
-                name if name in tensors and not _is_one(tensors, stored[0], name, len(tensor)) else stored[0]
+                name if name in tensors and not _is_one(tensors, stored[0], name, tensor.shape) else stored[0]
             )
             loans[name] = loans[own] if own in loans else _Loan(own, tensor, tensors, reads, desk)
         renewed[tensor] = loans[names[0]].stand
@@ -148,10 +148,13 @@ def _on_meta(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
     yield from found.values()
 
 
-def _is_one(tensors: Tensors, a: str, b: str, rows: int) -> bool:
+def _is_one(tensors: Tensors, a: str, b: str, shape: torch.Size) -> bool:
     """Tell whether two names have the same values."""
     if a == b or tensors.is_same(a, b):
         return True
+    if not shape:
+        return torch.equal(tensors[a], tensors[b])
+    rows = shape[0]
     ends = ((start, min(rows, start + _COMPARED)) for start in range(0, rows, _COMPARED))
     return all(torch.equal(tensors.part(a, *end), tensors.part(b, *end)) for end in ends)
 

@@ -9,7 +9,7 @@ from torch import nn
 from mono_quant.convert.offloaded import Reads, Tensors, offloaded
 from mono_quant.convert.probes import ProbeError
 from mono_quant.errors import CorruptCheckpointError
-from mono_quant.hf.computed import put_buffers_
+from mono_quant.hf.computed import put_tensors_
 from mono_quant.hf.dtypes import built_dtype
 from mono_quant.hf.making import Made, Recipe, Stored
 from mono_quant.hf.models import computed_buffers
@@ -53,29 +53,36 @@ def apart(core: nn.Module, tensors: Tensors) -> Iterator[Reads]:
         ProbeError: it cannot run like that; says why.
     """
     left = _left(core, tensors)
-    before = {name: core.get_buffer(name) for name in left}
     try:
         if left:
-            put_buffers_(core, _computed(core, left))
+            put_tensors_(core, _computed(core, list(left)))
         with offloaded(core, tensors) as reads:
             yield reads
     finally:
-        put_buffers_(core, before)
+        put_tensors_(core, left)
 
 
-def _left(core: nn.Module, tensors: Tensors) -> list[str]:
-    """Return the names of the buffers that have no values yet, and get none from a checkpoint."""
-    named = list(core.named_buffers(remove_duplicate=False))
-    read = {id(buffer) for name, buffer in named if name in tensors}
-    return [name for name, buffer in named if buffer.is_meta and id(buffer) not in read]
+def _left(core: nn.Module, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Return what has no values yet and gets none from a checkpoint, by name; what is tied once."""
+    named = [*core.named_parameters(remove_duplicate=False), *core.named_buffers(remove_duplicate=False)]
+    known = {id(tensor) for name, tensor in named if name in tensors or not tensor.is_meta}
+    left = {id(tensor): name for name, tensor in reversed(named) if id(tensor) not in known}
+    return {name: tensor for name, tensor in named if left.get(id(tensor)) == name}
 
 
 def _computed(core: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    """Compute what the class of a model computes."""
     if not is_transformers_model(core):
         raise ProbeError(f"{names[0]} is not in the checkpoint, and is not known without loading the model")
     try:
         found = computed_buffers(core, built_dtype(core), names)
+        with torch.random.fork_rng(devices=[]):
+            torch.rand(1)
+            again = computed_buffers(core, built_dtype(core), names)
     except CorruptCheckpointError as e:
         raise ProbeError(f"what is not in the checkpoint ({names[0]}) cannot be computed alone ({e})") from e
+    for name in names:
+        if name not in found or not torch.equal(found[name], again[name]):
+            raise ProbeError(f"{name} is not in the checkpoint, and its class draws it at random")
     saved = core.state_dict(keep_vars=True)
     return {name: found[name].to(saved[name].dtype) if name in saved else found[name] for name in names}

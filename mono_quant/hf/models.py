@@ -196,7 +196,7 @@ def computed_buffers(model: nn.Module, dtype: torch.dtype, left: Collection[str]
     Args:
         model: a transformers model.
         dtype: that the class is built in.
-        left: names of buffers that checkpoints may have, and one did not.
+        left: names of tensors that checkpoints may have, and one did not: they are returned too.
 
     Raises:
         CorruptCheckpointError: the class cannot be built from the config.
