@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
+
 from mono_quant.artifact.saving import codes_to_save
 from mono_quant.artifact.tensors import SavedTensors
 from mono_quant.convert.surgery import recast_, structural_copy
@@ -49,5 +51,7 @@ def result_apart(subject: Subject, report: QuantReport, saved: Checkpoint) -> It
     tensors = SavedTensors(saved, table, is_flat)
     work = replace(subject, model=structural_copy(subject.model))
     made = made_of(work.core, tensors, tensors.headers(), table)
-    with apart(work.core, made):
+    prefix = f"{subject.core_name}." if subject.core_name else ""
+    stored = {row.name.removeprefix(prefix): getattr(torch, row.dtype_after) for row in report.rows}
+    with apart(work.core, made, stored):
         yield work

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -42,12 +43,15 @@ def made_of(
 
 
 @contextmanager
-def apart(core: nn.Module, tensors: Tensors) -> Iterator[Reads]:
+def apart(
+    core: nn.Module, tensors: Tensors, stored: Mapping[str, torch.dtype] = MappingProxyType({})
+) -> Iterator[Reads]:
     """Let a model on meta run for the block, as if it had been loaded; see `offloaded`.
 
     Args:
         core: a model of transformers or diffusers, in float or converted; on meta, but for what is in memory already.
         tensors: by name in it.
+        stored: dtypes in which files would hold what the class computes itself, by name; it is computed in them.
 
     Raises:
         ProbeError: it cannot run like that; says why.
@@ -55,7 +59,7 @@ def apart(core: nn.Module, tensors: Tensors) -> Iterator[Reads]:
     left = _left(core, tensors)
     try:
         if left:
-            put_tensors_(core, _computed(core, list(left)))
+            put_tensors_(core, _computed(core, list(left), stored))
         with offloaded(core, tensors) as reads:
             yield reads
     finally:
@@ -70,7 +74,9 @@ def _left(core: nn.Module, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in named if left.get(id(tensor)) == name}
 
 
-def _computed(core: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+def _computed(
+    core: nn.Module, names: list[str], stored: Mapping[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
     """Compute what the class of a model computes."""
     if not is_transformers_model(core):
         raise ProbeError(f"{names[0]} is not in the checkpoint, and is not known without loading the model")
@@ -85,4 +91,9 @@ def _computed(core: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
         if name not in found or not torch.equal(found[name], again[name]):
             raise ProbeError(f"{name} is not in the checkpoint, and its class draws it at random")
     saved = core.state_dict(keep_vars=True)
-    return {name: found[name].to(saved[name].dtype) if name in saved else found[name] for name in names}
+    return {
+        name: found[name].to(stored.get(name, found[name].dtype)).to(saved[name].dtype)
+        if name in saved
+        else found[name]
+        for name in names
+    }
