@@ -10,7 +10,8 @@ from mono_quant.artifact.saving import codes_to_save
 from mono_quant.artifact.tensors import SavedTensors
 from mono_quant.convert.surgery import recast_, structural_copy
 from mono_quant.hf.apart import apart, made_of
-from mono_quant.hf.making import Made, Stored
+from mono_quant.hf.making import Made
+from mono_quant.io.tensors.blockwise import Dequantized
 from mono_quant.io.tensors.checkpoint import Checkpoint
 from mono_quant.planning.report import QuantReport
 from mono_quant.planning.walk import tensor_names
@@ -18,12 +19,12 @@ from mono_quant.sources.source import Source, Subject
 
 
 @contextmanager
-def original_apart(source: Source, tensors: Stored) -> Iterator[Subject]:
+def original_apart(source: Source, checkpoint: Checkpoint) -> Iterator[Subject]:
     """Let the float model of a checkpoint run for the block, in the dtypes in which transformers loads it.
 
     Args:
         source: with a skeleton in it, which stays as it is.
-        tensors: of the checkpoint, by name there.
+        checkpoint: its weights; fp8 is dequantized as it is read.
 
     Raises:
         ProbeError: it cannot run like that.
@@ -31,6 +32,7 @@ def original_apart(source: Source, tensors: Stored) -> Iterator[Subject]:
     work = replace(source.subject, model=structural_copy(source.subject.model))
     recast_(work.core, source.dtypes)
     shapes = {name: tensor.shape for name, tensor, _ in tensor_names(work.core)}
+    tensors = checkpoint if source.codes is None else Dequantized(checkpoint, source.codes)
     with apart(work.core, Made(work.core, source.placed.recipes, tensors, shapes)):
         yield work
 

@@ -17,7 +17,7 @@ _FACTS = frozenset({
             "ndim", "requires_grad", "retains_grad", "shape", "_version",
         )
     ),
-    Tensor.dim, Tensor.element_size, Tensor.get_device, Tensor.is_complex, Tensor.is_contiguous, Tensor.is_floating_point,
+    Tensor.__len__, Tensor.dim, Tensor.element_size, Tensor.get_device, Tensor.is_complex, Tensor.is_contiguous, Tensor.is_floating_point,
     Tensor.is_inference, Tensor.is_signed, Tensor.nelement, Tensor.numel, Tensor.size, Tensor.stride, Tensor.storage_offset,
     torch.is_complex, torch.is_floating_point, torch.is_inference, torch.numel,
 })  # fmt: skip
