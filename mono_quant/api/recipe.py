@@ -1,7 +1,7 @@
 """One conversion, from a source to a measured result with its report."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -77,11 +77,13 @@ def convert_source(
     task, decisions = decided(source, work, request)
     names = [name for name, _, _ in tensor_names(work.model)]
     seen: set[str] = set()
-    reference, note = None, _why_unmeasured(work.core, request, probe)
+    reference, note = None, why_unmeasured(work.core, request, probe)
     if not note:
         # of weights that are in files, the float copy goes before the int8 one is made
         original = work if stored is None else _loaded(work, stored)
-        reference, note = _reference(original, source.dtypes, request, probe, seen)
+        opened = nullcontext(_as_loaded(original, source.dtypes))
+        reference, note = reference_of(opened, request, probe, seen)
+        del opened
         work = replace(original, model=work.model)
         del original
     if seen:
@@ -100,7 +102,7 @@ def convert_source(
         report = finished(task, outcome, names, source.notes)
         if request.activations == MEASURED:
             report = _widened_(work, report, suggestion(work, probe))
-    report = _measured(report, scheme, work, reference, note)
+    report = measured(report, scheme, nullcontext(work), reference, note)
     keep_(work, request.dtype, report, request)
     return QuantizedModel(work.model, report, request, work)
 
@@ -175,7 +177,7 @@ def _copy(subject: Subject) -> Subject:
     return replace(subject, model=structural_copy(subject.model))
 
 
-def _why_unmeasured(core: nn.Module, request: QuantizationConfig, given: Any) -> str:
+def why_unmeasured(core: nn.Module, request: QuantizationConfig, given: Any) -> str:
     """Return why the output is not measured; empty when it is."""
     if request.fidelity is False:
         return NOT_ASKED
@@ -185,21 +187,24 @@ def _why_unmeasured(core: nn.Module, request: QuantizationConfig, given: Any) ->
     return ""
 
 
-def _reference(
-    work: Subject,
-    dtypes: Mapping[str, torch.dtype],
-    request: QuantizationConfig,
-    given: Any,
-    written: set[str],
+def reference_of(
+    opened: AbstractContextManager[Subject], request: QuantizationConfig, given: Any, written: set[str]
 ) -> tuple[tuple[Probe, Output] | None, str]:
-    """Run the float model on the probe, in the dtypes that it runs in, or say why not.
+    """Run the float model on a probe, or say why not.
 
-    `written` gets the names of the tensors that it writes into.
+    Args:
+        opened: gives it, in the dtypes that it runs in.
+        request: what the user asks for.
+        given: inputs that the user gave to measure with, or None.
+        written: gets the names of the tensors that the model writes into.
+
+    Raises:
+        ConfigError: it cannot be measured, and the request insists on it.
     """
-    original = _as_loaded(work, dtypes)
     try:
-        probe, model = probe_for(original, given)
-        return (probe, _run(original, model, probe, written)), ""
+        with opened as original:
+            probe, model = probe_for(original, given)
+            return (probe, _run(original, model, probe, written)), ""
     except ProbeError as e:
         if request.fidelity is True or given is not None:
             raise ConfigError(
@@ -221,23 +226,33 @@ def _run(subject: Subject, model: nn.Module, probe: Probe, written: set[str]) ->
         written |= {prefix + name for name in found}
 
 
-def _measured(
+def measured(
     report: QuantReport,
     scheme: Scheme,
-    work: Subject,
+    opened: AbstractContextManager[Subject],
     reference: tuple[Probe, Output] | None,
     note: str,
 ) -> QuantReport:
+    """Return a report with how close the converted model is, or why that was not measured.
+
+    Args:
+        report: of the conversion.
+        scheme: of its dtype.
+        opened: gives the converted model; is asked only where there is something to compare with.
+        reference: what the float model was run on, and gave; see `reference_of`.
+        note: why there is none.
+    """
     if reference is None:
         return report.with_fidelity(None, note)
     probe, expected = reference
-    model = work.model if probe.args or probe.name == "the given inputs" else work.core
     try:
-        with phase("Measuring the result"):
+        with opened as work, phase("Measuring the result"):
+            model = work.model if probe.args or probe.name == "the given inputs" else work.core
             facts = scheme.measure(model, probe, expected)
+            kernel = scheme.kernel(device_of(model))
     except ProbeError as e:
         return report.with_fidelity(None, f"the converted model: {e}")
-    return report.with_fidelity(facts, kernel=scheme.kernel(device_of(model)))
+    return report.with_fidelity(facts, kernel=kernel)
 
 
 def _widened_(work: Subject, report: QuantReport, found: Suggestion) -> QuantReport:

@@ -128,6 +128,16 @@ def weights_to_save(subject: Subject, report: QuantReport) -> tuple[list[TensorE
     return entries, _stem(subject)
 
 
+def codes_to_save(subject: Subject, report: QuantReport) -> tuple[dict[str, StoredCodes], bool]:
+    """Return how the int8 codes of a model lie in the files that `save` writes, by name there, and whether they lie flat."""
+    subject = _in_saved_form(subject)
+    with at_rest(subject.model):
+        state = state_of(subject, report)
+        layout = _layout(subject, report, state)
+        _, table = _entries(subject, state, layout)
+    return table, layout == FORMAT
+
+
 def _writer(max_shard_size: int | str) -> Put:
     def put(folder: OutputFolder, entries: Sequence[TensorEntry], stem: str) -> None:
         write_checkpoint(folder, entries, max_shard_size, stem)

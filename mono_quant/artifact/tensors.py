@@ -69,6 +69,51 @@ def checked_scale(folder: Path, name: str, scale: Tensor | None, shape: tuple[in
     return value
 
 
+class SavedTensors:
+    """The tensors of a saved folder by name, each read and checked when it is asked for; codes in the shape of their weights.
+
+    Args:
+        checkpoint: that holds them.
+        table: what the manifest says, or will say, of the codes.
+        flat: the codes lie flat in the files.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, table: Mapping[str, StoredCodes], flat: bool) -> None:
+        self._checkpoint, self._table, self._flat = checkpoint, table, flat
+        self._scales = {f"{name}_scale": promised.scale for name, promised in table.items()}
+
+    def headers(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return dtype and shape of every tensor as it is returned."""
+        found = {name: (header.dtype, header.shape) for name, header in self._checkpoint.headers.items()}
+        codes = {name: (torch.int8, promised.shape) for name, promised in self._table.items()}
+        return found | codes | {name: (torch.float32, shape) for name, shape in self._scales.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one.
+
+        Raises:
+            CorruptCheckpointError: the file does not hold what the table promises.
+        """
+        folder, stored = self._checkpoint.folder, self._checkpoint.get(name)
+        if name in self._table:
+            return shaped_codes(folder, name, stored, self._table[name], self._flat)
+        if name in self._scales:
+            return checked_scale(folder, name, stored, self._scales[name])
+        return self._checkpoint[name]
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Read a part of one along its first dimension."""
+        if name not in self._table:
+            return (
+                self[name][start:stop] if name in self._scales else self._checkpoint.part(name, start, stop)
+            )
+        shape = self._table[name].shape
+        if self._flat and self._table[name].transposed:
+            return self[name][start:stop]
+        size = math.prod(shape[1:]) if self._flat else 1
+        return self._checkpoint.part(name, start * size, stop * size).view(stop - start, *shape[1:])
+
+
 def read_tensors(checkpoint: Checkpoint, manifest: Manifest | None) -> dict[str, Tensor]:
     """Read all tensors, give flat codes their shape back, and check codes and scales.
 

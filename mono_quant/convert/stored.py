@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import kernels
-from mono_quant.convert.computed import read_once
+from mono_quant.convert.computed import computed, read_once
+from mono_quant.convert.snapshot import has_memory
 from mono_quant.errors import FrozenWeightError
 
 # What pruning, weight norm and spectral norm of torch.nn.utils hang beside a weight that they take over.
@@ -68,19 +69,17 @@ class StoredModule(nn.Module):
         if stored.is_meta:
             # there is nothing to write into, and a loader asks for the parameters of a skeleton
             return nn.Parameter(self._restore(name), requires_grad=False)
-        sources = [
-            stored,
-            *(p for n, p in self._parameters.items() if n == f"{name}_scale" and p is not None),
-        ]
+        scale = self._parameters.get(f"{name}_scale")
+        sources = [stored] if scale is None else [stored, scale]
+        refusal = (
+            f"{self._name(name)} is made from {self._form(name)} when it is read: what is written into it would be lost. "
+            f"{_REMEDY}"
+        )
         # an inference tensor does not count the writes into it
         with torch.inference_mode(False):
-            return read_once(
-                sources,
-                self.float_dtype,
-                lambda: self._restore(name),
-                f"{self._name(name)} is made from {self._form(name)} when it is read: what is written into it would be lost. "
-                f"{_REMEDY}",
-            )
+            if not has_memory(stored):
+                return computed(self._restore(name), refusal)
+            return read_once(sources, self.float_dtype, lambda: self._restore(name), refusal)
 
     def encode_(self, name: str, weight: Tensor) -> None:
         """Put new values in the place of the parameter `name`, in the form in which it lies in memory.

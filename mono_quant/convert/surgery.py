@@ -144,14 +144,14 @@ def put_(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Module)
         model.get_submodule(parent)._modules[last] = new
 
 
-def relink_(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
-    """Let lists and attributes beside the module tree that hold a replaced module, or a method of it, hold the new one.
+def relink_(model: nn.Module, replaced: Mapping[Any, Any]) -> None:
+    """Let lists and attributes that hold a replaced module, a method of it, or a replaced tensor, hold the new one.
 
     A forward that goes through them would compute with the old layers.
 
     Args:
         model: in which the new modules are in their places already.
-        replaced: the new module by the old one.
+        replaced: the new module or tensor by the old one.
     """
     waiting: list[Any] = [model] if replaced else []
     seen: dict[int, Any] = {}
@@ -184,9 +184,9 @@ def relink_(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
             waiting.append(getattr(thing, "__dict__", None))
 
 
-def _renewed(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
-    """Return what takes the place of a value that is a replaced module, a method of one, or a tuple with such; or itself."""
-    if isinstance(value, nn.Module):
+def _renewed(value: Any, replaced: Mapping[Any, Any]) -> Any:
+    """Return what takes the place of a value: of a module or tensor, a method of one, or a tuple with such; or itself."""
+    if isinstance(value, (nn.Module, torch.Tensor)):
         return replaced.get(value, value)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
         return getattr(replaced.get(value.__self__), value.__func__.__name__, value)

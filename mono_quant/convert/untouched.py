@@ -7,7 +7,7 @@ Weights are not copied beforehand: an operation that is about to write is seen, 
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -45,28 +45,39 @@ def untouched(*things: Any, written: set[str] | None = None) -> Iterator[None]:
             guard.restore()
 
 
-class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation that is about to write into one of some tensors, and saves what it would overwrite.
+class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees, for the block, every operation that is about to write into a tensor.
 
     Writes that torch does not carry out (through numpy, by foreign code) are not seen.
+
+    Args:
+        told: gets each tensor before it is written into.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, told: Callable[[Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._told = told
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        for target in _targets(func, args, named):
+            self._told(target)
+        return func(*args, **named)
+
+
+class _WriteGuard(WriteWatch):  # type: ignore[no-untyped-call]
+    """Saves what operations are about to overwrite of some tensors."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__(self._save)
         self._memory = {id(tensor): tensor.detach() for tensor in tensors}
         self._by_storage: dict[int, list[int]] = defaultdict(list)
         for key, memory in self._memory.items():
             if memory.untyped_storage().data_ptr():
                 self._by_storage[memory.untyped_storage().data_ptr()].append(key)
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = kwargs or {}
-        for target in _targets(func, args, named):
-            self._save(target)
-        return func(*args, **named)
 
     def changed(self, tensor: Tensor) -> bool:
         """Tell whether a tensor was written into or has other memory now."""

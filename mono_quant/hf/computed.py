@@ -1,6 +1,6 @@
-"""The buffers that a transformers model computes for itself when it is built: tables and scales that no checkpoint holds."""
+"""What a transformers model computes for itself when it is built: tables and scales that no checkpoint holds, most of them buffers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 INITIALIZED = "_is_hf_initialized"
 
 
-def computed_on(skeleton: nn.Module) -> dict[str, Tensor]:
+def computed_on(skeleton: nn.Module, left: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the buffers of a skeleton that are not in a checkpoint, with their values; the skeleton stays as it was.
 
     They are those of the dtype that the skeleton was built in. transformers computes them after it has filled a model, and
@@ -19,6 +19,7 @@ def computed_on(skeleton: nn.Module) -> dict[str, Tensor]:
 
     Args:
         skeleton: on meta.
+        left: names of tensors that checkpoints may have, and one did not: they are returned too.
 
     Raises:
         RuntimeError, and whatever else the code of the class raises: it cannot be initialised without its weights.
@@ -26,21 +27,40 @@ def computed_on(skeleton: nn.Module) -> dict[str, Tensor]:
     model: Any = skeleton
     saved = model.state_dict(keep_vars=True)
     unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    unsaved |= {name: saved[name] for name in left if name in saved}
     with _as_filled(model), torch.device("cpu"), _float32(), torch.random.fork_rng(devices=[]):
         try:
             # a value that shows where nothing is computed
-            put_buffers_(model, {name: torch.full_like(b, 77, device="cpu") for name, b in unsaved.items()})
+            put_tensors_(model, {name: torch.full_like(b, 77, device="cpu") for name, b in unsaved.items()})
             model.initialize_weights()
-            return {name: model.get_buffer(name) for name in unsaved}
+            return {name: getattr(*_place(model, name)).detach() for name in unsaved}
         finally:
-            put_buffers_(model, unsaved)
+            put_tensors_(model, unsaved)
+
+
+def put_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in the place of the parameters and buffers of these names."""
+    for name, tensor in tensors.items():
+        owner, last = _place(model, name)
+        is_plain = last in dict(owner.named_parameters(recurse=False)) and not isinstance(
+            tensor, nn.Parameter
+        )
+        setattr(
+            owner,
+            last,
+            nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if is_plain else tensor,
+        )
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, last = name.rpartition(".")
+    return model.get_submodule(owner), last
 
 
 def put_buffers_(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     """Put tensors in the place of the buffers of these names."""
     for name, buffer in buffers.items():
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, buffer)
+        setattr(*_place(model, name), buffer)
 
 
 @contextmanager

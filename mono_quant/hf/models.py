@@ -190,12 +190,13 @@ def _load_with(
     return model
 
 
-def computed_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def computed_buffers(model: nn.Module, dtype: torch.dtype, left: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the buffers that are not in a checkpoint, as they are computed when the class of `model` is loaded.
 
     Args:
         model: a transformers model.
         dtype: that the class is built in.
+        left: names of tensors that checkpoints may have, and one did not: they are returned too.
 
     Raises:
         CorruptCheckpointError: the class cannot be built from the config.
@@ -204,7 +205,7 @@ def computed_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     bare = skeleton(type(model), model.config, dtype, subject)
     try:
         with quiet():
-            return computed_on(bare)
+            return computed_on(bare, left)
     except BUILD_ERRORS as e:
         raise CorruptCheckpointError(
             f"{subject}: transformers cannot initialise it ({one_line(e, 300)})"

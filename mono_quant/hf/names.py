@@ -9,12 +9,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mono_quant.convert.stored import StoredModule
+from mono_quant.hf.making import Recipe
 
 SCALE = "_scale"
 
@@ -43,7 +45,7 @@ class Placement:
 
     Attributes:
         tensors: what arrives, by name in the model.
-        sources: the checkpoint names that it is made of, by name in the model.
+        recipes: how it is made, by name in the model.
         left: the name that it would have in the model, by checkpoint name of a tensor that has no place there.
         broken: why a tensor cannot be made, by name in the model.
         conversions: transformers' that took part.
@@ -51,11 +53,16 @@ class Placement:
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     conversions: list[Any] = field(default_factory=list)
     reordered: set[str] = field(default_factory=set)
+
+    @cached_property
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        """The checkpoint names that a tensor is made of, by name in the model."""
+        return {name: recipe.keys for name, recipe in self.recipes.items()}
 
 
 @dataclass(frozen=True)
@@ -104,21 +111,23 @@ def floats_of(tensors: Mapping[str, Described], codes: Iterable[str]) -> dict[st
     }
 
 
-def place(model: Any, tensors: Mapping[str, Tensor]) -> Placement:
+def place(model: Any, tensors: Mapping[str, Tensor], codes: Iterable[str] | None = None) -> Placement:
     """Do what transformers' loader does with a checkpoint.
 
     Args:
-        model: a transformers model in float, on any device.
-        tensors: of the checkpoint by name, without scales of int8 codes.
+        model: a transformers model on any device; in float, or with int8 layers where there are codes.
+        tensors: of the checkpoint by name; without scales where the model is in float.
+        codes: names of its int8 codes, whose scales go the way of their codes; None without scales.
     """
     from transformers.core_model_loading import dot_natural_key, rename_source_key
 
     mapping = _mapping(model)
+    mapping = mapping if codes is None else scales_follow(mapping, codes, tensors)
     renamings, converters = _split(mapping)
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     placed = Placement()
-    gathered: dict[str, Any] = {}
+    gathered: dict[str, list[tuple[str, str]]] = defaultdict(list)
     # sorted as transformers does it: some renamings depend on the names before
     for key in sorted(tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
@@ -127,13 +136,12 @@ def place(model: Any, tensors: Mapping[str, Tensor]) -> Placement:
         if name not in state or name in placed.tensors or (pattern is None and name in gathered):
             placed.left[key] = name
         elif pattern is None:
-            placed.tensors[name], placed.sources[name] = tensors[key], (key,)
+            placed.tensors[name], placed.recipes[name] = tensors[key], Recipe(name, ((key, ""),))
         else:
-            if name not in gathered:
-                gathered[name] = copy.deepcopy(by_pattern[pattern])
-            gathered[name].add_tensor(name, key, pattern, tensors[key])
-    for name, converter in gathered.items():
-        _convert(model, name, converter, placed, state)
+            gathered[name].append((key, pattern))
+    for name, parts in gathered.items():
+        # the conversion of the first, as transformers has it
+        _convert(model, Recipe(name, tuple(parts), by_pattern[parts[0][1]]), tensors, placed, state)
     placed.conversions.extend(conversion for conversion in mapping if conversion.was_used())
     return placed
 
@@ -153,21 +161,23 @@ def _split(mapping: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return [m for m in mapping if not isinstance(m, WeightConverter)], converters
 
 
-def _convert(model: Any, name: str, converter: Any, placed: Placement, state: Mapping[str, Tensor]) -> None:
-    keys = tuple(sorted(converter.layer_targets[name]))
+def _convert(
+    model: Any, recipe: Recipe, tensors: Mapping[str, Tensor], placed: Placement, state: Mapping[str, Tensor]
+) -> None:
     try:
-        made = converter.convert(name, model=model, config=model.config)
+        made = recipe.make(model, tensors)
     except _CONVERSION_ERRORS as e:
-        placed.broken[name] = f"it cannot be made of {_some(keys)} ({e})"
+        placed.broken[recipe.name] = f"it cannot be made of {_some(recipe.keys)} ({e})"
         return
-    keeps_rows = all(type(operation).__name__ in _ROWWISE for operation in converter.operations)
+    keeps_rows = all(type(operation).__name__ in _ROWWISE for operation in recipe.conversion.operations)
     for target, value in made.items():
         placed.reordered.update(() if keeps_rows else (target,))
         if target in state:
-            placed.tensors[target] = value[0] if isinstance(value, list) else value
-            placed.sources[target] = keys
+            placed.tensors[target], placed.recipes[target] = value, recipe
         else:
-            placed.broken[target] = f"{type(model).__name__} has no such tensor to be made of {_some(keys)}"
+            placed.broken[target] = (
+                f"{type(model).__name__} has no such tensor to be made of {_some(recipe.keys)}"
+            )
 
 
 def fit(model: Any, tensors: Mapping[str, Tensor]) -> Fit:
@@ -178,7 +188,7 @@ def fit(model: Any, tensors: Mapping[str, Tensor]) -> Fit:
         tensors: of the checkpoint by name, without scales of int8 codes; on meta.
     """
     placed = place(model, tensors)
-    state = model.state_dict(keep_vars=True)
+    state, sources = model.state_dict(keep_vars=True), placed.sources
     # a tied tensor has several names, of which a checkpoint holds one
     present = {id(state[name]) for name in [*placed.tensors, *placed.broken] if name in state}
     absent = [name for name, tensor in state.items() if id(tensor) not in present]
@@ -188,7 +198,7 @@ def fit(model: Any, tensors: Mapping[str, Tensor]) -> Fit:
     wrong = [f"{name}: {problem}" for name, problem in placed.broken.items()]
     integers = []
     for name, tensor in placed.tensors.items():
-        what, shape = _made(name, placed.sources[name]), tuple(state[name].shape)
+        what, shape = _made(name, sources[name]), tuple(state[name].shape)
         if tuple(tensor.shape) != shape:
             wrong.append(f"{what} is {tuple(tensor.shape)} and should be {shape}")
         elif state[name].is_floating_point() and not tensor.is_floating_point():

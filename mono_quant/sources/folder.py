@@ -33,6 +33,7 @@ from mono_quant.hf.diffusion import (
 from mono_quant.hf.dtypes import loaded_dtypes, take_dtypes_
 from mono_quant.hf.encoders import Encoder, encoder_of
 from mono_quant.hf.fp8 import fp8_weights, kind_of_fp8, told
+from mono_quant.hf.making import Recipe
 from mono_quant.hf.models import load_as_stored, model_class, skeleton
 from mono_quant.hf.names import Fit, Placement, fit, grouped, on_meta
 from mono_quant.hf.sentence import core_class, settings_of
@@ -227,7 +228,7 @@ def _diffusion_skeleton(folder: Path, raw: Mapping[str, Any], shapes: Shapes) ->
     kept = {name: tensor for name, tensor in held.items() if name not in left}
     fill_(model, kept)
     dtype = common_dtype((tensor.dtype, tensor.numel()) for tensor in kept.values())
-    placed = Placement(kept, {name: (names[name],) for name in kept})
+    placed = Placement(kept, {name: Recipe(name, ((names[name], ""),)) for name in kept})
     return _Skeleton(
         "diffusers",
         model,

@@ -205,22 +205,35 @@ class Dequantized(Mapping[str, Tensor]):
             CorruptCheckpointError: a scale is not a finite number above 0; as `Checkpoint`.
             KeyError, LimitExceededError, ValueError: as `Checkpoint`.
         """
-        header = self.headers[name]
         if name not in self.layout.scaled:
             return self.checkpoint[name]
-        inverse, (rows, columns) = self.layout.scaled[name]
+        shape = self.headers[name].shape
+        return self._values(name, 0, math.prod(shape[:-2])).reshape(shape)
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Read a part of one tensor along its first dimension; see `Checkpoint.part`."""
+        if name not in self.layout.scaled:
+            return self.checkpoint.part(name, start, stop)
+        shape = self.headers[name].shape
+        if len(shape) != 3:
+            return self[name][start:stop]
+        return self._values(name, start, stop).reshape(stop - start, *shape[1:])
+
+    def _values(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the values of some of the matrices of a weight, as rows."""
+        header, (inverse, (rows, columns)) = self.headers[name], self.layout.scaled[name]
         count, depth = header.shape[-2:]
-        out = memory_of(header.nbytes, name).view(header.dtype).reshape(-1, depth)
+        size = (stop - start) * count * depth * header.dtype.itemsize
+        out = memory_of(size, name).view(header.dtype).reshape(-1, depth)
         step = max(_PART // depth, 1)
         grid = self._scales(inverse).reshape(-1, math.ceil(count / rows), math.ceil(depth / columns))
-        for matrix, row in product(range(grid.shape[0]), range(grid.shape[1])):
+        for matrix, row in product(range(start, stop), range(grid.shape[1])):
             begin, end = matrix * count + row * rows, matrix * count + min((row + 1) * rows, count)
             for first in range(begin, end, step):
                 last = min(first + step, end)
-                out[first:last] = values_of(
-                    self.checkpoint.rows(name, first, last), grid[matrix, row], columns
-                )
-        return out.reshape(header.shape)
+                place = slice(first - start * count, last - start * count)
+                out[place] = values_of(self.checkpoint.rows(name, first, last), grid[matrix, row], columns)
+        return out
 
     def _scales(self, name: str) -> Tensor:
         held = self.checkpoint[name]

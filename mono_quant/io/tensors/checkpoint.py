@@ -173,6 +173,22 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         data = self._bytes(name, first * size, (last - first) * size)
         return data.view(header.dtype).reshape(last - first, header.shape[-1])
 
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read a part of one tensor along its first dimension, from `start` to `stop`, into memory of its own.
+
+        Raises:
+            IndexError: it has no such part.
+            KeyError, CorruptCheckpointError, LimitExceededError, ValueError: as `__getitem__`.
+        """
+        header = self.headers[name]
+        if not header.shape or not 0 <= start <= stop <= header.shape[0]:
+            raise IndexError(f"{printable(name)} is {tuple(header.shape)}; it has no part {start} to {stop}")
+        if header.dtype is torch.bool:
+            return self[name][start:stop]
+        size = header.nbytes // max(1, header.shape[0])
+        data = self._bytes(name, start * size, (stop - start) * size)
+        return data.view(header.dtype).reshape(stop - start, *header.shape[1:])
+
     def _bytes(self, name: str, start: int, size: int) -> torch.Tensor:
         shard = self._shards[self.headers[name].file]
         if not self._release.alive:
@@ -300,6 +316,19 @@ def open_weights(folder: str | os.PathLike[str], names: Sequence[str]) -> Checkp
     """
     if all(_USUAL.fullmatch(name) for name in names):
         return open_checkpoint(folder)
+    return open_files(folder, names)
+
+
+def open_files(folder: str | os.PathLike[str], names: Sequence[str]) -> Checkpoint:
+    """Open safetensors files that have no index, or none yet.
+
+    Args:
+        folder: that they lie in.
+        names: of the files.
+
+    Raises:
+        MonoQuantError: as `open_checkpoint`.
+    """
     root = Path(folder)
     with ExitStack() as resources:
         shards = [_open_shard(root, name, resources) for name in sorted(names)]
