@@ -9,7 +9,7 @@ from torch import Tensor
 from mono_quant import kernels
 from mono_quant.errors import CorruptCheckpointError, NonFiniteWeightError
 from mono_quant.io.disk.reading import read_into
-from mono_quant.io.tensors.blockwise import check_scales
+from mono_quant.io.tensors.blockwise import check_scales, values_of
 from mono_quant.io.text import printable
 from mono_quant.stream.blocks import Block, dtype_of, own_dtype
 from mono_quant.stream.spec import Job, Piece, Place, Seen
@@ -141,11 +141,8 @@ class Bench:
         self._read(stored, inverse, first * across)
         found = stored.float()
         check_scales(found, inverse.name, inverse.file)
-        scales = found.view(-1, across)[number - first]
-        values = self._take("float", torch.float32, raw.numel()).view(raw.shape).copy_(raw)
-        whole = raw.shape[1] // width
-        values[:, : whole * width].view(block.rows, whole, width).mul_(scales[:, :whole, None])
-        values[:, whole * width :].mul_(scales[:, whole:])
+        into = self._take("float", torch.float32, raw.numel()).view(raw.shape)
+        values = values_of(raw, found.view(-1, across)[number - first], width, into)
         return self._take("read", own_dtype(piece), raw.numel()).copy_(values.view(-1))
 
     def _read(self, into: Tensor, piece: Piece, first: int) -> None:
