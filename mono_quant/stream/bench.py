@@ -9,7 +9,7 @@ from torch import Tensor
 from mono_quant import kernels
 from mono_quant.errors import CorruptCheckpointError, NonFiniteWeightError
 from mono_quant.io.disk.reading import read_into
-from mono_quant.io.tensors.blockwise import check_scales
+from mono_quant.io.tensors.blockwise import check_scales, values_of
 from mono_quant.io.text import printable
 from mono_quant.stream.blocks import Block, dtype_of, own_dtype
 from mono_quant.stream.spec import Job, Piece, Place, Seen
@@ -118,12 +118,15 @@ class Bench:
 
     def _panel(self, piece: Piece, block: Block) -> Tensor:
         """Read some columns of a matrix, and return them one after another."""
-        dtype, width = dtype_of(piece.dtype), block.rows
-        raw = self._take("raw", dtype, block.grid.depth * width).view(-1, width)
-        for row, data in enumerate(raw):
-            self._read(data, piece, row * block.grid.rows + block.first)
-        turned = self._take("turned", dtype, raw.numel())
-        turned.view(width, -1).copy_(raw.t())
+        dtype, depth, width = dtype_of(piece.dtype), block.grid.depth, block.rows
+        raw = self._take("raw", dtype, depth * width)
+        data, descriptor = _bytes_of(raw), self._opened(piece.file)
+        size, stride = width * dtype.itemsize, block.grid.rows * dtype.itemsize
+        start = piece.start + block.first * dtype.itemsize
+        for row in range(depth):
+            read_into(data[row * size :][:size], descriptor, start + row * stride, piece.file)
+        turned = self._take("turned", dtype, depth * width)
+        turned.view(width, depth).copy_(raw.view(depth, width).t())
         return turned
 
     def _dequantized(self, piece: Piece, inverse: Piece, block: Block, raw: Tensor) -> Tensor:
@@ -138,19 +141,16 @@ class Bench:
         self._read(stored, inverse, first * across)
         found = stored.float()
         check_scales(found, inverse.name, inverse.file)
-        scales = found.view(-1, across)[number - first]
-        values = self._take("float", torch.float32, raw.numel()).view(raw.shape).copy_(raw)
-        whole = raw.shape[1] // width
-        values[:, : whole * width].view(block.rows, whole, width).mul_(scales[:, :whole, None])
-        values[:, whole * width :].mul_(scales[:, whole:])
+        into = self._take("float", torch.float32, raw.numel()).view(raw.shape)
+        values = values_of(raw, found.view(-1, across)[number - first], width, into)
         return self._take("read", own_dtype(piece), raw.numel()).copy_(values.view(-1))
 
     def _read(self, into: Tensor, piece: Piece, first: int) -> None:
-        data = into.view(torch.uint8).numpy().data
-        read_into(data, self._opened(piece.file), piece.start + first * into.itemsize, piece.file)
+        start = piece.start + first * into.itemsize
+        read_into(_bytes_of(into), self._opened(piece.file), start, piece.file)
 
     def _put(self, values: Tensor, offset: int) -> None:
-        self._write(values.view(-1).view(torch.uint8).numpy().data, offset)
+        self._write(_bytes_of(values.view(-1)), offset)
 
     def _take(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
         """Return a vector in the buffer of this name; what it held is lost."""
@@ -158,6 +158,11 @@ class Bench:
         if name not in self._held or self._held[name].numel() < size:
             self._held[name] = torch.empty(size, dtype=torch.uint8)
         return self._held[name][:size].view(dtype)
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    data: memoryview = values.view(torch.uint8).numpy().data
+    return data
 
 
 def _unfinite(values: Tensor) -> Tally:

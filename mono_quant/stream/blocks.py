@@ -13,7 +13,9 @@ from mono_quant.planning.kinds import rows_of
 from mono_quant.stream.spec import Job, Piece, Place, ShardPlan
 
 # Values of a block: it stays in the caches from reading to writing, and a call costs little beside it.
-BLOCK = 1 << 20
+BLOCK = 1 << 19
+# Bytes for each of them where rows are columns of the source: a block is then read in pieces, which have to be long.
+_PANEL = 16
 # Bytes of the longest row that a block grows for.
 MAX_ROW_BYTES = 64 << 20
 
@@ -76,11 +78,12 @@ def blocks_of(plan: ShardPlan, size: int) -> Iterator[Block]:
 
     Args:
         plan: of the file.
-        size: values of a block; a longer row is one by itself.
+        size: values of a block, more where rows are columns of the source; a longer row is one by itself.
     """
     for number, job in enumerate(plan.jobs):
         grid = grid_of(job)
-        step = max(1, size // max(1, grid.depth))
+        most = size * _PANEL // own_dtype(job.source).itemsize if grid.is_transposed else size
+        step = max(1, most // max(1, grid.depth))
         for first in range(0, grid.rows, step):
             yield Block(number, grid, first, min(step, grid.rows - first))
 

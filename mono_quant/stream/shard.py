@@ -170,5 +170,7 @@ def _is_lost(job: Job) -> bool:
 
 
 def _bytes_of(job: Job, block: Block) -> int:
-    """Return how many bytes of the source a block is."""
-    return job.source.nbytes * block.rows // max(1, block.grid.rows)
+    """Return how many bytes of the source a block is; those of all blocks are those of the tensor and of its scales."""
+    whole = sum(piece.nbytes for piece in (job.source, job.source.inverse) if piece is not None)
+    rows = max(1, block.grid.rows)
+    return whole * (block.first + block.rows) // rows - whole * block.first // rows

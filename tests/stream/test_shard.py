@@ -2,7 +2,11 @@
 
 import errno
 import hashlib
+import json
+import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from folders import os_error, shimmed
 from safetensors.torch import save_file
 from streams import Made, expected_of, plan_of, shard_of, source, supply
 
+from mono_quant import kernels
 from mono_quant.errors import (
     CorruptCheckpointError,
     LimitExceededError,
@@ -97,6 +102,110 @@ def test_two_files_share_codes_and_scale(tmp_path):
         assert one == other
         assert one.signal == pytest.approx(rows.signal, rel=1e-6)
         assert one.noise == pytest.approx(rows.noise, rel=1e-3)
+
+
+def dequantized(stored, inverse, block, dtype):
+    """Return float8 values times the scales of their blocks, by definition."""
+    height, width = block
+    wide = inverse.float().repeat_interleave(height, -2).repeat_interleave(width, -1)
+    return (stored.float() * wide[..., : stored.shape[-2], : stored.shape[-1]]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("inverse_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("block", [1, 50, 1 << 20])
+def test_float8_is_multiplied_with_its_scales_first(tmp_path, dtype, inverse_dtype, block):
+    shapes = {
+        "w": ((13, 17), (4, 5)),
+        "even": ((8, 6), (4, 3)),
+        "experts": ((3, 7, 5), (2, 2)),
+        "large": ((3, 4), (9, 9)),
+    }
+    stored, inverses, listed = {}, {}, []
+    for name, (shape, size) in shapes.items():
+        stored[name] = values(shape, torch.float32).to(torch.float8_e4m3fn)
+        outer = [-(-side // step) for side, step in zip(shape[-2:], size, strict=True)]
+        inverses[f"{name}_scale_inv"] = values((*shape[:-2], *outer), torch.float32).exp().to(inverse_dtype)
+    found = source(tmp_path / "source", stored, "one.safetensors")
+    scales = source(tmp_path / "source", inverses, "two.safetensors")
+    for name, (_, size) in shapes.items():
+        inverse = scales[f"{name}_scale_inv"]
+        piece = found[name]._replace(block=size, inverse=inverse, read_as=str(dtype).removeprefix("torch."))
+        tensor = dequantized(stored[name], inverses[inverse.name], size, dtype)
+        kind = "experts" if len(tensor.shape) == 3 else "linear"
+        listed += [
+            Made(f"{name}.codes", tensor, "int8", kind, piece=piece),
+            Made(f"{name}.copy", tensor, piece=piece),
+            Made(f"{name}.cast", tensor.clone(), "cast", dtype=torch.float16, piece=piece),
+        ]
+    path, target = tmp_path / "wanted.safetensors", tmp_path / "out.safetensors"
+    save_file({k: t for m in listed for k, t in expected_of(m).items()}, path, {"format": "pt"})
+    plan = plan_of(listed, {}, path)
+    assert plan.files == ("one.safetensors", "two.safetensors")
+    convert_shard(plan, supply(tmp_path / "source"), target, block=block)
+    assert target.read_bytes() == path.read_bytes()
+
+
+def test_the_definition_of_codes_writes_the_same_bytes(tmp_path):
+    plan, files, wanted = shard_of(tmp_path, everything())
+    with kernels.using("reference"):
+        convert_shard(plan, files, tmp_path / "out.safetensors", block=40)
+    assert (tmp_path / "out.safetensors").read_bytes() == wanted
+
+
+MEMORY = """
+import re, sys
+import torch
+from pathlib import Path
+from streams import Made, plan_of, pieces, supply
+from mono_quant.io.disk import disk
+from mono_quant.stream.shard import convert_shard
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+root = Path(sys.argv[1])
+made = [Made("w", torch.zeros(1)), Made("t", torch.zeros(1)), Made("c", torch.zeros(1))]
+made = [made[0]._replace(action="int8"), made[1]._replace(action="int8", kind="transposed_linear"), made[2]]
+plan = plan_of(made, pieces(root / "source" / "model.safetensors"), root / "wanted.safetensors")
+files = supply(root / "source")
+disk._ops.fsync = lambda descriptor: None
+before, most = anonymous(), [0]
+def told(count):
+    most[0] = max(most[0], anonymous())
+convert_shard(plan, files, root / "out.safetensors", threads=2, told=told)
+print(most[0] - before)
+"""
+
+
+def test_memory_does_not_grow_with_a_tensor(tmp_path):
+    """Sparse files: their zeros cost no disk, and any of these tensors with what is made of it is larger than what is allowed."""
+    rows, depth = 8 << 10, 4 << 10
+    sizes = {"c": (rows, depth), "t": (depth, rows), "w": (rows, depth)}
+    sparse(
+        tmp_path / "source" / "model.safetensors", {name: ("BF16", shape) for name, shape in sizes.items()}
+    )
+    codes = {"t": ("I8", (rows * depth,)), "w": ("I8", (rows, depth))}
+    scales = {"t_scale": ("BF16", (rows, 1)), "w_scale": ("BF16", (rows, 1))}
+    sparse(tmp_path / "wanted.safetensors", {"c": ("BF16", sizes["c"]), **scales, **codes})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path], env=environment, capture_output=True, text=True, check=True
+    )
+    assert 1 << 20 < int(done.stdout) < 80 << 20
+
+
+def sparse(path, tensors):
+    """Make a file of zeros with a header; the order is that of its tensors."""
+    path.parent.mkdir(exist_ok=True)
+    header, reached = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, reached = reached, reached + math.prod(shape) * {"BF16": 2, "I8": 1}[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, reached]}
+    raw = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + reached)
 
 
 def bad(shape, dtype, *places):

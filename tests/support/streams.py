@@ -28,7 +28,8 @@ class Made(NamedTuple):
 
 def spans(path):
     """Yield name, dtype, shape, first byte and size of the tensors of a file, as its header says."""
-    data = path.read_bytes()[: 1 << 22]
+    with path.open("rb") as file:
+        data = file.read(1 << 20)
     length = int.from_bytes(data[:8], "little")
     for name, facts in json.loads(data[8 : 8 + length]).items():
         if name != "__metadata__":
@@ -89,7 +90,8 @@ def plan_of(listed, found, path, constants=None):
         constants: tensors that no source has.
     """
     where = places(path)
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(1 << 20)
     jobs = [
         Job(
             made.name,
@@ -107,7 +109,7 @@ def plan_of(listed, found, path, constants=None):
         Constant(where[name], data[where[name].start :][: where[name].nbytes]) for name in constants or ()
     ]
     begin = 8 + int.from_bytes(data[:8], "little")
-    return ShardPlan(path.name, len(data), data[:begin], tuple(jobs), tuple(fixed))
+    return ShardPlan(path.name, path.stat().st_size, data[:begin], tuple(jobs), tuple(fixed))
 
 
 def shard_of(tmp_path, listed, constants=None):

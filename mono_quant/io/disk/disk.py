@@ -22,9 +22,6 @@ from mono_quant.io.text import printable
 logger = logging.getLogger(__name__)
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
-# What `copy_file_range` says where it cannot copy between two files.
-_NO_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
-_CAN_COPY = hasattr(os, "copy_file_range")
 _NO_MORE = "the file system took no more bytes"
 # Bytes that are hashed at a time: they stay in the cache between reading and hashing.
 _WINDOW = 1 << 20
@@ -54,9 +51,6 @@ class _Ops:
 
     def write_at(self, descriptor: int, data: memoryview, offset: int) -> int:
         return os.pwrite(descriptor, data, offset)
-
-    def copy_at(self, source: int, start: int, count: int, descriptor: int, offset: int) -> int:
-        return os.copy_file_range(source, descriptor, count, start, offset)
 
     def fsync(self, descriptor: int) -> None:
         os.fsync(descriptor)
@@ -222,29 +216,6 @@ class NewFile:
                 if count <= 0:
                     raise OSError(errno.EIO, _NO_MORE)
                 data, offset = data[count:], offset + count
-
-    def copy_at(self, source: int, start: int, count: int, offset: int) -> int:
-        """Let the system copy bytes of an open file that begin at `start`, and return how many it has copied.
-
-        Fewer than `count`, perhaps none, are copied where it does not do that between these files, or the source ends; the rest is
-        for the caller to read and write.
-
-        Raises:
-            OutputWriteError: the file system refused.
-        """
-        done = 0
-        with writing(self.path, self.size):
-            while done < count and _CAN_COPY:
-                try:
-                    step = _ops.copy_at(source, start + done, count - done, self._descriptor, offset + done)
-                except OSError as error:
-                    if error.errno not in _NO_COPY:
-                        raise
-                    break
-                if step <= 0:
-                    break
-                done += step
-        return done
 
     def seal(self) -> dict[str, Any]:
         """Make the file durable, once all of it is written.

@@ -1,6 +1,7 @@
 """Disk: see the room of this name."""
 
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -198,3 +199,66 @@ def test_exchange_falls_back_or_reports(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(OSError, match="No such file"):
         ops.exchange(tmp_path / "a", tmp_path / "absent")
+
+
+def test_a_file_that_is_written_in_any_order_is_there_once_it_is_sealed(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    ops = shimmed(monkeypatch)
+    real = ops.write_at
+    # a file system may take a part
+    ops.write_at = lambda descriptor, data, offset: real(descriptor, data[:3], offset)
+    with disk.new_file(path, 10) as file:
+        file.write_at(memoryview(b"56789"), 5)
+        file.write_at(memoryview(b""), 7)
+        file.write_at(memoryview(b"01234"), 0)
+        assert file.seal() == {"size": 10, "sha256": hashlib.sha256(b"0123456789").hexdigest()}
+    assert path.read_bytes() == b"0123456789"
+    assert ops.calls == ["open", "allocate", *["write_at"] * 4, "fsync", "close"]
+
+
+def test_a_file_that_is_not_sealed_is_removed(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    with disk.new_file(path, 10) as file:
+        file.write_at(memoryview(b"0123456789"), 0)
+        assert path.exists()
+    assert not path.exists()
+
+    def fail_late():
+        with disk.new_file(path, 10) as file:
+            file.write_at(memoryview(b"0123456789"), 0)
+            file.seal()
+            interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_late()
+    assert not path.exists()
+    path.write_text("mine")
+    with pytest.raises(OutputWriteError, match="File exists"), disk.new_file(path, 10):
+        pass
+    assert path.read_text() == "mine"
+
+
+def test_a_file_system_that_takes_nothing_or_gives_less_back_is_an_error(tmp_path, monkeypatch):
+    ops = shimmed(monkeypatch)
+    ops.allocate = lambda *_: os_error(errno.EOPNOTSUPP)()
+    path = tmp_path / "file"
+
+    def write():
+        with disk.new_file(path, 10) as file:
+            file.write_at(memoryview(b"12345"), 0)
+            file.seal()
+
+    with pytest.raises(OutputWriteError, match="the file is shorter than"):
+        write()
+    ops.write_at = lambda *_: 0
+    with pytest.raises(OutputWriteError, match="took no more bytes"):
+        write()
+    assert not path.exists()
+
+
+def test_a_file_that_resists_removal_is_named(tmp_path, monkeypatch, caplog):
+    ops = shimmed(monkeypatch)
+    ops.unlink = lambda _: os_error(errno.EROFS)()
+    with disk.new_file(tmp_path / "file", 10):
+        pass
+    assert "file could not be removed (Read-only file system); the next run tries again" in caplog.text

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from mono_quant.errors import CorruptCheckpointError
 from mono_quant.io.tensors import blockwise
-from mono_quant.io.tensors.blockwise import Blockwise, Dequantized, Scaled, inverse_of
+from mono_quant.io.tensors.blockwise import Blockwise, Dequantized, Scaled, inverse_of, values_of
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 
 NAME, INVERSE = "a.weight", "a.weight_scale_inv"
@@ -170,3 +170,18 @@ def test_scales_that_are_no_scales_are_refused_when_they_are_read(tmp_path, bad)
     words = rf"model\.safetensors: 'a\.weight_scale_inv' holds 1 scales .* above 0, such as {re.escape(str(bad))}; fetch"
     with pytest.raises(CorruptCheckpointError, match=words):
         found[NAME]
+
+
+def test_every_code_is_the_float_that_torch_has():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
+    one = values_of(every, torch.ones(16, 1), 16)
+    assert torch.equal(one.nan_to_num(1e9), every.float().nan_to_num(1e9))
+    assert torch.equal(one.signbit(), every.float().signbit())
+    # rows of several scales, the last block being a part of one
+    scales = torch.rand(16, 4)
+    into = torch.empty(16, 16)
+    expected = every.float() * scales.repeat_interleave(5, 1)[:, :16]
+    assert values_of(every, scales, 5, into) is into
+    assert torch.equal(into.nan_to_num(1e9), expected.nan_to_num(1e9))
+    assert torch.equal(values_of(every[3:4], scales[3], 5), expected[3:4])
+    assert values_of(every[:, :0], scales[:, :0], 5).shape == (16, 0)
