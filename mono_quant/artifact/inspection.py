@@ -17,7 +17,8 @@ from mono_quant.errors import CorruptCheckpointError, MissingFileError, SourceNo
 from mono_quant.hf.diffusion import CLASS
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.manifest import MANIFEST, REPORT
-from mono_quant.io.hub.repo import download, resolve
+from mono_quant.io.hub.fetching import download
+from mono_quant.io.hub.repo import resolve
 from mono_quant.io.phases import phase
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 from mono_quant.kernels import AUTO

@@ -28,7 +28,7 @@ from mono_quant.io.disk.json_text import canonical_json
 from mono_quant.io.disk.manifest import MANIFEST, README
 from mono_quant.io.disk.output import record, temporary_folder, write_file
 from mono_quant.io.hub.client import HUB, Hub
-from mono_quant.io.hub.push import PushResult, gather, push
+from mono_quant.io.hub.push import PushResult, push
 from mono_quant.io.hub.target import (
     PUSH,
     PushOptions,
@@ -38,6 +38,7 @@ from mono_quant.io.hub.target import (
     open_target,
     refuse_foreign,
 )
+from mono_quant.io.hub.uploads import gather
 from mono_quant.io.phases import phase
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 from mono_quant.planning.config import HALVES

@@ -23,7 +23,8 @@ from mono_quant.errors import (
 from mono_quant.hf.sentence import is_encoder, transformer_in
 from mono_quant.io.disk.allowed import is_allowed
 from mono_quant.io.hub.client import is_repo_id
-from mono_quant.io.hub.repo import download, resolve
+from mono_quant.io.hub.fetching import download
+from mono_quant.io.hub.repo import resolve
 from mono_quant.io.phases import phase
 from mono_quant.io.text import looks_like_token
 from mono_quant.planning.walk import is_diffusers_model, is_transformers_model

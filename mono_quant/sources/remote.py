@@ -4,14 +4,28 @@ from dataclasses import replace
 
 import torch
 
-from mono_quant.errors import HubOfflineError, UnsupportedModelError
+from mono_quant.errors import HubOfflineError, MissingFileError, UnsupportedModelError
 from mono_quant.hf.encoders import is_encoder_file
 from mono_quant.io.disk.allowed import BUFFERS, is_allowed
-from mono_quant.io.hub.client import Hub
-from mono_quant.io.hub.repo import RepoFacts, download, read_headers, resolve
+from mono_quant.io.disk.json_text import parse_json
+from mono_quant.io.hub.client import CHECK_CACHE, Hub
+from mono_quant.io.hub.fetching import download
+from mono_quant.io.hub.ranges import read_headers, read_small_file
+from mono_quant.io.hub.repo import RepoFacts, resolve
 from mono_quant.io.phases import phase
 from mono_quant.io.tensors.headers import Span, parse_header_bytes
+from mono_quant.io.tensors.listing import (
+    MAX_INDEX_BYTES,
+    FileHeader,
+    Listing,
+    check_headers,
+    find_stem,
+    read_weight_map,
+    weight_files,
+)
 from mono_quant.io.tensors.pickles import PICKLES
+from mono_quant.io.tensors.shards import index_name
+from mono_quant.io.text import listed
 from mono_quant.sources.folder import from_folder, from_headers, is_side_file
 from mono_quant.sources.guards import PIPELINE, Shapes, pipeline_text, refuse_pickles
 from mono_quant.sources.origin import Origin
@@ -79,6 +93,45 @@ def remote_headers(facts: RepoFacts, client: Hub) -> tuple[Shapes, int]:
         shapes.update({key: (span.dtype, span.shape) for key, span in spans.items()})
         size += sum(span.end - span.start for span in spans.values())
     return shapes, size
+
+
+def remote_listing(facts: RepoFacts, client: Hub) -> Listing:
+    """Say where every tensor of a repository lies, from its index and its headers; no weight is fetched.
+
+    Raises:
+        MissingFileError: no weights, or the index names files that are not there.
+        PickleOnlyError: there are only pickle files.
+        UnsafeInputError: the index names what is no plain file.
+        CorruptCheckpointError: index, headers and files contradict each other.
+        LimitExceededError: unreasonable sizes.
+        UnsupportedModelError: a dtype that torch cannot hold.
+        HubOfflineError: the network is off, and not all weights are in the cache.
+        HubError: the Hub refused; see `mono_quant.errors`.
+    """
+    where = f"{facts.repo_id!r} at {facts.sha[:12]}"
+    names = {file.path for file in facts.files}
+    stem = find_stem(names.__contains__, where)
+    if stem is None:
+        refuse_pickles(sorted(names), where)
+        raise MissingFileError(f"{where} holds no weights in safetensors files")
+    weight_map: dict[str, str] = {}
+    if index_name(stem) in names:
+        raw = read_small_file(facts, index_name(stem), hub=client, max_bytes=MAX_INDEX_BYTES)
+        index = parse_json(raw, index_name(stem))
+        weight_map = read_weight_map(index, stem, f"{stem}.safetensors" in names, where)
+    files = weight_files(stem, weight_map)
+    missing = [name for name in files if name not in names]
+    if missing and client.is_offline:
+        raise HubOfflineError(f"{listed(missing)} of {where} are not in the cache. {CHECK_CACHE}")
+    if missing:
+        raise MissingFileError(f"{where} lacks {listed(missing)}, which its index names")
+    heads = read_headers(facts, wanted=set(files).__contains__, hub=client)
+    headers = []
+    for name, head in sorted(heads.items()):
+        size = facts.file(name).size
+        headers.append(FileHeader(name, size, *parse_header_bytes(head, size, f"{facts.repo_id}/{name}")))
+    check_headers(headers, weight_map)
+    return Listing.of(headers)
 
 
 def _headers_below(facts: RepoFacts, client: Hub) -> dict[str, Shapes]:

@@ -50,12 +50,12 @@ def open_streamed(source: str | Path, access: Access) -> Iterator[Streamed]:
             name: Piece(
                 name,
                 h.file,
-                checkpoint.start_of(name),
+                h.start,
                 str(h.dtype).removeprefix("torch."),
                 h.shape,
                 h.nbytes,
             )
-            for name, h in checkpoint.headers.items()
+            for name, h in checkpoint.listing.tensors.items()
         }
         opened = savable_folder(folder, access, checkpoint)
     files = checkpoint.weight_files()

@@ -17,7 +17,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -155,6 +155,12 @@ class Repo:
         assert commit is not None, revision
         return dict(commit.files)
 
+    def large_file(self, sha256: str) -> bytes | None:
+        """Return the large file of a hash from any commit, also of branches that are gone."""
+        contents = (item for commit in self.history.values() for item in commit.files.items())
+        found = (data for path, data in contents if is_lfs(path, len(data)) and _sha256(data) == sha256)
+        return next(found, None)
+
     def commits(self, revision: str = "main") -> list[str]:
         """Return commit ids, newest first."""
         found = []
@@ -206,6 +212,9 @@ class LoopbackHub:
         foreign_requests: what reached the other origin that redirects lead to.
         obeys_sent_gitignore: whether the rules that a client sends replace those in the repository.
         page_size: entries per page of a file list.
+        fault_at: faults by the number of the request, counted from 0; see `inject`.
+        watch: is called with the number of each request before it has any effect, and with its complement (`~number`) when it had
+            its effect and is about to be answered.
         silent: endpoints whose transfers are never answered, of paths that end in `silent_path`.
         stalled: set when such a transfer has come in.
     """
@@ -220,6 +229,8 @@ class LoopbackHub:
         self.faults: dict[str, list[str]] = {}
         self.obeys_sent_gitignore = True
         self.page_size = 1000
+        self.fault_at: dict[int, str] = {}
+        self.watch: Callable[[int], None] = lambda number: None
         self.silent: set[str] = set()
         self.silent_path = ""
         self.stalled = threading.Event()
@@ -415,9 +426,11 @@ class _Handler(_BaseHandler):
         self.query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         endpoint = self.classify()
         with self.hub.lock:
+            number = len(self.hub.requests)
             self.hub.requests.append(self.note(endpoint))
             waiting = self.hub.faults.get(endpoint)
-            self.fault = waiting.pop(0) if waiting else None
+            self.fault = waiting.pop(0) if waiting else self.hub.fault_at.pop(number, None)
+        self.hub.watch(number)
         try:
             self.fail_early(endpoint)
             with self.hub.lock:
@@ -425,6 +438,7 @@ class _Handler(_BaseHandler):
                 if method is None:
                     raise HubAnswer(404, "no such route")
                 status, body, headers = method()
+            self.hub.watch(~number)
             self.fail_late(endpoint)
         except HubAnswer as reply:
             self.reply(reply)
@@ -702,8 +716,14 @@ class _Handler(_BaseHandler):
         repo = self.repo(write=True)
         name = self.rest[1]
         if self.command == "DELETE":
-            repo.branches.pop(name, None)
+            if name == "main":
+                raise HubAnswer(400, "Cannot delete the default branch")
+            if name not in repo.branches:
+                raise HubAnswer(404, f"Invalid rev id: {name}", "RevisionNotFound")
+            del repo.branches[name]
             return self.json({})
+        if name.startswith("refs/"):
+            raise HubAnswer(400, f"Invalid reference for a branch: {name}")
         if name in repo.branches:
             raise HubAnswer(409, "Reference already exists")
         start = json.loads(self.body or b"{}").get("startingPoint", "main")
@@ -774,11 +794,13 @@ class _Handler(_BaseHandler):
         lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
         header = lines[0]["value"]
         head = self.at(repo, target)
+        if target not in repo.branches and target not in repo.pulls:
+            raise HubAnswer(400, f"{target} is no branch")
         parent = header.get("parentCommit")
         if parent and not is_pull and not head.id.startswith(parent):
             raise HubAnswer(412, "A commit has happened since. Please refresh and try again.")
         base = self.at(repo, parent) if parent and is_pull else head
-        files = self.changed(dict(base.files), lines[1:])
+        files = self.changed(repo, dict(base.files), lines[1:])
         made = repo.add_commit(files, base.id, header["summary"], user.name)
         made.description = header.get("description", "")
         answer = {"commitOid": made.id, "commitUrl": f"{self.hub.endpoint}/{repo.id}/commit/{made.id}"}
@@ -790,7 +812,7 @@ class _Handler(_BaseHandler):
             (repo.pulls if target in repo.pulls else repo.branches)[target] = made.id
         return self.json(answer)
 
-    def changed(self, files: dict[str, bytes], lines: list[dict[str, Any]]) -> dict[str, bytes]:
+    def changed(self, repo: Repo, files: dict[str, bytes], lines: list[dict[str, Any]]) -> dict[str, bytes]:
         """Apply the operations of a commit."""
         for line in lines:
             value = line["value"]
@@ -798,9 +820,10 @@ class _Handler(_BaseHandler):
             if line["key"] == "file":
                 files[path] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                if value["oid"] not in self.hub.objects:
+                content = self.hub.objects.get(value["oid"], repo.large_file(value["oid"]))
+                if content is None:
                     raise HubAnswer(400, f"LFS object {value['oid']} of {path} was never uploaded")
-                files[path] = self.hub.objects[value["oid"]]
+                files[path] = content
             elif line["key"] == "deletedFile":
                 if path not in files:
                     raise HubAnswer(404, "A file with this name doesn't exist", "EntryNotFound")

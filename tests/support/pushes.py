@@ -12,8 +12,9 @@ from loopback_hub import Repo
 
 from mono_quant import errors
 from mono_quant.io.hub.client import Hub
-from mono_quant.io.hub.push import PushResult, gather, push
+from mono_quant.io.hub.push import PushResult, push
 from mono_quant.io.hub.target import PushOptions, open_target
+from mono_quant.io.hub.uploads import gather
 
 ANN = "hf_" + "AnnsCanaryToken" * 2 + "xyz1"
 BOB = "hf_" + "BobsCanaryToken" * 2 + "xyz2"

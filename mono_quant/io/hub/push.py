@@ -4,32 +4,21 @@ Everything that can be refused is refused before the first byte goes up (see `ta
 on, and what the Hub then holds is read back and compared with the folder. A lost answer is settled by looking.
 """
 
-import hashlib
 import logging
-import stat
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-from mono_quant.errors import (
-    ConfigError,
-    CorruptCheckpointError,
-    HubConflictError,
-    HubError,
-    HubTransientError,
-    MissingFileError,
-    MonoQuantError,
-    UnsafeInputError,
-)
+from mono_quant.errors import HubConflictError, HubError, HubTransientError, MonoQuantError
 from mono_quant.io.hub.client import TRIES, Hub, ask, quiet_bars
 from mono_quant.io.hub.patience import Patience, patience
-from mono_quant.io.hub.repo import RepoFile, git_id, resolve
+from mono_quant.io.hub.repo import resolve
 from mono_quant.io.hub.target import PushOptions, Target, files_at, is_weights, refuse_foreign
+from mono_quant.io.hub.uploads import Sent, upload
 from mono_quant.io.phases import phase
 from mono_quant.io.text import scrub
 
@@ -58,24 +47,6 @@ class PushResult:
 
 
 @dataclass(frozen=True)
-class LocalFile:
-    """One file to push; it may lie elsewhere than it goes to."""
-
-    path: Path
-    size: int
-    sha256: str
-
-    def equals(self, remote: RepoFile | None) -> bool:
-        """Tell whether the Hub holds the same content."""
-        if remote is None or remote.size != self.size:
-            return False
-        if remote.sha256 is not None:
-            return remote.sha256 == self.sha256
-        # Small files have a git id instead; they are small, so reading them again is cheap.
-        return remote.blob_id == git_id(self.path.read_bytes())
-
-
-@dataclass(frozen=True)
 class _Plan:
     """One commit: where it goes, and what the tree must hold afterwards."""
 
@@ -83,7 +54,7 @@ class _Plan:
     options: PushOptions
     message: str
     description: str
-    files: Mapping[str, LocalFile]
+    files: Mapping[str, Sent]
     changed: tuple[str, ...]
     superseded: tuple[str, ...]
 
@@ -105,7 +76,7 @@ class _Plan:
 
 def push(
     target: Target,
-    files: Mapping[str, LocalFile],
+    files: Mapping[str, Sent],
     options: PushOptions,
     *,
     message: str,
@@ -116,7 +87,7 @@ def push(
 
     Args:
         target: from `open_target`.
-        files: what to push, by path in the repository; see `gather`.
+        files: what to push, by path in the repository; see `uploads`.
         options: as `open_target` got them.
         message: one line, where the options have none.
         description: what a pull request says below that line.
@@ -149,81 +120,14 @@ def push(
     return PushResult(target.repo_id, sha, url, pr_url, target.created)
 
 
-def gather(
-    folder: Path, files: Sequence[str], expect: Mapping[str, tuple[int, str]] | None = None
-) -> dict[str, LocalFile]:
-    """Look at the files of a folder that are to be pushed.
-
-    Args:
-        folder: finished folder.
-        files: paths in it; nothing else is sent, and symbolic links never.
-        expect: size and SHA-256 for each path, as they were written; a path that is not in it is not compared.
-
-    Raises:
-        ConfigError: an argument is wrong.
-        UnsafeInputError: a path leaves the folder or is no regular file.
-        CorruptCheckpointError: a file is not what was written.
-    """
-    expect = expect or {}
-    if not files or len(set(files)) != len(files) or not set(expect) <= set(files):
-        raise ConfigError(
-            f"{len(files)} files to push and {len(expect)} expectations do not fit together. List each file once, and "
-            "expect only listed files."
-        )
-    return {name: _local_file(folder, name, expect.get(name)) for name in files}
-
-
-def _local_file(folder: Path, name: str, expected: tuple[int, str] | None) -> LocalFile:
-    parts = name.split("/")
-    if "\\" in name or not name.isprintable() or any(part in ("", ".", "..", ".git") for part in parts):
-        raise UnsafeInputError(f"{name!r} is not a path inside a repository. Use relative paths with '/'.")
-    path = folder
-    for part in parts:
-        path = path / part
-        if path.is_symlink():
-            raise UnsafeInputError(
-                f"{name!r} in {folder} is or passes a symbolic link, which is never pushed."
-            )
-    if not path.exists():
-        raise MissingFileError(f"{name!r} is not in {folder}. Save the model again.")
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise UnsafeInputError(f"{name!r} in {folder} is not a regular file, and only such are pushed.")
-    with path.open("rb") as file:
-        found = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-    if expected is not None and found != tuple(expected):
-        raise CorruptCheckpointError(
-            f"{name!r} in {folder} has {found[0]} bytes and SHA-256 {found[1]}, but {expected[0]} bytes and "
-            f"{expected[1]} were written. Save the model again."
-        )
-    return LocalFile(path, *found)
-
-
 def _upload(plan: _Plan) -> list[Any]:
-    """Upload the large files; return the operations of the commit."""
-    additions = [CommitOperationAdd(path, str(plan.files[path].path)) for path in plan.changed]
-    if additions:
-        # An empty rule list: otherwise the repository's own .gitignore makes files vanish from the commit.
-        ask(
-            plan.hub,
-            plan.target.subject,
-            lambda api: api.preupload_lfs_files(
-                plan.repo_id,
-                additions,
-                revision=plan.options.revision,
-                create_pr=plan.options.create_pr,
-                free_memory=False,
-                gitignore_content="",
-            ),
-            tries=TRIES,
-            transfers=True,
-        )
-    hidden = [add.path_in_repo for add in additions if add._should_ignore]  # noqa: SLF001 - the only sign of it
-    if hidden:
-        raise HubConflictError(
-            f"The .gitignore of {plan.repo_id!r} hides {hidden}, so a commit would lack them. Nothing was committed; "
-            "remove that rule first."
-        )
-    return [*additions, *(CommitOperationDelete(path, is_folder=False) for path in plan.superseded)]
+    """Upload what the repository does not have yet; return the operations of the commit."""
+    operations = [plan.files[path].operation(path) for path in plan.changed]
+    additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+    upload(
+        plan.hub, plan.repo_id, additions, plan.target.subject, plan.options.revision, plan.options.create_pr
+    )
+    return [*operations, *(CommitOperationDelete(path, is_folder=False) for path in plan.superseded)]
 
 
 def _commit(plan: _Plan, operations: list[Any], patient: Patience) -> tuple[str, str | None]:

@@ -20,7 +20,8 @@ from mono_quant.errors import (
 from mono_quant.io.disk.json_text import parse_json
 from mono_quant.io.disk.manifest import FORMAT, MANIFEST
 from mono_quant.io.hub.client import CHECK_TOKEN, HUB, TRIES, Hub, ask, check_repo_id
-from mono_quant.io.hub.repo import RepoFacts, RepoFile, read_small_file, resolve
+from mono_quant.io.hub.ranges import read_small_file
+from mono_quant.io.hub.repo import RepoFacts, RepoFile, resolve
 from mono_quant.io.text import listed, scrub
 
 WEIGHTS = re.compile(r"\.(?:safetensors|bin|pt|pth|ckpt|h5|msgpack)(?:\.index\.json)?$")

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -27,35 +28,30 @@ from mono_quant.errors import (
     LimitExceededError,
     MissingFileError,
     MonoQuantError,
-    UnsafeInputError,
 )
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.reading import open_regular, read_chunks, read_into
-from mono_quant.io.tensors.headers import DTYPE_NAMES, Span, collisions, parse_header
+from mono_quant.io.tensors.headers import DTYPE_NAMES, parse_header
+from mono_quant.io.tensors.listing import (
+    MAX_INDEX_BYTES,
+    STEMS,
+    FileHeader,
+    Listing,
+    check_headers,
+    find_stem,
+    read_weight_map,
+    weight_files,
+)
 from mono_quant.io.tensors.pickles import converted
 from mono_quant.io.tensors.shards import index_name
-from mono_quant.io.text import SHOWN, listed, printable
-
-# The index of the largest known model has 9 MB, so it gets more room than other JSON.
-MAX_INDEX_BYTES = 64 << 20
+from mono_quant.io.text import listed, printable
 
 # As many as transformers uses.
 _READERS = 4
 # Bytes from which a tensor gets pages of its own.
 _OWN_MAPPING = 1 << 20
 
-_STEMS = ("model", "diffusion_pytorch_model")
-_USUAL = re.compile(rf"(?:{'|'.join(_STEMS)})(?:-\d{{5}}-of-\d{{5}})?\.safetensors")
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}\.safetensors")
-
-
-class TensorHeader(NamedTuple):
-    """What a checkpoint says about a tensor before its data is read."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-    file: str
+_USUAL = re.compile(rf"(?:{'|'.join(STEMS)})(?:-\d{{5}}-of-\d{{5}})?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -85,11 +81,13 @@ class StoredTensor:
 
 
 class _Shard(NamedTuple):
-    name: str
+    header: FileHeader
     descriptor: int
     identity: tuple[int, ...]
-    spans: dict[str, Span]
-    data_start: int
+
+    @property
+    def name(self) -> str:
+        return self.header.name
 
 
 class WeightFile(NamedTuple):
@@ -97,6 +95,20 @@ class WeightFile(NamedTuple):
 
     path: Path
     identity: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> tuple[Self, FileHeader]:
+        """Open a weight file and prove its header.
+
+        Returns:
+            The file, and what it says about itself.
+
+        Raises:
+            MonoQuantError: as `open_checkpoint`.
+        """
+        with ExitStack() as resources:
+            shard = _open_shard(path.parent, path.name, resources)
+            return cls(path, shard.identity), shard.header
 
     def sha256(self) -> str | None:
         """Return the sha256 of its bytes, all of which are read; None when it is gone or was changed since."""
@@ -115,7 +127,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     Attributes:
         folder: where it was opened.
-        headers: dtype, shape, size and file of every tensor.
+        listing: where every tensor lies.
+        headers: the tensors of that.
         files: the weight files, sorted.
         total_bytes: size of all tensors together.
     """
@@ -123,13 +136,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def __init__(self, folder: Path, shards: Sequence[_Shard], resources: ExitStack) -> None:
         self.folder = folder
         self.files = tuple(shard.name for shard in shards)
-        self.headers: dict[str, TensorHeader] = {}
+        self.listing = Listing.of([shard.header for shard in shards])
+        self.headers = self.listing.tensors
         self._shards = {shard.name: shard for shard in shards}
         # Runs at the latest when the object or the process ends, so that no temporary folder stays.
         self._release = weakref.finalize(self, resources.close)
-        for shard in shards:
-            for name, span in shard.spans.items():
-                self.headers[name] = TensorHeader(span.dtype, span.shape, span.end - span.start, shard.name)
         self.total_bytes = sum(header.nbytes for header in self.headers.values())
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -145,10 +156,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         shard = self._shards[header.file]
         if not self._release.alive:
             raise ValueError(f"the checkpoint {printable(self.folder, 400)} is closed; open it again")
-        span = shard.spans[name]
         data = _empty(header.nbytes, name)
         self._check_unchanged(shard)
-        read_into(data.numpy().data, shard.descriptor, shard.data_start + span.start, shard.name)
+        read_into(data.numpy().data, shard.descriptor, header.start, shard.name)
         self._check_unchanged(shard)
         if header.dtype is torch.bool and header.nbytes and int(data.max()) > 1:
             raise CorruptCheckpointError(
@@ -195,11 +205,6 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         found = {shard.name: _sha256(shard.descriptor, shard.name) for shard in self._shards.values()}
         return dict(sorted(found.items()))
 
-    def start_of(self, name: str) -> int:
-        """Return where the data of a tensor begins in its file."""
-        shard = self._shards[self.headers[name].file]
-        return shard.data_start + shard.spans[name].start
-
     def weight_files(self) -> tuple["WeightFile", ...]:
         """Return the weight files, to be hashed when somebody wants to know."""
         return tuple(WeightFile(self.folder / s.name, s.identity) for s in self._shards.values())
@@ -233,25 +238,20 @@ def open_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = Fals
         raise MissingFileError(f"{printable(root, 400)} is not a folder; give the folder of a checkpoint")
     with ExitStack() as resources:
         where = root
-        stems = [stem for stem in _STEMS if _has(root, f"{stem}.safetensors") or _has(root, index_name(stem))]
-        if not stems:
+        stem = find_stem(partial(_has, root), printable(root, 400))
+        if stem is None:
             where = converted(root, allow_pickle, resources)
-            stems = [_STEMS[0]]
-        if len(stems) > 1:
-            raise CorruptCheckpointError(
-                f"{printable(root, 400)} holds the weights of two models, {' and '.join(stems)}; "
-                "keep one of them"
-            )
-        weight_map = _weight_map(where, stems[0])
-        names = sorted(set(weight_map.values())) or [f"{stems[0]}.safetensors"]
+            stem = STEMS[0]
+        weight_map = _weight_map(where, stem)
+        names = weight_files(stem, weight_map)
         missing = [name for name in names if not _has(where, name)]
         if missing:
             raise MissingFileError(
                 f"{printable(root, 400)} lacks {listed(missing)}, which its index names; fetch them again"
             )
         shards = [_open_shard(where, name, resources) for name in names]
-        _check_agreement(shards, weight_map)
-        _check_tensors(shards)
+        check_headers([shard.header for shard in shards], weight_map)
+        _check_sizes(shards)
         return Checkpoint(root, shards, resources.pop_all())
 
 
@@ -270,7 +270,8 @@ def open_weights(folder: str | os.PathLike[str], names: Sequence[str]) -> Checkp
     root = Path(folder)
     with ExitStack() as resources:
         shards = [_open_shard(root, name, resources) for name in sorted(names)]
-        _check_tensors(shards)
+        check_headers([shard.header for shard in shards], {})
+        _check_sizes(shards)
         return Checkpoint(root, shards, resources.pop_all())
 
 
@@ -281,30 +282,11 @@ def _has(folder: Path, name: str) -> bool:
 
 def _weight_map(folder: Path, stem: str) -> dict[str, str]:
     """Tensor name -> shard; empty where there is one file without an index."""
-    index_file, single = index_name(stem), f"{stem}.safetensors"
+    index_file = index_name(stem)
     if not _has(folder, index_file):
         return {}
     index = read_json_object(folder / index_file, what=index_file, max_bytes=MAX_INDEX_BYTES)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CorruptCheckpointError(f"{index_file}: 'weight_map' must map names to files; fetch it again")
-    if not isinstance(index.get("metadata", {}), dict):
-        raise CorruptCheckpointError(f"{index_file}: 'metadata' must be an object; fetch it again")
-    # Judged by the name alone, so that the answer tells nothing about what lies outside.
-    unsafe = sorted({name for name in weight_map.values() if not _SHARD_NAME.fullmatch(name)})
-    if unsafe:
-        raise UnsafeInputError(
-            f"{index_file} names {listed(unsafe)}, which is no plain name of a safetensors file; "
-            "do not use this checkpoint"
-        )
-    if not weight_map:
-        raise CorruptCheckpointError(f"{index_file}: 'weight_map' is empty; fetch it again")
-    if _has(folder, single) and set(weight_map.values()) != {single}:
-        raise CorruptCheckpointError(
-            f"{printable(folder, 400)} holds both {single} and {index_file}, and other programs disagree on which "
-            f"counts; delete {single} if the shards are newer, or the index and its shards if they are older"
-        )
-    return weight_map
+    return read_weight_map(index, stem, _has(folder, f"{stem}.safetensors"), printable(folder, 400))
 
 
 def _open_shard(folder: Path, name: str, resources: ExitStack) -> _Shard:
@@ -312,7 +294,7 @@ def _open_shard(folder: Path, name: str, resources: ExitStack) -> _Shard:
     resources.callback(os.close, descriptor)
     identity = identity_of(descriptor)
     spans, data_start = parse_header(descriptor, name)
-    return _Shard(name, descriptor, identity, spans, data_start)
+    return _Shard(FileHeader(name, identity[2], spans, data_start), descriptor, identity)
 
 
 def _sha256(descriptor: int, name: str) -> str:
@@ -341,39 +323,10 @@ def check_unchanged(descriptor: int, file: WeightFile) -> None:
         )
 
 
-def _check_agreement(shards: Sequence[_Shard], weight_map: Mapping[str, str]) -> None:
-    """Index and headers must say the same, in both directions."""
-    if not weight_map:
-        return
-    holders: dict[str, list[str]] = {}
-    for shard in shards:
-        for name in shard.spans:
-            holders.setdefault(name, []).append(shard.name)
-    problems = [
-        f"{printable(name)} is in {' and '.join(files)}" for name, files in holders.items() if len(files) > 1
-    ]
-    problems += [f"{printable(name)} is not in the index" for name in holders.keys() - weight_map.keys()]
-    problems += [
-        f"{printable(name)} is not in {file}"
-        for name, file in weight_map.items()
-        if file not in holders.get(name, [])
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:SHOWN])
-        raise CorruptCheckpointError(
-            f"index and shards disagree on {len(problems)} tensors: {shown}; fetch the checkpoint again"
-        )
-
-
-def _check_tensors(shards: Sequence[_Shard]) -> None:
-    colliding = collisions(name for shard in shards for name in shard.spans)
-    if colliding:
-        raise CorruptCheckpointError(
-            f"tensor names differ only by case or Unicode form: {listed(colliding)}; rename them"
-        )
+def _check_sizes(shards: Sequence[_Shard]) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for shard in shards:
-        for name, span in shard.spans.items():
+        for name, span in shard.header.spans.items():
             if span.end - span.start > memory:
                 raise LimitExceededError(
                     f"{shard.name}: tensor {printable(name)} has {span.end - span.start} bytes and this machine "

@@ -13,7 +13,9 @@ from pushes import ANN, BOB, SOURCE, failure, pushed
 
 from mono_quant import errors
 from mono_quant.io.hub.client import Hub, is_repo_id
-from mono_quant.io.hub.repo import download, read_headers, read_small_file, resolve
+from mono_quant.io.hub.fetching import download
+from mono_quant.io.hub.ranges import read_headers, read_small_file
+from mono_quant.io.hub.repo import resolve
 from mono_quant.io.text import looks_like_token
 
 # The client library uploads with an argument that its HTTP library deprecates.

@@ -13,7 +13,8 @@ from loopback_hub import LoopbackHub
 from mono_quant.errors import HubTransientError
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.patience import SILENCE, patience, watch_session
-from mono_quant.io.hub.repo import read_headers, resolve
+from mono_quant.io.hub.ranges import read_headers
+from mono_quant.io.hub.repo import resolve
 
 TENSORS = b"\x02\0\0\0\0\0\0\0{}"
 

@@ -13,7 +13,9 @@ from pushes import ANN, BOB, EARLIER, SOURCE, TRANSIENT, failure, holds_finished
 
 from mono_quant import errors
 from mono_quant.io.hub.client import Hub
-from mono_quant.io.hub.repo import RepoFile, download, read_headers, read_small_file, resolve
+from mono_quant.io.hub.fetching import download
+from mono_quant.io.hub.ranges import read_headers, read_small_file
+from mono_quant.io.hub.repo import RepoFile, resolve
 
 # The client library uploads with an argument that its HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -187,9 +189,12 @@ def test_limits_of_what_is_read_into_memory(
     server.add_repo("ann/model", SOURCE | {"empty.json": b""})
     facts = resolve("ann/model", hub=hub)
     assert read_small_file(facts, "empty.json", hub=hub) == b""
-    monkeypatch.setattr("mono_quant.io.hub.repo.MAX_SMALL_FILE_BYTES", 10)
-    monkeypatch.setattr("mono_quant.io.hub.repo.MAX_HEADER_BYTES", 10)
-    failure(errors.LimitExceededError, "at most 10", lambda: read_small_file(facts, "config.json", hub=hub))
+    monkeypatch.setattr("mono_quant.io.hub.ranges.MAX_HEADER_BYTES", 10)
+    failure(
+        errors.LimitExceededError,
+        "at most 10",
+        lambda: read_small_file(facts, "config.json", hub=hub, max_bytes=10),
+    )
     failure(errors.LimitExceededError, "header .* at most 10", lambda: read_headers(facts, hub=hub))
 
 
