@@ -4,7 +4,7 @@ The model is a skeleton on meta. It is converted as any other model, codes and s
 put into the weight files of the result is then looked up in the source, tensor by tensor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,6 +69,7 @@ def plan_stream(
     found: Found,
     seen: Mapping[str, Seen],
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    written: Iterable[str] = (),
 ) -> StreamPlan:
     """Decide what a conversion from files to files writes.
 
@@ -79,6 +80,7 @@ def plan_stream(
         found: what is known of the values.
         seen: sums over the values of the tensors that `found` names.
         max_shard_size: see `save`.
+        written: names of the tensors that a run has written into.
 
     Raises:
         NonFiniteWeightError, Fp16RangeError: values were found that the request does not let pass.
@@ -97,6 +99,9 @@ def plan_stream(
         # they name its tokenizer, of which a copy has another one
         work = replace(work, settings=settings_of(work.model))
     task, decisions = decided(source, work, request)
+    if written:
+        task = replace(task, written=task.written.union(written))
+        decisions = scheme.decide(task)
     _refuse(found, seen, request)
     task = replace(task, unfit=_unfit(found, seen, request))
     decisions = keep_unfinite(decisions, found.unfinite) if request.dtype == "int8" else decisions

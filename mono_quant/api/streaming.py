@@ -1,18 +1,23 @@
 """From a checkpoint in files to a checkpoint in files: looked at, planned, converted shard by shard, saved, published."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mono_quant.api.recipe import NOT_ASKED
+from mono_quant.api.apart import original_apart, result_apart
+from mono_quant.api.recipe import NOT_ASKED, measured, reference_of
 from mono_quant.api.stream_plan import StreamPlan, plan_stream, with_values
 from mono_quant.artifact.saving import MAX_SHARD_SIZE, check_save, save_with
+from mono_quant.convert.fidelity import Output
+from mono_quant.convert.probes import Probe
+from mono_quant.convert.schemes import SCHEMES
 from mono_quant.io.disk.output import OutputFolder
 from mono_quant.io.phases import phase
+from mono_quant.io.tensors.checkpoint import open_files
 from mono_quant.io.tensors.shards import write_index
 from mono_quant.io.tensors.tensor_file import TensorEntry
 from mono_quant.planning.config import QuantizationConfig
@@ -27,6 +32,10 @@ from mono_quant.stream.spec import Found, ShardRecord
 from mono_quant.stream.work import convert_all
 from mono_quant.stream.workspace import forget_published, open_workspace
 from mono_quant.version import __version__
+
+_FROM_HUB = (
+    "the weights came from the Hub file by file; download the repository and convert the folder to measure it"
+)
 
 
 @dataclass(frozen=True)
@@ -80,26 +89,55 @@ def stream(
             ) as ledger,
             _hashed(opened.source.subject) as hashed,
         ):
-            done = _converted(opened, request, ledger, crew, max_shard_size)
+            reference = _measure_original(opened, request)
+            done = _converted(opened, request, ledger, crew, max_shard_size, reference.written)
             if done is None:
                 return StreamResult(None, None)
             plan, records = done
             seen = [one for record in records.values() for one in record.seen]
-            report = with_values(plan, seen, opened.source.notes).with_fidelity(None, NOT_ASKED)
+            report = with_values(plan, seen, opened.source.notes)
+            with open_files(ledger.folder, [ledger.path(file).name for file in records]) as saved:
+                made = result_apart(plan.subject, report, saved)
+                report = measured(report, SCHEMES[request.dtype], made, reference.output, reference.note)
             subject = replace(plan.subject, origin=hashed().origin, weights=())
             put = _putter(plan, records, ledger)
             folder = save_with(output, subject, report, request, put, overwrite=overwrite)
     return StreamResult(report, folder)
 
 
+class _Reference(NamedTuple):
+    """What the float model gives, or why nobody knows; and the names of the tensors that it writes into."""
+
+    output: tuple[Probe, Output] | None
+    note: str
+    written: frozenset[str] = frozenset()
+
+
+def _measure_original(opened: Streamed, request: QuantizationConfig) -> _Reference:
+    if request.fidelity is False:
+        return _Reference(None, NOT_ASKED)
+    if opened.checkpoint is None:
+        return _Reference(None, _FROM_HUB)
+    written: set[str] = set()
+    output, note = reference_of(original_apart(opened.source, opened.checkpoint), request, None, written)
+    return _Reference(output, note, frozenset(written))
+
+
 def _converted(
-    opened: Streamed, request: QuantizationConfig, ledger: Ledger, crew: Crew, max_shard_size: int | str
+    opened: Streamed,
+    request: QuantizationConfig,
+    ledger: Ledger,
+    crew: Crew,
+    max_shard_size: int | str,
+    written: Collection[str],
 ) -> tuple[StreamPlan, Mapping[str, ShardRecord]] | None:
     """Convert all shards; None where another worker finishes. What values say that was not known is planned with."""
     while True:
         found = ledger.found
         with phase("Planning"):
-            plan = plan_stream(opened.source, opened.pieces, request, found, ledger.seen, max_shard_size)
+            plan = plan_stream(
+                opened.source, opened.pieces, request, found, ledger.seen, max_shard_size, written
+            )
         with phase(f"Converting {type(plan.subject.core).__name__}") as went:
             done = convert_all(
                 plan.shards, opened.supply, ledger, crew, convert_shard, planned=found, progress=went

@@ -10,7 +10,8 @@ import torch
 
 from mono_quant.io.phases import phase
 from mono_quant.io.tensors.blockwise import Blockwise, scale_dtype
-from mono_quant.io.tensors.checkpoint import open_checkpoint
+from mono_quant.io.tensors.checkpoint import Checkpoint, WeightFile, open_checkpoint
+from mono_quant.io.tensors.listing import Listing
 from mono_quant.sources.folder import savable_folder
 from mono_quant.sources.opening import place_of
 from mono_quant.sources.source import Access, Source
@@ -28,12 +29,14 @@ class Streamed:
         pieces: where the tensors of the checkpoint lie, by name.
         supply: of its files.
         identity: by which it is known again, as plain JSON.
+        checkpoint: the files, open; None where they are not here.
     """
 
     source: Source
     pieces: Mapping[str, Piece]
     supply: Supply
     identity: Mapping[str, Any]
+    checkpoint: Checkpoint | None = None
 
 
 @contextmanager
@@ -49,23 +52,29 @@ def open_streamed(source: str | Path, access: Access) -> Iterator[Streamed]:
     """
     assert place_of(source, access) == "local"
     folder = Path(source)
-    with phase("Reading the headers"), open_checkpoint(folder) as checkpoint:
-        held = {
-            name: Piece(
-                name,
-                h.file,
-                h.start,
-                _name(h.dtype),
-                h.shape,
-                h.nbytes,
-            )
-            for name, h in checkpoint.listing.tensors.items()
+    with open_checkpoint(folder) as checkpoint:
+        with phase("Reading the headers"):
+            opened = savable_folder(folder, access, checkpoint)
+        files = checkpoint.weight_files()
+        identity = {
+            "folder": str(folder.resolve()),
+            "files": {file.path.name: _told(file) for file in files},
         }
-        opened = savable_folder(folder, access, checkpoint)
-    pieces = with_scales(held, opened.codes)
-    files = checkpoint.weight_files()
-    identity = {file.path.name: list(file.identity) for file in files}
-    yield Streamed(opened, pieces, FolderSupply(files), {"folder": str(folder.resolve()), "files": identity})
+        pieces = with_scales(_pieces(checkpoint.listing), opened.codes)
+        yield Streamed(opened, pieces, FolderSupply(files), identity, checkpoint)
+
+
+def _told(file: WeightFile) -> dict[str, int]:
+    """Say by what a file is known again."""
+    _, _, size, modified = file.identity
+    return {"bytes": size, "modified_ns": modified}
+
+
+def _pieces(listing: Listing) -> dict[str, Piece]:
+    return {
+        name: Piece(name, h.file, h.start, _name(h.dtype), h.shape, h.nbytes)
+        for name, h in listing.tensors.items()
+    }
 
 
 def with_scales(held: Mapping[str, Piece], codes: Blockwise | None) -> dict[str, Piece]:

@@ -320,11 +320,11 @@ def open_weights(folder: str | os.PathLike[str], names: Sequence[str]) -> Checkp
 
 
 def open_files(folder: str | os.PathLike[str], names: Sequence[str]) -> Checkpoint:
-    """Open safetensors files that have no index, or none yet.
+    """Open some files of a folder, whatever else is in it.
 
     Args:
         folder: that they lie in.
-        names: of the files.
+        names: of safetensors files.
 
     Raises:
         MonoQuantError: as `open_checkpoint`.
