@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def everything():
         Made("b.no_depth", torch.empty(4, 0, dtype=torch.float16), "int8"),
         Made("b.scalar", torch.tensor(3.5, dtype=torch.bfloat16)),
         Made("b.count", torch.arange(11)),
+        Made("b.byte", values((3, 5), torch.float8_e4m3fn)),
         Made("b.flag", torch.tensor([True, False, True])),
         Made("b.long", values((3, 301), torch.float32)),
         Made("c.down", values((9, 33), torch.float32), "cast", dtype=torch.float16),
@@ -259,6 +261,7 @@ def test_what_only_values_say_is_found_and_leaves_no_file(tmp_path):
 
 def test_what_a_copy_holds_is_no_reason_to_fail(tmp_path):
     listed = [
+        Made("byte", bad((8, 5), torch.float32, (7, NAN)).to(torch.float8_e4m3fn)),
         Made("kept", bad((8, 5), torch.bfloat16, (7, -INF), (8, NAN))),
         Made("x", torch.full((9,), 3e38)),
     ]
@@ -267,7 +270,11 @@ def test_what_a_copy_holds_is_no_reason_to_fail(tmp_path):
     record = convert_shard(plan, files, target)
     assert target.read_bytes() == wanted
     # a sum of finite values may be infinite
-    assert {s.weight: (s.unfinite, s.nan) for s in record.seen} == {"kept": (2, 1), "x": (0, 0)}
+    assert {s.weight: (s.unfinite, s.nan) for s in record.seen} == {
+        "byte": (1, 1),
+        "kept": (2, 1),
+        "x": (0, 0),
+    }
 
 
 def test_wide_scales_are_written_where_they_are_expected(tmp_path):
@@ -294,6 +301,10 @@ def test_a_source_that_changes_is_refused(tmp_path):
         ):
             convert_shard(plan, files, target, told=told, threads=2, block=100)
         assert not target.exists()
+    heard = []
+    with pytest.raises(CorruptCheckpointError, match="changed while"):
+        convert_shard(plan, files, target, told=heard.append)
+    assert heard == []
     path.unlink()
     with pytest.raises(MissingFileError, match=r"model\.safetensors"):
         convert_shard(plan, files, target)
@@ -325,12 +336,19 @@ def test_who_listens_hears_every_byte_of_the_source_and_may_stop(tmp_path):
     convert_shard(plan, files, tmp_path / "out.safetensors", told=heard.append, block=1 << 20)
     assert sum(heard) == sum(job.source.nbytes for job in plan.jobs)
 
-    def stop(_):
-        raise KeyboardInterrupt
+    calls = []
+
+    def stop(count):
+        calls.append(count)
+        # not in the thread that is waited for first
+        if threading.current_thread().name.endswith("_1"):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert_shard(plan, files, tmp_path / "other.safetensors", told=stop, threads=2)
+        convert_shard(plan, files, tmp_path / "other.safetensors", told=stop, threads=2, block=1)
     assert not (tmp_path / "other.safetensors").exists()
+    # the others end with the block that they are at
+    assert len(calls) < len(list(blocks.blocks_of(plan, 1))) / 2
 
 
 def interrupt():
