@@ -4,7 +4,7 @@ The model is a skeleton on meta. It is converted as any other model, codes and s
 put into the weight files of the result is then looked up in the source, tensor by tensor.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,6 @@ from mono_quant.convert.schemes import SCHEMES
 from mono_quant.convert.surgery import structural_copy
 from mono_quant.errors import ConfigError, Name, NonFiniteWeightError, Option
 from mono_quant.hf.sentence import settings_of
-from mono_quant.io.tensors.tensor_file import TensorEntry
 from mono_quant.kernels.weights import sqnr_db
 from mono_quant.planning.config import HALVES, QuantizationConfig
 from mono_quant.planning.kinds import rows_of
@@ -27,7 +26,7 @@ from mono_quant.planning.report import QuantReport, dtype_name
 from mono_quant.planning.schemes import MEASURED
 from mono_quant.planning.walk import tensor_names
 from mono_quant.sources.source import Source, Subject
-from mono_quant.stream.layout import Origin, shards_of
+from mono_quant.stream.layout import shards_of
 from mono_quant.stream.spec import Found, Piece, Seen, ShardPlan, summed
 
 
@@ -106,7 +105,7 @@ def plan_stream(
     task = replace(task, unfit=_unfit(found, seen, request))
     decisions = keep_unfinite(decisions, found.unfinite) if request.dtype == "int8" else decisions
     names = tuple(name for name, _, _ in tensor_names(work.model))
-    outcome = _widened(scheme.apply_(task, decisions, _silent), found.wide, task)
+    outcome = scheme.apply_(task, decisions, _silent)
     report = finished(task, outcome, names, source.notes)
     entries, stem = weights_to_save(work, report)
     # what is tied has codes under the name of one layer
@@ -115,7 +114,10 @@ def plan_stream(
     scales = {f"{name}_scale" for name in codes}
     names_in_file = {entry.name for entry in entries} - scales
     origins = find_origins(source, pieces, names_in_file, kinds)
-    shards = shards_of([_wide(e, origins, found.wide) for e in entries], origins, kinds, max_shard_size, stem)
+    entries = [replace(e, dtype=torch.float32) if e.name in found.wide else e for e in entries]
+    shards = shards_of(entries, origins, kinds, max_shard_size, stem)
+    wide = {part.weight for name in found.wide for part in origins[name.removesuffix("_scale")].parts}
+    report = _widened(report, wide)
     return StreamPlan(task, work, outcome, report, request, shards, stem)
 
 
@@ -179,19 +181,10 @@ def _unfit(found: Found, seen: Mapping[str, Seen], request: QuantizationConfig) 
     return unfit
 
 
-def _widened(outcome: Outcome, wide: frozenset[str], task: Task) -> Outcome:
-    """Count the scales in float32 that the dtype of their weights cannot hold."""
-    done = dict(outcome.done)
-    for name in wide & done.keys():
-        row = task.rows[name]
-        rows = rows_of(torch.Size(row.shape), row.kind).numel()
-        done[name] = replace(done[name], bytes_after=row.numel + 4 * rows)
-    return Outcome(done, outcome.reasons)
-
-
-def _wide(entry: TensorEntry, origins: Mapping[str, Origin], wide: frozenset[str]) -> TensorEntry:
-    """Return a tensor of the result in float32, where it is scales that the dtype of their weight cannot hold."""
-    owner = origins.get(entry.name.removesuffix("_scale"))
-    if entry.name in origins or owner is None or wide.isdisjoint(part.weight for part in owner.parts):
-        return entry
-    return replace(entry, dtype=torch.float32)
+def _widened(report: QuantReport, wide: Container[str]) -> QuantReport:
+    """Count the scales in float32 that the dtype of their weights cannot hold: of a weight, all or none."""
+    rows = []
+    for row in report.rows:
+        scales = rows_of(torch.Size(row.shape), row.kind).numel() if row.name in wide else 0
+        rows.append(replace(row, bytes_after=row.numel + 4 * scales) if scales else row)
+    return replace(report, rows=tuple(rows))

@@ -132,7 +132,7 @@ class _Run:
         """Return what the plan did not know."""
         jobs = [(self._plan.jobs[number], tally) for number, tally in self._tallies.values()]
         return Found(
-            frozenset(job.weight for job, tally in jobs if tally.is_wide),
+            frozenset(job.scale.name for job, tally in jobs if tally.is_wide and job.scale is not None),
             frozenset(job.weight for job, tally in jobs if tally.unfinite and _is_lost(job)),
             frozenset(job.weight for job, tally in jobs if tally.overflowed),
         )

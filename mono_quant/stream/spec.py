@@ -181,10 +181,10 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What only values say, by the names that jobs carry as `weight`.
+    """What only values say; weights have the names that jobs carry.
 
     Attributes:
-        wide: weights whose scales their own dtype cannot hold, so that the file has them in float32.
+        wide: scales, by their names in the file, that the dtype of their weight cannot hold, so that the file has them in float32.
         unfinite: weights that hold NaN or infinity.
         overflowed: weights that do not fit the dtype they are cast to.
     """
