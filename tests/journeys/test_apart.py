@@ -171,6 +171,9 @@ def test_outputs_have_the_bits_of_loaded_models(name, tmp_path):
     out = mq.quantize(folder, fidelity=False).save(tmp_path / "out")
     with quiet():
         theirs = cls.from_pretrained(folder).eval()
+    for tensor in (*theirs.parameters(), *theirs.buffers()):
+        # sums may take another order in memory that begins anywhere in a file
+        tensor.data = tensor.data.clone()
     with (
         open_streamed(folder, ACCESS) as opened,
         open_checkpoint(folder) as stored,
