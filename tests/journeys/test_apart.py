@@ -132,10 +132,18 @@ def swin():
     )
 
 
+def molmo2():
+    # a layer of the checkpoint is split into several, by the sizes that the model has
+    return hf.Molmo2TextModel(hf.Molmo2TextConfig(**transformer, **grouped))
+
+
 MODELS = {
     **{name: FAMILIES[name].make for name in ("bert", "llama_tied", "llama_bf16", "gpt2", "vit", "whisper")},
     **{name: FAMILIES[name].make for name in ("mixtral", "qwen3_moe")},
-    **{f.__name__: f for f in (deepseek, mamba, gemma3, resnet, llava, rwkv, gpt_oss, clip, marian, swin)},
+    **{
+        f.__name__: f
+        for f in (deepseek, mamba, gemma3, resnet, llava, rwkv, gpt_oss, molmo2, clip, marian, swin)
+    },
 }
 
 
