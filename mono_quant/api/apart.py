@@ -33,7 +33,7 @@ def original_apart(source: Source, checkpoint: Checkpoint) -> Iterator[Subject]:
     recast_(work.core, source.dtypes)
     shapes = {name: tensor.shape for name, tensor, _ in tensor_names(work.core)}
     tensors = checkpoint if source.codes is None else Dequantized(checkpoint, source.codes)
-    with apart(work.core, Made(work.core, source.placed.recipes, tensors, shapes)):
+    with apart(work.core, Made(source.subject.core, source.placed.recipes, tensors, shapes)):
         yield work
 
 
@@ -52,7 +52,7 @@ def result_apart(subject: Subject, report: QuantReport, saved: Checkpoint) -> It
     table, is_flat = codes_to_save(subject, report)
     tensors = SavedTensors(saved, table, is_flat)
     work = replace(subject, model=structural_copy(subject.model))
-    made = made_of(work.core, tensors, tensors.headers(), table)
+    made = made_of(subject.core, tensors, tensors.headers(), table)
     prefix = f"{subject.core_name}." if subject.core_name else ""
     stored = {row.name.removeprefix(prefix): getattr(torch, row.dtype_after) for row in report.rows}
     with apart(work.core, made, stored):

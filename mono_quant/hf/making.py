@@ -75,7 +75,8 @@ class Made:
     """The tensors of a model by name, made of those of a checkpoint; each is read anew when it is asked for.
 
     Args:
-        model: a transformers model, on any device; another one where no recipe has a conversion.
+        model: a transformers model, on any device, which conversions look at; not one that asks here for its own parameters.
+            Another one where no recipe has a conversion.
         recipes: by name in the model.
         tensors: of the checkpoint.
         shapes: of what is made, by name in the model.

@@ -113,6 +113,22 @@ def test_experts_in_one_tensor_have_blocks_of_their_own(tmp_path):
     assert same(found[name], torch.stack([decode(c, s, (4, 5)) for c, s in experts]))
 
 
+def test_parts_are_those_of_the_whole(tmp_path):
+    stack = [encode(torch.randn(13, 17), (4, 5)) for _ in range(3)]
+    plain, scales = encode(torch.randn(13, 17), (4, 5))
+    tensors = {
+        "stack": torch.stack([c.view(torch.uint8) for c, _ in stack]).view(CODES),
+        "stack_scale_inv": torch.stack([s for _, s in stack]),
+        NAME: plain,
+        INVERSE: scales,
+        "bias": torch.randn(13),
+    }
+    found = opened(tmp_path, tensors, (4, 5))
+    for name in ("stack", NAME, "bias"):
+        for start, stop in ((0, 3), (1, 2), (2, 3)):
+            assert same(found.part(name, start, stop).contiguous(), found[name][start:stop].contiguous())
+
+
 def test_stored_tensors_and_headers_know_nothing_of_fp8(tmp_path):
     codes, scales = encode(torch.randn(40, 50), (16, 16))
     found = opened(tmp_path, {NAME: codes, INVERSE: scales}, (16, 16))

@@ -45,6 +45,26 @@ def test_shards_are_read_and_each_read_has_memory_of_its_own(tmp_path):
             assert torch.equal(found[name], value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])
+def test_parts_are_those_of_the_whole(tmp_path, dtype):
+    whole = torch.arange(5 * 3 * 4).reshape(5, 3, 4).remainder(7).to(dtype)
+    save_file({"w": whole, "scalar": torch.tensor(1.0), "none": torch.zeros(0, 3)}, tmp_path / SINGLE)
+    with open_checkpoint(tmp_path) as found:
+        for start, stop in ((0, 5), (1, 2), (4, 5), (2, 2)):
+            part = found.part("w", start, stop)
+            assert part.dtype == dtype and torch.equal(part, whole[start:stop])
+        assert found.part("none", 0, 0).shape == (0, 3)
+        for name, start, stop in (("w", 4, 6), ("w", -1, 2), ("w", 3, 2), ("scalar", 0, 1)):
+            with pytest.raises(IndexError, match=rf"'{name}' is \(.*\); it has no part {start} to {stop}"):
+                found.part(name, start, stop)
+
+
+def test_files_without_an_index_are_opened_by_name(tmp_path):
+    (sharded(tmp_path) / INDEX).unlink()
+    with checkpoint.open_files(tmp_path, [SECOND, FIRST]) as found:
+        assert found.files == (FIRST, SECOND) and torch.equal(found["c.weight"], weights()["c.weight"])
+
+
 def test_headers_need_no_weights_and_a_closed_checkpoint_says_so(tmp_path):
     found = open_checkpoint(sharded(tmp_path))
     found.close()
