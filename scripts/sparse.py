@@ -1,15 +1,18 @@
 """Write checkpoints of the largest open models without their weights: config, index and headers are real, the data is a hole.
 
     python scripts/sparse.py deepseek_v3 /tmp/deepseek
-    python -m mono_quant plan /tmp/deepseek
+    python scripts/sparse.py deepseek_v3 /tmp/deepseek --plan    # and says what a plan of it takes
 
 What reads headers alone cannot tell them from the published ones; what reads weights sees zeros, and in fp8 is told that scales are 0.
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
+import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -269,6 +272,25 @@ def write(name: str, folder: Path, limit: int = SHARD, **changes: Any) -> Path:
     return folder
 
 
+def plan(folder: Path) -> str:
+    """Plan a conversion in this process, which has imported nothing yet, and say what it took."""
+    begin = time.monotonic()
+    package, library = (importlib.import_module(name) for name in ("mono_quant", "transformers"))
+    # both hand their names on when they are asked for
+    plan_of, _ = (
+        package.plan,
+        getattr(library, json.loads((folder / "config.json").read_text())["architectures"][0]),
+    )
+    imported, cpu = time.monotonic(), time.process_time()
+    report = plan_of(folder)
+    wall, used = time.monotonic() - imported, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (
+        f"{report.summary}\nplanned in {wall:.1f} s ({used:.1f} s of a processor) after {imported - begin:.1f} s of imports; peak "
+        f"{peak / 1e6:.2f} GB"
+    )
+
+
 def main() -> None:
     """Write the model that the command line names, and say how large it is."""
     parser = argparse.ArgumentParser(
@@ -276,6 +298,7 @@ def main() -> None:
     )
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--plan", action="store_true", help="plan its conversion, and say what that takes")
     given = parser.parse_args()
     folder = write(given.model, given.folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -285,6 +308,8 @@ def main() -> None:
         f"{folder}: {len(index['weight_map']):,} tensors in {len(files)} files, {index['metadata']['total_size'] / 1e9:.1f} GB, "
         f"of which {held / 1e6:.1f} MB are on the disk"
     )
+    if given.plan:
+        print(plan(folder))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ ROOMS = {
         ["schemes"],
     ],
     "hf": [
-        ["making"],
+        ["making", "stacking"],
         ["configs", "names", "methods", "processors", "computed", "late", "encoders"],
         ["dtypes", "compressed_tensors", "adapters", "attention", "fp8"],
         ["quantizer"],

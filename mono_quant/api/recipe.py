@@ -20,6 +20,7 @@ from mono_quant.convert.schemes import ARRIVALS, SCHEMES
 from mono_quant.convert.surgery import own_memory_, recast_, rollback, structural_copy
 from mono_quant.errors import ConfigError, Option, Words
 from mono_quant.hf.models import given_dtypes
+from mono_quant.io.memory import uncollected
 from mono_quant.io.phases import phase
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.layers import declared_float32
@@ -35,6 +36,7 @@ AUTO_FIDELITY_PARAMETERS = 10**9
 NOT_ASKED = "not asked for"
 
 
+@uncollected()
 def plan_source(source: Source, request: QuantizationConfig) -> QuantReport:
     """Return the report of what a conversion would do, as far as it can be told without the values."""
     scheme = SCHEMES[request.dtype]

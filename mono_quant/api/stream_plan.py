@@ -19,6 +19,7 @@ from mono_quant.convert.schemes import SCHEMES
 from mono_quant.convert.surgery import structural_copy
 from mono_quant.errors import ConfigError, Name, NonFiniteWeightError, Option
 from mono_quant.hf.sentence import settings_of
+from mono_quant.io.memory import uncollected
 from mono_quant.kernels.weights import sqnr_db
 from mono_quant.planning.config import HALVES, QuantizationConfig
 from mono_quant.planning.kinds import rows_of
@@ -61,6 +62,7 @@ class StreamPlan:
         return sum(shard.size - len(shard.header) for shard in self.shards)
 
 
+@uncollected()
 def plan_stream(
     source: Source,
     pieces: Mapping[str, Piece],

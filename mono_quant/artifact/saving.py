@@ -42,7 +42,7 @@ from mono_quant.io.tensors.tensor_file import TensorEntry
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.planning.kinds import flattened
 from mono_quant.planning.report import QuantReport, dtype_name
-from mono_quant.planning.walk import is_transformers_model
+from mono_quant.planning.walk import is_transformers_model, memory_of
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Subject
 
@@ -345,8 +345,7 @@ def state_of(subject: Subject, report: QuantReport) -> dict[str, Tensor]:
                 raise UnsupportedModelError(
                     f"{name} in the state dict is a {type(tensor).__name__}, not a tensor"
                 )
-            key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
-            if tensor.numel() and first.setdefault(key, name) != name:
+            if tensor.numel() and first.setdefault(memory_of(tensor), name) != name:
                 del state[name]
         state = {name: tensor.to(halves.get(name, tensor.dtype)) for name, tensor in state.items()}
         return narrow_scales(subject.model, state)

@@ -16,7 +16,7 @@ from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import CorruptCheckpointError, UnsupportedModelError
 from mono_quant.hf.models import model_class, skeleton
 from mono_quant.hf.names import SCALE, Fit, fit, floats_of, grouped
-from mono_quant.planning.walk import weight_owners
+from mono_quant.planning.walk import memory_of, weight_owners
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,16 @@ def _broken_ties(model: nn.Module, built: nn.Module) -> Iterator[str]:
         first = one.setdefault(id(there[name]), name)
         if not _same(own[first], tensor):
             yield f"{first} and {name} differ, and would be one"
-        first = shared.setdefault((tensor.data_ptr(), tensor.shape), name)
+        first = shared.setdefault(memory_of(tensor), name)
         if there[first] is not there[name]:
             yield f"{first} and {name} are one, and would be two"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    if a.data_ptr() == b.data_ptr():
+    if memory_of(a) == memory_of(b):
         return True
     # equal codes may have other scales
-    is_equal = a.dtype == b.dtype and a.is_floating_point() and a.shape == b.shape
+    is_equal = a.dtype == b.dtype and a.is_floating_point() and a.shape == b.shape and not a.is_meta
     return is_equal and torch.equal(a, b)
 
 

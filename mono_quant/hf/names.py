@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mono_quant.convert.stored import StoredModule
 from mono_quant.hf.making import Recipe
+from mono_quant.hf.stacking import MetaStack
 
 SCALE = "_scale"
 
@@ -139,9 +140,10 @@ def place(model: Any, tensors: Mapping[str, Tensor], codes: Iterable[str] | None
             placed.tensors[name], placed.recipes[name] = tensors[key], Recipe(name, ((key, ""),))
         else:
             gathered[name].append((key, pattern))
-    for name, parts in gathered.items():
-        # the conversion of the first, as transformers has it
-        _convert(model, Recipe(name, tuple(parts), by_pattern[parts[0][1]]), tensors, placed, state)
+    with MetaStack():
+        for name, parts in gathered.items():
+            # the conversion of the first, as transformers has it
+            _convert(model, Recipe(name, tuple(parts), by_pattern[parts[0][1]]), tensors, placed, state)
     placed.conversions.extend(conversion for conversion in mapping if conversion.was_used())
     return placed
 

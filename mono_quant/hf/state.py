@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mono_quant.convert.int8_layers import narrow_scales, tensors_of
 from mono_quant.hf.models import quiet
 from mono_quant.hf.names import SCALE, scales_follow, unmergeable
+from mono_quant.planning.walk import memory_of
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def checkpoint_state(model: nn.Module, halves: Mapping[str, torch.dtype] | None 
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     for target, origin in getattr(model, "all_tied_weights_keys", {}).items():
-        if target in state and origin in state and _same_memory(state[target], state[origin]):
+        if target in state and origin in state and memory_of(state[target]) == memory_of(state[origin]):
             del state[target]
     state = {name: tensor.to((halves or {}).get(name, tensor.dtype)) for name, tensor in state.items()}
     codes = [name for name, t in state.items() if t.dtype == torch.int8 and f"{name}{SCALE}" in state]
@@ -85,9 +86,3 @@ def _conversions(model: nn.Module) -> list[Any]:
     known = get_model_conversion_mapping(model, add_legacy=False)
     # nobody knows whether a checkpoint would have the prefix; transformers leaves it out, too
     return [conversion for conversion in known if not isinstance(conversion, PrefixChange)]
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta or b.is_meta:
-        return a is b
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape

@@ -77,6 +77,11 @@ def owners_of(model: nn.Module) -> dict[int, set[int]]:
     return owners
 
 
+def memory_of(tensor: Tensor) -> tuple[int, torch.Size]:
+    """Return what tensors have in common that are the same memory; on meta, where there is none, only one object is itself."""
+    return id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape
+
+
 def tensor_names(model: nn.Module) -> Iterable[tuple[str, Tensor, bool]]:
     """Yield (name, tensor, is_buffer) for every parameter and persistent buffer, shared ones under every name."""
     for prefix, module in model.named_modules(remove_duplicate=False):

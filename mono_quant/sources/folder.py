@@ -43,6 +43,7 @@ from mono_quant.io.disk.manifest import MANIFEST, README, REPORT
 from mono_quant.io.disk.reading import open_regular, read_all
 from mono_quant.io.hub.metadata import local_card
 from mono_quant.io.hub.repo import RepoFile, cached_commit, git_id
+from mono_quant.io.memory import uncollected
 from mono_quant.io.tensors.blockwise import Blockwise, Dequantized
 from mono_quant.io.tensors.checkpoint import Checkpoint, WeightFile, open_checkpoint, open_weights
 from mono_quant.planning.walk import common_dtype
@@ -193,6 +194,7 @@ def from_headers(folder: Path, access: Access, shapes: Shapes, others: Around) -
     return _of_folder(folder, bare, others)
 
 
+@uncollected()
 def _skeleton(folder: Path, raw: Mapping[str, Any], access: Access, held: Shapes) -> _Skeleton:
     codes = fp8_weights(raw, held, str(folder))
     shapes = held if codes is None else codes.shapes(held)

@@ -12,6 +12,7 @@ from mono_quant.io.hub.client import CHECK_CACHE, Hub
 from mono_quant.io.hub.fetching import download
 from mono_quant.io.hub.ranges import read_headers, read_small_file
 from mono_quant.io.hub.repo import RepoFacts, resolve
+from mono_quant.io.memory import uncollected
 from mono_quant.io.phases import phase
 from mono_quant.io.tensors.headers import Span, parse_header_bytes
 from mono_quant.io.tensors.listing import (
@@ -142,6 +143,7 @@ def _headers_below(facts: RepoFacts, client: Hub) -> dict[str, Shapes]:
     }
 
 
+@uncollected()
 def _spans(facts: RepoFacts, client: Hub, *, below: bool) -> dict[str, dict[str, Span]]:
     def is_weight(name: str) -> bool:
         return ("/" in name) == below and is_allowed(name) and not name.startswith(f"{BUFFERS}/")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mono_quant.io.memory import uncollected
 from mono_quant.io.phases import phase
 from mono_quant.io.tensors.blockwise import Blockwise, scale_dtype
 from mono_quant.io.tensors.checkpoint import Checkpoint, WeightFile, open_checkpoint
+from mono_quant.io.tensors.headers import TORCH_NAMES
 from mono_quant.io.tensors.listing import Listing
 from mono_quant.sources.folder import savable_folder
 from mono_quant.sources.opening import place_of
@@ -70,13 +70,15 @@ def _told(file: WeightFile) -> dict[str, int]:
     return {"bytes": size, "modified_ns": modified}
 
 
+@uncollected()
 def _pieces(listing: Listing) -> dict[str, Piece]:
     return {
-        name: Piece(name, h.file, h.start, _name(h.dtype), h.shape, h.nbytes)
+        name: Piece(name, h.file, h.start, TORCH_NAMES[h.dtype], h.shape, h.nbytes)
         for name, h in listing.tensors.items()
     }
 
 
+@uncollected()
 def with_scales(held: Mapping[str, Piece], codes: Blockwise | None) -> dict[str, Piece]:
     """Return where the tensors of a checkpoint lie, its fp8 weights with their scales, which are none of its tensors then.
 
@@ -86,21 +88,19 @@ def with_scales(held: Mapping[str, Piece], codes: Blockwise | None) -> dict[str,
     """
     if codes is None:
         return dict(held)
-    pieces = {name: piece for name, piece in held.items() if name not in codes.hidden}
-    for name, (inverse, block) in codes.scaled.items():
-        scales = held[inverse]
-        rows, columns = held[name].shape[-2:]
-        pieces[name] = held[name]._replace(
-            block=block,
-            # one scale for a whole matrix comes in several shapes, and bytes may stand for powers of two
-            inverse=scales._replace(
-                shape=(*held[name].shape[:-2], -(-rows // block[0]), -(-columns // block[1])),
-                dtype=_name(scale_dtype(dtype_of(scales.dtype))),
-            ),
-            read_as=_name(codes.dtype),
-        )
+    pieces = {}
+    for name, piece in held.items():
+        if name in codes.scaled:
+            inverse, block = codes.scaled[name]
+            scales = _scales(held[inverse], piece.shape, block)
+            pieces[name] = Piece(*piece[:6], block, scales, TORCH_NAMES[codes.dtype])
+        elif name not in codes.hidden:
+            pieces[name] = piece
     return pieces
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _scales(held: Piece, shape: tuple[int, ...], block: tuple[int, int]) -> Piece:
+    """Return scales as those of a weight of `shape`: one for a whole matrix comes in several shapes."""
+    name, file, start, dtype, _, nbytes, *_ = held
+    grid = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+    return Piece(name, file, start, TORCH_NAMES[scale_dtype(dtype_of(dtype))], grid, nbytes)

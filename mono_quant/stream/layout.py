@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from mono_quant.errors import UnsupportedModelError
+from mono_quant.io.tensors.headers import TORCH_NAMES
 from mono_quant.io.tensors.shards import plan_shards
 from mono_quant.io.tensors.tensor_file import Layout, TensorEntry, lay_out
 from mono_quant.io.text import printable
@@ -99,11 +100,7 @@ def _shard(
 
 
 def _place(entry: TensorEntry, start: int) -> Place:
-    return Place(entry.name, _name(entry.dtype), tuple(entry.shape), start, entry.nbytes)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return Place(entry.name, TORCH_NAMES[entry.dtype], tuple(entry.shape), start, entry.nbytes)
 
 
 def _codes(

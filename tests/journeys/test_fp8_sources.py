@@ -77,8 +77,10 @@ def llama(tmp_path):
     return write_fp8(seeded(FAMILIES["llama"].make).eval(), tmp_path / "theirs", (48, 40))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp16"])
-@EVERY
+CASES = [*((name, "int8") for name in SOURCES), ("deepseek_v3", "fp16"), ("nomic_bert", "fp16")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_the_result_is_that_of_the_floats(base, name, dtype, tmp_path):
     ours, expected = (mq.quantize(source, dtype, **QUIET) for source in sources(base, name))
     out, other = ours.save(tmp_path / "out"), expected.save(tmp_path / "other")
@@ -99,8 +101,7 @@ def test_the_result_is_that_of_the_floats(base, name, dtype, tmp_path):
     mq.load(out)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp16"])
-@EVERY
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_the_plan_is_that_of_the_floats_and_reads_no_weight(base, name, dtype, tmp_path):
     folder, floats = sources(base, name)
     planned = mq.plan(folder, dtype)

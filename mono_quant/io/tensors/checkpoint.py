@@ -31,6 +31,7 @@ from mono_quant.errors import (
 )
 from mono_quant.io.disk.json_text import read_json_object
 from mono_quant.io.disk.reading import open_regular, read_chunks, read_into
+from mono_quant.io.memory import uncollected
 from mono_quant.io.tensors.headers import DTYPE_NAMES, parse_header
 from mono_quant.io.tensors.listing import (
     MAX_INDEX_BYTES,
@@ -262,6 +263,7 @@ def stored(
     }
 
 
+@uncollected()
 def open_checkpoint(folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
     """Open a folder of safetensors files and prove it whole before any weight is read.
 

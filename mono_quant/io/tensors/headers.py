@@ -45,6 +45,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# As torch calls them, without `torch.`.
+TORCH_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
 # Valid in a file, but torch has no tensor of single elements of these.
 SUB_BYTE_DTYPES = {"F4", "F6_E2M3", "F6_E3M2"}
 

@@ -1,9 +1,11 @@
 """The bytes of a safetensors file, made one tensor at a time; nothing here touches the disk."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +35,10 @@ class TensorEntry:
     shape: tuple[int, ...]
     get: Callable[[], torch.Tensor]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size on disk."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class FileImage(NamedTuple):
