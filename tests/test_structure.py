@@ -64,7 +64,7 @@ ROOMS = {
     ],
     "stream": [
         ["spec", "supply", "members"],
-        ["layout", "blocks", "crew", "ledger", "stages", "hub_supply"],
+        ["layout", "blocks", "crew", "ledger", "stages", "hub_supply", "hub_delivery"],
         ["bench", "workspace", "work"],
         ["shard"],
     ],

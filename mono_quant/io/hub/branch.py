@@ -121,6 +121,15 @@ class WorkBranch:
                 found[file.path] = Held(record, StoredFile(facts.sha, file))
         return found
 
+    def holds(self, path: str, record: Mapping[str, Any]) -> bool:
+        """Tell whether a file is there whole, with this record; one look."""
+        facts = self._look()
+        there = {found.path: found for found in facts.files}
+        file, note = there.get(path), there.get(_record_path(path))
+        if file is None or note is None or note.blob_id != git_id(_note(path, record)):
+            return False
+        return self._is_of(facts, record, file)
+
     def put(self, path: str, file: LocalFile, record: Mapping[str, Any]) -> None:
         """Commit a file and its record; nothing happens when both are there.
 
@@ -141,11 +150,10 @@ class WorkBranch:
                 f"{path!r} has {file.size} bytes and SHA-256 {file.sha256}, but its record says {record.get('size')} bytes "
                 f"and {record.get('sha256')}. Make it again."
             )
-        note = canonical_json(dict(record), path).encode()
         with patience(self.hub.patience) as patient, quiet_bars():
-            if self._has(path, file, note):
+            if self.holds(path, record):
                 return
-            additions = [file.operation(path), CommitOperationAdd(f"{RECORDS}/{path}.json", note)]
+            additions = [file.operation(path), CommitOperationAdd(_record_path(path), _note(path, record))]
             upload(self.hub, self.repo_id, additions, self._subject("write to"), self.name)
             if additions[0].upload_info.sha256.hex() != file.sha256:
                 raise CorruptCheckpointError(
@@ -156,7 +164,7 @@ class WorkBranch:
                 patient.asked = 0.0
                 failure = self._commit(f"Add {path}", additions)
                 # the list may lag behind the commit
-                if self._has(path, file, note) or (failure is None and self._has(path, file, note)):
+                if self.holds(path, record) or (failure is None and self.holds(path, record)):
                     return
                 if failure is None or patient.left < 0:
                     break
@@ -255,11 +263,6 @@ class WorkBranch:
                 found = hashlib.sha256(read_small_file(facts, file.path, hub=self.hub)).hexdigest()
         return found is not None and found == record.get("sha256")
 
-    def _has(self, path: str, file: LocalFile, note: bytes) -> bool:
-        there = {found.path: found for found in self._look().files}
-        record = there.get(f"{RECORDS}/{path}.json")
-        return file.equals(there.get(path)) and record is not None and record.blob_id == git_id(note)
-
     def _commit(self, message: str, operations: list[Any]) -> HubError | None:
         """Commit to the branch; return what went wrong, where looking and trying again may help."""
         try:
@@ -273,6 +276,14 @@ class WorkBranch:
         except (HubTransientError, HubConflictError) as error:
             return error
         return None
+
+
+def _record_path(path: str) -> str:
+    return f"{RECORDS}/{path}.json"
+
+
+def _note(path: str, record: Mapping[str, Any]) -> bytes:
+    return canonical_json(dict(record), path).encode()
 
 
 def _refuse_changes(target: Target, later: Target, sent: Mapping[str, Sent]) -> None:
