@@ -17,7 +17,7 @@ import huggingface_hub
 import pytest
 from branches import BRANCH, COMPLETE, IDENTITY, SHARDS, SMALL, gather_on, record_of, run, run_apart, write
 from loopback_hub import LoopbackHub, Repo
-from pushes import ANN, EARLIER, SOURCE, TRANSIENT, failure
+from pushes import ANN, EARLIER, SOURCE, TRANSIENT, failure, safetensors
 
 from mono_quant import errors
 from mono_quant.io.hub.branch import RECORDS, WorkBranch
@@ -135,6 +135,20 @@ def test_a_shard_that_git_holds_whole_counts_too(
     run(hub, tmp_path / "work")
     assert holds_all(server.repo("ann/out"))
     assert len(server.calls("commit")) == len(SHARDS) + 1
+
+
+def test_more_shards_than_the_hub_advises_for_a_commit_are_one_commit_too(
+    server: LoopbackHub, hub: Hub, tmp_path: Path
+) -> None:
+    repo = server.add_repo("ann/out", EARLIER)
+    shards = {f"model-{i:05d}-of-00120.safetensors": safetensors((i,)) for i in range(1, 121)}
+    branch = opened(hub)
+    records = {f"{RECORDS}/{n}.json": json.dumps(record_of(n, d)).encode() for n, d in shards.items()}
+    server.commit("ann/out", shards | records, branch=BRANCH)
+    small = write(tmp_path, SMALL)
+    branch.publish(open_target("ann/out", hub=hub), small, shards, message="Many", merged=["README.md"])
+    assert repo.files() == shards | SMALL | {p: repo.files()[p] for p in (".gitattributes", "notes.txt")}
+    assert len(repo.commits()) == 3
 
 
 def test_what_the_branch_lacks_is_named_and_nothing_is_published(
