@@ -35,6 +35,7 @@ ROOMS = {
         ["ranges", "fetching", "uploads"],
         ["target"],
         ["push"],
+        ["branch"],
     ],
     "kernels": [
         ["activations"],
@@ -63,7 +64,7 @@ ROOMS = {
     ],
     "stream": [
         ["spec", "supply", "members"],
-        ["layout", "blocks", "crew", "ledger", "stages", "hub_supply"],
+        ["layout", "blocks", "crew", "ledger", "stages", "hub_supply", "hub_delivery"],
         ["bench", "workspace", "work"],
         ["shard"],
     ],
@@ -134,7 +135,7 @@ EFFECTS = {
     "requests": set(),
     "socket": set(),
     "urlopen": set(),
-    "create_commit": {"io/hub/push"},
+    "create_commit": {"io/hub/push", "io/hub/branch"},
     "O_CREAT": {"io/disk/disk"},
     "fsync": {"io/disk/disk"},
     "mkdir": {"io/disk/disk"},

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,8 @@ from mono_quant.io.hub.xet import BOUNDS
 from mono_quant.io.tensors.checkpoint import WeightFile
 from mono_quant.sources.remote import remote_listing
 from mono_quant.stream.hub_supply import HubSupply
+from mono_quant.stream.spec import Job, Piece, ShardPlan
+from mono_quant.stream.stages import Ahead
 
 __all__ = ["hub", "naps", "no_token_anywhere", "server"]
 pytestmark = pytest.mark.usefixtures("naps", "no_token_anywhere")
@@ -47,10 +48,8 @@ def scratch(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def supply(facts: RepoFacts, hub: Hub, scratch: Path) -> Iterator[HubSupply]:
-    with HubSupply(facts, remote_listing(facts, hub), scratch, hub) as made:
-        yield made
-    settled(made)
+def supply(facts: RepoFacts, hub: Hub, scratch: Path) -> HubSupply:
+    return HubSupply(facts, remote_listing(facts, hub), scratch, hub)
 
 
 def here(scratch: Path) -> set[str]:
@@ -58,14 +57,6 @@ def here(scratch: Path) -> set[str]:
     return {path.name for path in scratch.rglob("*.safetensors")} | {
         path.name for path in scratch.rglob("*.incomplete")
     }
-
-
-def settled(supply: HubSupply) -> None:
-    """Wait until no download runs."""
-    end = time.monotonic() + 20
-    while supply._arriving:
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def fetched(server: LoopbackHub) -> list[str]:
@@ -77,27 +68,29 @@ def fetched(server: LoopbackHub) -> list[str]:
     ]
 
 
-def test_files_come_ahead_in_order_and_go_behind(
-    server: LoopbackHub, supply: HubSupply, scratch: Path
-) -> None:
-    supply.expect(NAMES)
-    for i, name in enumerate(NAMES):
+def plan(*files: str) -> ShardPlan:
+    pieces = [Piece(f"layer of {file}", file, 0, "float32", (3, 5), 60) for file in files]
+    return ShardPlan(" and ".join(files), 0, b"", tuple(Job(p.name, 0, "copy", p) for p in pieces))
+
+
+def test_a_file_is_here_until_it_is_released(server: LoopbackHub, supply: HubSupply, scratch: Path) -> None:
+    for name in NAMES:
         found = supply.fetch(name)
         assert isinstance(found, WeightFile)
         assert found.path.read_bytes() == CONTENT[name]
-        settled(supply)
-        assert here(scratch) == {name, *NAMES[i + 1 : i + 2]}
+        assert supply.fetch(name) == found
+        assert here(scratch) == {name}
         supply.release(name)
-    assert here(scratch) == set()
+        assert here(scratch) == set()
+        assert list(scratch.iterdir()) == []
     assert fetched(server) == NAMES
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("room", [1, 2, 3])
 def test_the_disk_holds_no_more_than_it_may(
-    server: LoopbackHub, facts: RepoFacts, hub: Hub, scratch: Path, ahead: int
+    server: LoopbackHub, supply: HubSupply, scratch: Path, room: int
 ) -> None:
-    most = 0
-    done = threading.Event()
+    most, done = 0, threading.Event()
 
     def look() -> None:
         nonlocal most
@@ -106,41 +99,42 @@ def test_the_disk_holds_no_more_than_it_may(
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    server.watch = lambda number: time.sleep(0.003)
-    with HubSupply(facts, remote_listing(facts, hub), scratch, hub, ahead) as supply:
-        supply.expect([*NAMES, *NAMES])
-        for one, two in zip(NAMES * 2, [*NAMES[1:], *NAMES, None], strict=False):
-            supply.fetch(one)
-            if two is not None:
-                supply.fetch(two)  # as where scales lie in another file than their weight
-                supply.release(two)
-            supply.release(one)
+    server.watch = lambda number: time.sleep(0.002)
+    plans = [plan(name) for name in NAMES]
+    ahead = Ahead(supply, room)
+    ahead.begin(plans[0], ())
+    for now, following in zip(plans, [*plans[1:], None], strict=True):
+        ahead.wait(now)
+        if following is not None:
+            ahead.begin(following, ())
+        time.sleep(0.01)
+        assert supply.fetch(now.files[0]).path.read_bytes() == CONTENT[now.files[0]]
+        ahead.done(following.files if following else ())
     done.set()
     watcher.join()
-    assert 2 <= most <= ahead + 2
+    assert most == min(room, 2)
+    assert list(scratch.iterdir()) == []
+    assert fetched(server) == NAMES
 
 
-def test_a_file_that_is_needed_next_again_stays(
+def test_a_download_that_nobody_waits_for_any_more_leaves_nothing(
     server: LoopbackHub, supply: HubSupply, scratch: Path
 ) -> None:
-    order = [NAMES[0], NAMES[1], NAMES[1], NAMES[2]]
-    supply.expect(order)
-    for name in order:
-        supply.fetch(name)
-        supply.release(name)
-    assert fetched(server) == NAMES[:3]
-    assert here(scratch) == set()
+    begun, go = threading.Event(), threading.Event()
 
+    def hold(number: int) -> None:
+        begun.set()
+        go.wait(20)
 
-def test_a_new_order_frees_what_the_old_one_had_ahead(
-    server: LoopbackHub, supply: HubSupply, scratch: Path
-) -> None:
-    supply.expect(NAMES[:2])
-    supply.fetch(NAMES[0])
-    settled(supply)
-    supply.expect(NAMES[4:])
-    settled(supply)
-    assert here(scratch) == {NAMES[0], NAMES[4]}
+    server.watch = hold
+    thread = threading.Thread(target=supply.fetch, args=(NAMES[0],))
+    thread.start()
+    begun.wait(20)
+    supply.release(NAMES[0])
+    server.watch = lambda number: None
+    go.set()
+    thread.join()
+    assert list(scratch.iterdir()) == []
 
 
 def test_several_threads_share_a_file(server: LoopbackHub, supply: HubSupply, scratch: Path) -> None:
@@ -163,7 +157,6 @@ def test_what_the_cache_holds_is_used_where_it_is(
 ) -> None:
     folder = download(facts, wanted=lambda path: path == NAMES[1], hub=hub)
     asked = len(fetched(server))
-    supply.expect(NAMES[:3])
     for name in NAMES[:3]:
         found = supply.fetch(name)
         assert (found.path == folder / name) == (name == NAMES[1])
@@ -186,10 +179,9 @@ def test_offline_there_is_the_cache_or_an_error(
     folder = download(facts, wanted=lambda path: path == NAMES[1], hub=hub)
     asked = len(server.requests)
     off = Hub(endpoint=hub.endpoint, cache_dir=hub.cache_dir, offline=True)
-    with HubSupply(facts, listing, scratch, off) as supply:
-        supply.expect(NAMES)
-        assert supply.fetch(NAMES[1]).path == folder / NAMES[1]
-        failure(errors.HubOfflineError, "not in the cache", lambda: supply.fetch(NAMES[0]))
+    supply = HubSupply(facts, listing, scratch, off)
+    assert supply.fetch(NAMES[1]).path == folder / NAMES[1]
+    failure(errors.HubOfflineError, "not in the cache", lambda: supply.fetch(NAMES[0]))
     assert len(server.requests) == asked
     assert here(scratch) == set()
 
@@ -214,19 +206,9 @@ def test_a_header_that_is_not_the_one_of_the_plan_is_refused(
     listing = remote_listing(facts, hub)
     name, tensor = next(iter(listing.tensors.items()))
     lied = {**listing.tensors, name: tensor._replace(start=tensor.start + 4, nbytes=tensor.nbytes - 4)}
-    with HubSupply(facts, type(listing)(lied, listing.files), scratch, hub) as other:
-        failure(errors.CorruptCheckpointError, "another header", lambda: other.fetch(NAMES[0]))
-        assert other.fetch(NAMES[1]).path.read_bytes() == CONTENT[NAMES[1]]
-
-
-def test_what_failed_ahead_of_its_time_gets_another_chance(
-    server: LoopbackHub, supply: HubSupply, scratch: Path
-) -> None:
-    supply.fetch(NAMES[0])
-    server.inject("resolve", "403")
-    supply.expect(NAMES[1:])
-    settled(supply)
-    assert supply.fetch(NAMES[1]).path.read_bytes() == CONTENT[NAMES[1]]
+    other = HubSupply(facts, type(listing)(lied, listing.files), scratch, hub)
+    failure(errors.CorruptCheckpointError, "another header", lambda: other.fetch(NAMES[0]))
+    assert other.fetch(NAMES[1]).path.read_bytes() == CONTENT[NAMES[1]]
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
@@ -236,10 +218,10 @@ def test_reading_survives_a_failure_at_every_request(
     listing, before = remote_listing(facts, hub), len(server.requests)
 
     def run(number: int) -> None:
-        with HubSupply(facts, listing, tmp_path / f"{number}", hub) as supply:
-            for name in NAMES[:2]:
-                assert supply.fetch(name).path.read_bytes() == CONTENT[name]
-                supply.release(name)
+        supply = HubSupply(facts, listing, tmp_path / f"{number}", hub)
+        for name in NAMES[:2]:
+            assert supply.fetch(name).path.read_bytes() == CONTENT[name]
+            supply.release(name)
 
     run(0)
     clean = len(server.requests) - before
@@ -258,17 +240,6 @@ def test_an_answer_that_breaks_off_is_taken_up_where_it_broke(
     supply.fetch(NAMES[0])
     ranges = [call.headers.get("range") for call in server.calls("resolve")[-2:]]
     assert ranges == [None, f"bytes={len(CONTENT[NAMES[0]]) // 2}-"]
-
-
-def test_after_the_end_nothing_begins(server: LoopbackHub, supply: HubSupply, scratch: Path) -> None:
-    supply.expect(NAMES)
-    supply.fetch(NAMES[0])
-    supply.close()
-    settled(supply)
-    asked = len(server.requests)
-    supply.release(NAMES[0])
-    settled(supply)
-    assert len(server.requests) == asked
 
 
 PROBE = """

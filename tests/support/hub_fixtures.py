@@ -38,6 +38,7 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         "huggingface_hub.file_download",
         "mono_quant.io.hub.client",
         "mono_quant.io.hub.push",
+        "mono_quant.io.hub.branch",
     ):
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=slept.append))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

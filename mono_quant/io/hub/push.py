@@ -101,6 +101,44 @@ def push(
             meanwhile.
         HubError: any other refusal; see `mono_quant.errors`.
     """
+    result = push_unless_moved(
+        target, files, options, message=message, description=description, merged=merged
+    )
+    if isinstance(result, HubConflictError):
+        raise result
+    return result
+
+
+def push_unless_moved(
+    target: Target,
+    files: Mapping[str, Sent],
+    options: PushOptions,
+    *,
+    message: str,
+    description: str = "",
+    merged: Collection[str] = (),
+) -> PushResult | HubConflictError:
+    """Do what `push` does, but return the error where somebody committed meanwhile, so that nothing of ours is there."""
+    line = options.commit_message or scrub(message)
+    try:
+        return _push(target, files, options, line, description, merged)
+    except _Moved as error:
+        moved = HubConflictError(*error.args)
+    return moved
+
+
+class _Moved(HubConflictError):
+    """The branch has another head than the one a commit was planned on, and the commit is not there."""
+
+
+def _push(
+    target: Target,
+    files: Mapping[str, Sent],
+    options: PushOptions,
+    line: str,
+    description: str,
+    merged: Collection[str],
+) -> PushResult:
     with patience(target.hub.patience) as patient, quiet_bars():
         changed = tuple(path for path, file in files.items() if not file.equals(target.files.get(path)))
         refuse_foreign(target, options, (path for path in changed if path not in merged))
@@ -110,7 +148,6 @@ def push(
         if not changed and not superseded:
             sha = target.facts.sha
             return PushResult(target.repo_id, sha, url, created=target.created, already_there=True)
-        line = options.commit_message or scrub(message)
         plan = _Plan(target, options, line, description, files, changed, superseded)
         operations = _upload(plan)
         with phase("Committing"):
@@ -166,7 +203,7 @@ def _landed_commit(plan: _Plan) -> tuple[str, None] | None:
     """Return our commit if it is on the branch, None if nothing is.
 
     Raises:
-        HubConflictError: somebody else committed.
+        _Moved: somebody else committed.
     """
     head = resolve(plan.repo_id, revision=plan.options.revision, hub=plan.hub).sha
     if head == plan.head:
@@ -187,7 +224,7 @@ def _landed_commit(plan: _Plan) -> tuple[str, None] | None:
     for sha in newer[-20:][::-1]:
         if not _differences(plan, sha):
             return sha, None
-    raise HubConflictError(
+    raise _Moved(
         f"{plan.target.subject}: somebody committed {head} after {plan.head}. Nothing was overwritten; look at it, then push "
         "again."
     )
