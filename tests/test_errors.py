@@ -44,7 +44,7 @@ def test_an_error_can_be_copied_and_sent() -> None:
 
 def test_no_message_of_an_error_spells_out_an_argument_that_the_command_line_calls_otherwise() -> None:
     words = re.compile(
-        r"\b(overwrite|private|create_pr|allow_pickle|trust_remote_code|embeddings|kept|origin|on_nonfinite|on_overflow|token"
+        r"\b(overwrite|restart|private|create_pr|allow_pickle|trust_remote_code|embeddings|kept|origin|on_nonfinite|on_overflow|token"
         r"|fidelity)=(True|False|'\w+'|$)"
     )
     found = []

@@ -49,20 +49,20 @@ class Ledger:
 
     Args:
         folder, me, name: see there.
-        lock: that says that this worker lives; see `members.enter`.
+        lock: that says that this worker lives; see `members.enter`. None for one that only looks.
     """
 
-    def __init__(self, folder: Path, me: Member, lock: int, name: str = "") -> None:
+    def __init__(self, folder: Path, me: Member, lock: int | None, name: str = "") -> None:
         self.folder = folder
         self.name = name
         self.me = me
         self.found = Found()
-        self.seen: dict[str, Seen] = {}
         self.has_locks = not members.is_free(folder / "gate")
-        self._lock: int | None = lock
+        self._lock = lock
         self._finisher: int | None = None
         self._writing = threading.RLock()
         self._lines: dict[str, _Line] = {}
+        self._seen: dict[tuple[str, int], Seen] = {}
         self._read: dict[Path, int] = {}
         self.refresh()
 
@@ -70,6 +70,11 @@ class Ledger:
     def is_empty(self) -> bool:
         """Whether nothing was ever finished or found here."""
         return not (self._lines or self.found)
+
+    @property
+    def seen(self) -> dict[str, Seen]:
+        """What the values of the weights were that `found` names, their parts together."""
+        return summed(list(self._seen.values()))
 
     def refresh(self) -> None:
         """Take in what all workers wrote since."""
@@ -195,16 +200,29 @@ class Ledger:
         """Whether this worker left the rest to others."""
         return self._lock is None
 
-    def is_held_by(self, files: Mapping[str, Any]) -> bool:
-        """Tell whether a list of files, as in a manifest, has everything that is recorded here."""
-        latest = {line.record.file: line.record.sha256 for line in self._lines.values()}
-        return all(files.get(file, {}).get("sha256") == sha256 for file, sha256 in latest.items())
+    def is_in(self, place: Path, files: Mapping[str, Any]) -> bool:
+        """Tell whether a folder was made of everything that is recorded here.
+
+        Args:
+            place: the folder.
+            files: what its manifest lists.
+        """
+        for record in {line.record.file: line.record for line in self._lines.values()}.values():
+            here, there = self.path(record.file), place / record.file
+            if files.get(record.file, {}).get("sha256") != record.sha256:
+                return False
+            # a second name of the same file, or the file itself where the file system has no second names
+            if os.path.lexists(here) and not (there.exists() and here.samefile(there)):
+                return False
+        return True
 
     def _learn(self, data: Mapping[str, Any]) -> None:
         record = ShardRecord.from_dict(data["record"])
         if record.found:
             self.found |= record.found
-            self.seen |= summed(record.seen)
+            names = record.found.wide | record.found.unfinite | record.found.overflowed
+            # a part that lies at the border of two files is seen twice
+            self._seen |= {(seen.weight, seen.part): seen for seen in record.seen if seen.weight in names}
         else:
             self._lines[record.digest] = _Line(data["run"], record, bool(data["sent"]))
 

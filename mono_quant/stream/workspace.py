@@ -86,7 +86,7 @@ def open_workspace(
             except BaseException:
                 os.close(lock)
                 with suppress(MonoQuantError):
-                    if not members.others(folder, -1) and Ledger(folder, me, -1).is_empty:
+                    if not members.others(folder, -1) and Ledger(folder, me, None).is_empty:
                         _dispose(folder, place)
                 raise
         yield ledger
@@ -105,8 +105,11 @@ def forget_published(target: str | os.PathLike[str]) -> None:
 
     Call it before a target that exists is refused.
 
+    Args:
+        target: the folder.
+
     Raises:
-        OutputBusyError: another run is at work.
+        OutputBusyError: another run is writing the target at this moment.
         OutputWriteError: the file system refused.
     """
     place = resolve_place(target)
@@ -116,13 +119,12 @@ def forget_published(target: str | os.PathLike[str]) -> None:
     staging.recover(place)
     if not folder.is_dir() or folder.is_symlink():
         return
-    me = members.this_member(secrets.token_hex(8), 0)
+    me = members.this_member("", 0)
     with members.gate(folder):
-        lock = members.enter(folder, me)
-        ledger = Ledger(folder, me, lock)
-        if ledger.is_empty or ledger.is_held_by(read_manifest(place)["files"]):
-            _dispose(folder, place)
-        ledger.leave()
+        if not members.others(folder, -1):
+            ledger = Ledger(folder, me, None)
+            if ledger.is_empty or ledger.is_in(place, read_manifest(place)["files"]):
+                _dispose(folder, place)
 
 
 def _name(identity: Mapping[str, Any]) -> str:
@@ -167,7 +169,7 @@ def _refuse_other_things(folder: Path) -> None:
 def _agree(folder: Path, identity: dict[str, Any], me: members.Member, restart: bool) -> None:
     """See to it that the workspace is of this identity; call it inside the gate."""
     company = members.others(folder, me.rank)
-    left = Ledger(folder, me, -1)
+    left = Ledger(folder, me, None)
     there = _read_plan(folder) if os.path.lexists(folder / PLAN) else None
     if there is not None and there.get("identity") == identity:
         if not restart or company or there.get("run") == me.run:

@@ -124,6 +124,28 @@ def test_a_changed_setting_or_source_is_refused_by_its_name_and_discarded_on_dem
     assert len(did) == len(SHARDS) and listing(tmp_path) == ["out", "source"]
 
 
+def test_work_that_replaces_an_equal_result_is_not_taken_for_that_of_the_old_one(tmp_path):
+    prepare(tmp_path)
+    stream(tmp_path)
+    some, did = stopping_after(2)
+    with pytest.raises(Stop):
+        stream(tmp_path, overwrite=True, convert=some)
+    told = []
+
+    def stop_at_the_end(done, total):
+        told.append(done)
+        if told[-2:] == [total, total]:
+            raise Stop
+
+    rest, did = stopping_after(9)
+    with pytest.raises(Stop):
+        stream(tmp_path, overwrite=True, convert=rest, progress=stop_at_the_end)
+    assert did == [shard.file for shard in plan()[2:]]
+    none, did = stopping_after(9)
+    stream(tmp_path, overwrite=True, convert=none)
+    assert did == [] and weights(tmp_path) == expected() and listing(tmp_path) == ["out", "source"]
+
+
 def test_restart_discards_what_has_the_same_settings_too(tmp_path):
     stopped_run(tmp_path)
     everything, did = stopping_after(9)

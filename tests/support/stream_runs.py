@@ -15,8 +15,7 @@ from pathlib import Path
 from mono_quant.io.disk import disk
 from mono_quant.io.disk.output import check_target, new_folder
 from mono_quant.io.tensors.checkpoint import WeightFile
-from mono_quant.stream import crew as crews
-from mono_quant.stream.crew import Crew
+from mono_quant.stream.crew import Crew, find_crew
 from mono_quant.stream.spec import Constant, Found, Job, Piece, Place, Seen, ShardPlan, ShardRecord
 from mono_quant.stream.supply import FolderSupply
 from mono_quant.stream.work import convert_all
@@ -100,7 +99,8 @@ def finding(names):
     def convert_or_find(plan, supply, target, told):
         found = frozenset(job.weight for job in plan.jobs if job.weight in names)
         if found and len(plan.constants[0].data) == 4:
-            return ShardRecord(plan.file, plan.digest(), 0, "", (), Found(wide=found))
+            seen = tuple(Seen(job.weight, job.part, unfinite=2) for job in plan.jobs)
+            return ShardRecord(plan.file, plan.digest(), 0, "", seen, Found(wide=found))
         return convert(plan, supply, target, told)
 
     return convert_or_find
@@ -153,7 +153,7 @@ def stream(
 def main():
     base = Path(sys.argv[1])
     logging.basicConfig(level=logging.INFO)
-    crew = crews.meet()
+    crew = find_crew()
     pause = float(os.environ.get("PAUSE", "0"))
     die = os.environ.get("DIE", "")
 

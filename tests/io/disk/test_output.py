@@ -1,6 +1,7 @@
 """A folder is absent, the old one or the new one; it holds what is allowed and nothing else."""
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -271,3 +272,59 @@ def test_a_temporary_folder_is_private_and_goes_away():
     with pytest.raises(Stop), output.temporary_folder() as path:
         raise Stop
     assert not path.exists()
+
+
+def test_a_finished_file_is_taken_in_without_copying_and_keeps_its_old_name(tmp_path):
+    there = tmp_path / "there"
+    there.write_bytes(b"12345")
+    facts = {"size": 5, "sha256": hashlib.sha256(b"12345").hexdigest(), "more": 1}
+    with new_folder(tmp_path / "out") as folder:
+        folder.take("1_Dense/model.safetensors", there, facts)
+        folder.take("model.safetensors", there, facts)
+    assert (tmp_path / "out" / "model.safetensors").samefile(there) and there.read_bytes() == b"12345"
+    manifest = json.loads((tmp_path / "out" / "mono_quant.json").read_text())
+    assert manifest["files"]["model.safetensors"] == {"size": 5, "sha256": facts["sha256"]}
+    verify_manifest(tmp_path / "out", hashes=True)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK])
+def test_a_file_system_without_links_gets_the_file_itself(tmp_path, monkeypatch, code):
+    class NoLinks(disk._Ops):
+        def link(self, old, new):
+            raise OSError(code, "no")
+
+    monkeypatch.setattr(disk, "_ops", NoLinks())
+    there = tmp_path / "there"
+    there.write_bytes(b"12345")
+    with new_folder(tmp_path / "out") as folder:
+        folder.take("model.safetensors", there, {"size": 5, "sha256": hashlib.sha256(b"12345").hexdigest()})
+    assert listing(tmp_path) == ["out"]
+    verify_manifest(tmp_path / "out", hashes=True)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_is_taken_in_under_an_allowed_name_only(tmp_path, name):
+    there = tmp_path / "there"
+    there.write_bytes(b"12345")
+    with new_folder(tmp_path / "out") as folder:
+        with pytest.raises(OutputError, match="may not be written"):
+            folder.take(name, there, {"size": 5, "sha256": "0"})
+        folder.write_text("model.safetensors", "x")
+        with pytest.raises(OutputError, match="was written already"):
+            folder.take("model.safetensors", there, {"size": 5, "sha256": "0"})
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "x"
+
+
+def test_only_a_regular_file_of_the_right_size_is_taken_in(tmp_path):
+    there, link, pipe = tmp_path / "there", tmp_path / "link", tmp_path / "pipe"
+    there.write_bytes(b"1234")
+    link.symlink_to(there)
+    os.mkfifo(pipe)
+    with new_folder(tmp_path / "out") as folder:
+        for path in (there, link, pipe, tmp_path):
+            with pytest.raises(
+                OutputError, match=r"is no regular file of 5 bytes; run the same command again"
+            ):
+                folder.take("model.safetensors", path, {"size": 5, "sha256": "0"})
+        with pytest.raises(OutputWriteError, match="gone"):
+            folder.take("model.safetensors", tmp_path / "gone", {"size": 5, "sha256": "0"})
