@@ -114,6 +114,22 @@ def test_without_a_store_the_last_to_end_publishes_where_rank_0_never_came(tmp_p
     assert snapshot(tmp_path / "out") == alone and leftovers(tmp_path) == ["out", "source"]
 
 
+def test_rank_0_that_comes_late_leaves_the_end_to_the_one_who_began_it(tmp_path, alone):
+    prepare(tmp_path)
+    late = []
+
+    def watched(shard, supply, target, told):
+        own = [s.file for s in Crew(1, 2, "static").turns(plan(), "")]
+        if shard.file not in own and not late:
+            late.append("comes")
+            late.append(stream(tmp_path, crew=Crew(0, 2, "static")))
+        return convert(shard, supply, target, told)
+
+    records = stream(tmp_path, crew=Crew(1, 2, "static"), convert=watched)
+    assert late == ["comes", None] and len(records) == len(SHARDS)
+    assert snapshot(tmp_path / "out") == alone and leftovers(tmp_path) == ["out", "source"]
+
+
 def in_threads(base, world, store=None, **options):
     """Workers that share a store, or nothing; returns what each of them got."""
     got = [None] * world
@@ -138,7 +154,10 @@ def test_one_publishes_whatever_the_order_in_which_workers_end(tmp_path, alone, 
     prepare(tmp_path)
     store = torch.distributed.HashStore() if shared else None
 
+    did = []
+
     def at_random(shard, supply, target, told):
+        did.append(shard.file)
         time.sleep(random.random() * 0.03)
         return convert(shard, supply, target, told)
 
@@ -147,6 +166,7 @@ def test_one_publishes_whatever_the_order_in_which_workers_end(tmp_path, alone, 
     got = in_threads(tmp_path, world, store, convert=at_random)
     assert sum(isinstance(records, dict) for records in got) == 1, got
     assert all(records is None or isinstance(records, (dict, *late)) for records in got), got
+    assert sorted(did) == sorted(expected())  # nobody did what another one was at
     assert snapshot(tmp_path / "out") == alone and leftovers(tmp_path) == ["out", "source"]
 
 
@@ -183,6 +203,7 @@ def test_a_worker_that_keeps_its_shard_is_not_waited_for_for_ever(tmp_path, alon
         time.sleep(0.01)
     patience = Patience(standstill=0.3, leaving=0.3, pause=0.02)
     records = stream(tmp_path, crew=Crew(0, 2, "run"), patience=patience)
+    assert thread.is_alive()
     go.set()
     thread.join()
     assert len(records) == len(SHARDS) and snapshot(tmp_path / "out") == alone

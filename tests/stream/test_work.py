@@ -232,8 +232,9 @@ def test_what_is_found_is_planned_with_at_once_in_the_next_run_and_other_shards_
     first, second, third, fourth, fifth = (shard.file for shard in plan())
     # the second is planned anew with what it found, the first stays
     assert did == [first, second, second, third, fourth]
-    stream(tmp_path, convert=watched)
-    assert did[5:] == [fourth, fifth, fifth]
+    away = Away()
+    stream(tmp_path, convert=watched, delivery=away)
+    assert did[5:] == [fourth, fifth, fifth] and away.files == expected(wide)
     files = snapshot(tmp_path / "out")
     assert {name: files[name] for name in expected()} == expected(wide)
     assert expected(wide) != expected() and listing(tmp_path) == ["out", "source"]

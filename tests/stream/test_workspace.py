@@ -311,10 +311,13 @@ def test_killed_at_any_operation_the_target_is_absent_or_complete_and_a_rerun_en
     total = count_operations(tmp_path / "count", monkeypatch)
     whole = snapshot(tmp_path / "count" / "out")
     assert weights(tmp_path / "count") == expected(shards=FEW) and total > 50
-    for k in range(1, total + 1):
+    # before and after the last ones, which publish and clear away; scripts/kills does all of them both ways
+    kills = [(k, k % 2 == 1) for k in range(1, total + 1)]
+    kills += [(k, k % 2 == 0) for k in range(total - 5, total + 1)]
+    for k, after in kills:
         base = tmp_path / f"{k}"
         prepare(base)
-        shimmed(monkeypatch, fail_at=k, error=lambda: os.kill(os.getpid(), signal.SIGKILL), after=k % 2)
+        shimmed(monkeypatch, fail_at=k, error=lambda: os.kill(os.getpid(), signal.SIGKILL), after=after)
         assert in_child(lambda base=base: stream(base, shards=FEW)) == -signal.SIGKILL, k
         shimmed(monkeypatch)
         end_it(base, whole, k)
