@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def open_workspace(
     rank: int = 0,
     restart: bool = False,
     sources: Sequence[str | os.PathLike[str]] = (),
+    check: Callable[[], object] | None = None,
 ) -> Iterator[Ledger]:
     """Open the workspace of a target, and go on with what an earlier run left in it.
 
@@ -60,6 +61,7 @@ def open_workspace(
         rank: of this worker.
         restart: discard what an earlier run left.
         sources: folders being read, which the target must not touch.
+        check: refuses the target; asked when no other worker can publish any more, as one may have done just now.
 
     Raises:
         ResumeError: what was left is of another identity; names what differs.
@@ -81,6 +83,8 @@ def open_workspace(
         with members.gate(folder, make=True):
             lock = members.enter(folder, me)
             try:
+                if check is not None:
+                    check()
                 _agree(folder, dict(identity), me, restart)
                 ledger = Ledger(folder, me, lock, _name(identity))
             except BaseException:

@@ -126,7 +126,13 @@ def stream(
     forget_published(base / "out")
     check_target(base / "out", overwrite=overwrite)
     with open_workspace(
-        base / "out", identity, run=crew.run, rank=crew.rank, restart=restart, sources=[base / "source"]
+        base / "out",
+        identity,
+        run=crew.run,
+        rank=crew.rank,
+        restart=restart,
+        sources=[base / "source"],
+        check=lambda: check_target(base / "out", overwrite=overwrite),
     ) as ledger:
         found, records = ledger.found, Found()
         while isinstance(records, Found):
