@@ -103,7 +103,7 @@ class Crew:
         return True
 
 
-def find_crew(environment: Mapping[str, str] = os.environ) -> Crew:
+def meet(environment: Mapping[str, str] = os.environ) -> Crew:
     """Find the crew that this process was started as a part of.
 
     Args:

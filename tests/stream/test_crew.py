@@ -16,7 +16,7 @@ from stream_runs import SHARDS, convert, expected, finding, plan, prepare, strea
 
 import mono_quant
 from mono_quant.errors import ConfigError, OutputBusyError, OutputError, OutputExistsError
-from mono_quant.stream.crew import Crew, find_crew, largest_first
+from mono_quant.stream.crew import Crew, meet, largest_first
 from mono_quant.stream.spec import Found
 from mono_quant.stream.work import Patience
 
@@ -268,7 +268,7 @@ CREWS = {
 @pytest.mark.parametrize("case", CREWS)
 def test_the_environment_says_who_this_is(case):
     given, wanted = CREWS[case]
-    crew = find_crew(given)
+    crew = meet(given)
     assert (crew.rank, crew.world, crew.run) == wanted and crew.store is None
 
 
@@ -286,11 +286,11 @@ def test_the_environment_says_who_this_is(case):
 )
 def test_an_environment_that_contradicts_itself_is_refused(given, words):
     with pytest.raises(ConfigError, match=words):
-        find_crew(given)
+        meet(given)
 
 
 def test_a_store_that_nobody_serves_is_named(monkeypatch):
     monkeypatch.setattr("mono_quant.stream.crew.STORE_SECONDS", 1)
     given = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     with pytest.raises(OutputError, match=r"does not answer at '127\.0\.0\.1':9 .*unset them to share"):
-        find_crew(given)
+        meet(given)

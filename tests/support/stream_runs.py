@@ -15,7 +15,7 @@ from pathlib import Path
 from mono_quant.io.disk import disk
 from mono_quant.io.disk.output import check_target, new_folder
 from mono_quant.io.tensors.checkpoint import WeightFile
-from mono_quant.stream.crew import Crew, find_crew
+from mono_quant.stream.crew import Crew, meet
 from mono_quant.stream.spec import Constant, Found, Job, Piece, Place, Seen, ShardPlan, ShardRecord
 from mono_quant.stream.supply import FolderSupply
 from mono_quant.stream.work import convert_all
@@ -159,7 +159,7 @@ def stream(
 def main():
     base = Path(sys.argv[1])
     logging.basicConfig(level=logging.INFO)
-    crew = find_crew()
+    crew = meet()
     pause = float(os.environ.get("PAUSE", "0"))
     die = os.environ.get("DIE", "")
 
