@@ -16,7 +16,7 @@ from stream_runs import SHARDS, convert, expected, finding, plan, prepare, strea
 
 import mono_quant
 from mono_quant.errors import ConfigError, OutputBusyError, OutputError, OutputExistsError
-from mono_quant.stream.crew import Crew, meet, largest_first
+from mono_quant.stream.crew import Crew, largest_first, meet
 from mono_quant.stream.spec import Found
 from mono_quant.stream.work import Patience
 
