@@ -13,6 +13,7 @@ After each of them the target is absent or complete, the same command ends the w
 
 import argparse
 import errno
+import json
 import os
 import random
 import shutil
@@ -176,7 +177,8 @@ class Kills:
             self.check(base, world)
             base = self.fresh()
             assert _torchrun(base, world, DIE="1", PAUSE="0.1").wait(180) != 0
-            finished = [p.name for p in base.glob(".out.mq-stream/*.safetensors")]
+            # those that have a record: a rank may be stopped between the rename of a file and its line
+            finished = _recorded(base)
             if not (base / "out").exists():
                 for path in base.glob("did.*"):
                     path.unlink()
@@ -240,6 +242,15 @@ class Kills:
         finally:
             subprocess.run(["umount", mount], check=True)
         return f"{text} | {refused}"
+
+
+def _recorded(base: Path) -> list[str]:
+    lines = [
+        line
+        for p in base.glob(".out.mq-stream/records.*")
+        for line in p.read_text().splitlines(keepends=True)
+    ]
+    return [json.loads(line)["record"]["file"] for line in lines if line.endswith("\n")]
 
 
 def _torchrun(base: Path, world: int, **more: str) -> "subprocess.Popen[bytes]":
