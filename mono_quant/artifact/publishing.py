@@ -1,9 +1,10 @@
 """From a saved folder to a repository: check it, give it the card of the place where it will be, push it in one commit."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from mono_quant.hf.state import at_rest
 from mono_quant.io.disk.json_text import canonical_json
 from mono_quant.io.disk.manifest import MANIFEST, README
 from mono_quant.io.disk.output import record, temporary_folder, write_file
+from mono_quant.io.hub.branch import WorkBranch
 from mono_quant.io.hub.client import HUB, Hub
 from mono_quant.io.hub.push import PushResult, push
 from mono_quant.io.hub.target import (
@@ -38,7 +40,7 @@ from mono_quant.io.hub.target import (
     open_target,
     refuse_foreign,
 )
-from mono_quant.io.hub.uploads import gather
+from mono_quant.io.hub.uploads import LocalFile, gather
 from mono_quant.io.phases import phase
 from mono_quant.io.tensors.checkpoint import open_checkpoint
 from mono_quant.planning.config import HALVES
@@ -76,30 +78,81 @@ def publish(
         HubError: the Hub refused; see `mono_quant.errors`.
     """
     manifest = Manifest.read(folder, hashes=False)
-    sent = {name: facts for name, facts in manifest.files.items() if name != README}
+    sent = _sent(manifest)
     with phase("Checking the files"):
-        files = gather(
-            folder, sorted(sent), {name: (facts["size"], facts["sha256"]) for name, facts in sent.items()}
-        )
+        files = gather(folder, sorted(sent), _expected(sent))
     place = full_id(repo_id, client)
     ours = checked_card(folder, place)
     check_loads(folder, manifest, model)
     target = open_target(place, options, source=manifest.source, hub=client)
-    about = read_card_facts(folder, place)
+    with _for_target(folder, manifest, target, options, ours) as (made, description):
+        return push(
+            target,
+            files | made,
+            options,
+            message=_message(manifest),
+            description=description,
+            merged=[README],
+        )
+
+
+def publish_gathered(
+    folder: Path, branch: WorkBranch, gathered: Collection[str], options: PushOptions = PUSH
+) -> PushResult:
+    """Publish a model whose weights gathered on a work branch, in one commit; see `publish`.
+
+    Args:
+        folder: everything else of it, with the manifest of all.
+        branch: that holds the weights.
+        gathered: paths of the files on the branch.
+        options: how to push.
+
+    Returns:
+        The commit that holds the files.
+
+    Raises:
+        HubConflictError: something in the repository is not ours to replace.
+        HubError: the Hub refused; see `mono_quant.errors`.
+    """
+    manifest = Manifest.read(folder)
+    sent = {name: facts for name, facts in _sent(manifest).items() if name not in gathered}
+    files = gather(folder, sorted(sent), _expected(sent))
+    ours = checked_card(folder, branch.repo_id)
+    target = open_target(branch.repo_id, options, source=manifest.source, hub=branch.hub)
+    with _for_target(folder, manifest, target, options, ours) as (made, description):
+        return branch.publish(
+            target,
+            files | made,
+            gathered,
+            options,
+            source=manifest.source,
+            message=_message(manifest),
+            description=description,
+            merged=[README],
+        )
+
+
+def _sent(manifest: Manifest) -> dict[str, Mapping[str, Any]]:
+    """Return what a manifest says of the files that are pushed as they are."""
+    return {name: facts for name, facts in manifest.files.items() if name != README}
+
+
+def _expected(sent: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
+    return {name: (facts["size"], facts["sha256"]) for name, facts in sent.items()}
+
+
+@contextmanager
+def _for_target(
+    folder: Path, manifest: Manifest, target: Target, options: PushOptions, ours: str
+) -> Iterator[tuple[dict[str, LocalFile], str]]:
+    """Make the card and the manifest for a repository, and the text of a pull request."""
+    about = read_card_facts(folder, target.repo_id)
     card = _card_for(target, options, ours, about).encode()
     with temporary_folder() as staged:
         write_file(staged / README, card)
-        moved = replace(manifest, files={**sent, README: record(card)})
+        moved = replace(manifest, files={**_sent(manifest), README: record(card)})
         write_file(staged / MANIFEST, canonical_json(moved.to_dict(), MANIFEST).encode())
-        files |= gather(staged, [README, MANIFEST])
-        return push(
-            target,
-            files,
-            options,
-            message=_message(manifest),
-            description=proposal(about, target),
-            merged=[README],
-        )
+        yield gather(staged, [README, MANIFEST]), proposal(about, target)
 
 
 def check_publish(repo_id: str, options: PushOptions, coming: Preview, client: Hub = HUB) -> None:

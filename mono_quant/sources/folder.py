@@ -46,6 +46,7 @@ from mono_quant.io.hub.repo import RepoFile, cached_commit, git_id
 from mono_quant.io.memory import uncollected
 from mono_quant.io.tensors.blockwise import Blockwise, Dequantized
 from mono_quant.io.tensors.checkpoint import Checkpoint, WeightFile, open_checkpoint, open_weights
+from mono_quant.io.tensors.listing import Listing
 from mono_quant.planning.walk import common_dtype
 from mono_quant.sources.guards import (
     Shapes,
@@ -152,18 +153,21 @@ def _stored(subject: Subject, bare: _Skeleton, checkpoint: Checkpoint | Dequanti
     )
 
 
-def savable_folder(folder: Path, access: Access, checkpoint: Checkpoint) -> Source:
+def savable_folder(
+    folder: Path, access: Access, listing: Listing, weights: tuple[WeightFile, ...] = ()
+) -> Source:
     """Make a source with a skeleton in it that has everything but weights: it can be converted and saved around them.
 
     Args:
         folder: of a model.
         access: how to read it.
-        checkpoint: the weights in the folder, of which the headers are read.
+        listing: what its weight files say of themselves, wherever they are.
+        weights: those files, where they are in the folder and nobody hashed them yet.
 
     Raises:
         MonoQuantError: as `from_folder`.
     """
-    shapes = {name: (h.dtype, h.shape) for name, h in checkpoint.headers.items()}
+    shapes = {name: (h.dtype, h.shape) for name, h in listing.tensors.items()}
     bare = _skeleton(folder, read_config(folder), access, shapes)
     source = _of_folder(folder, bare, held_around(folder, bare.encoder) if bare.encoder else {})
     subject = source.subject
@@ -175,7 +179,7 @@ def savable_folder(folder: Path, access: Access, checkpoint: Checkpoint) -> Sour
         subject = replace(subject, model=whole, settings=settings_of(whole))
     used = ("trust_remote_code",) if bare.has_code else ()
     origin = replace(subject.origin, access=used)
-    return replace(source, subject=replace(subject, origin=origin, weights=checkpoint.weight_files()))
+    return replace(source, subject=replace(subject, origin=origin, weights=weights))
 
 
 def from_headers(folder: Path, access: Access, shapes: Shapes, others: Around) -> Source:

@@ -17,6 +17,7 @@ from mono_quant.io.phases import phase
 from mono_quant.io.tensors.headers import Span, parse_header_bytes
 from mono_quant.io.tensors.listing import (
     MAX_INDEX_BYTES,
+    STEMS,
     FileHeader,
     Listing,
     check_headers,
@@ -27,7 +28,7 @@ from mono_quant.io.tensors.listing import (
 from mono_quant.io.tensors.pickles import PICKLES
 from mono_quant.io.tensors.shards import index_name
 from mono_quant.io.text import listed
-from mono_quant.sources.folder import from_folder, from_headers, is_side_file
+from mono_quant.sources.folder import from_folder, from_headers, is_side_file, savable_folder
 from mono_quant.sources.guards import PIPELINE, Shapes, pipeline_text, refuse_pickles
 from mono_quant.sources.origin import Origin
 from mono_quant.sources.source import Access, Preview, Source
@@ -35,12 +36,7 @@ from mono_quant.sources.source import Access, Preview, Source
 
 def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
     facts = resolve(repo_id, revision=access.revision, hub=access.client)
-    names = {f.path for f in facts.files}
-    if PIPELINE in names:
-        parts = sorted(
-            n.removesuffix("/config.json") for n in names if n.count("/") == 1 and n.endswith("/config.json")
-        )
-        raise UnsupportedModelError(pipeline_text(f"{repo_id} at {facts.sha[:12]}", parts))
+    names = _refuse_pipeline(facts)
     safe = any(n.endswith(".safetensors") for n in names)
     if access.client.is_offline and not safe and not any(PICKLES.fullmatch(n) for n in names):
         raise HubOfflineError(
@@ -66,6 +62,46 @@ def from_hub(repo_id: str, access: Access, weights: bool) -> Source:
     else:
         shapes = remote_headers(facts, access.client)[0]
         opened = from_headers(folder, access, shapes, _headers_below(facts, access.client))
+    return _of_repository(opened, facts)
+
+
+def savable_repository(facts: RepoFacts, access: Access, listing: Listing) -> Source:
+    """Make a source with a skeleton in it that has everything but weights; see `savable_folder`.
+
+    Args:
+        facts: of the repository, pinned to a commit.
+        access: how to read it.
+        listing: what its weight files say of themselves.
+
+    Raises:
+        MonoQuantError: as `from_hub`.
+    """
+    _refuse_pipeline(facts)
+    own = listing.files.keys() | {index_name(stem) for stem in STEMS}
+
+    def wanted(name: str) -> bool:
+        if name.endswith(".py"):
+            return access.trust_remote_code
+        return is_allowed(name) and name not in own
+
+    folder = download(facts, wanted=wanted, hub=access.client)
+    with phase("Reading the headers"):
+        return _of_repository(savable_folder(folder, access, listing), facts)
+
+
+def _refuse_pipeline(facts: RepoFacts) -> set[str]:
+    """Return the names of all files of a repository that is no pipeline."""
+    names = {f.path for f in facts.files}
+    if PIPELINE in names:
+        parts = sorted(
+            n.removesuffix("/config.json") for n in names if n.count("/") == 1 and n.endswith("/config.json")
+        )
+        raise UnsupportedModelError(pipeline_text(f"{facts.repo_id} at {facts.sha[:12]}", parts))
+    return names
+
+
+def _of_repository(opened: Source, facts: RepoFacts) -> Source:
+    """Say of a source that was read from files of a repository where it comes from."""
     found = opened.subject.origin
     opened.subject.origin = replace(_origin(facts, found.name), access=found.access, stored=found.stored)
     if facts.gated:

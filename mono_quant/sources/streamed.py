@@ -1,11 +1,13 @@
 """A checkpoint that stays in its files: a skeleton of its model, and where each of its tensors lies."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mono_quant.errors import SourceNotFoundError
+from mono_quant.io.hub.repo import resolve
 from mono_quant.io.memory import uncollected
 from mono_quant.io.phases import phase
 from mono_quant.io.tensors.blockwise import Blockwise, scale_dtype
@@ -13,11 +15,16 @@ from mono_quant.io.tensors.checkpoint import Checkpoint, WeightFile, open_checkp
 from mono_quant.io.tensors.headers import TORCH_NAMES
 from mono_quant.io.tensors.listing import Listing
 from mono_quant.sources.folder import savable_folder
-from mono_quant.sources.opening import place_of
+from mono_quant.sources.opening import looked_up, place_of
+from mono_quant.sources.remote import remote_listing, savable_repository
 from mono_quant.sources.source import Access, Source
 from mono_quant.stream.blocks import dtype_of
+from mono_quant.stream.hub_supply import HubSupply
 from mono_quant.stream.spec import Piece
 from mono_quant.stream.supply import FolderSupply, Supply
+
+# Of files that are downloaded one is used, one arrives, and one more may hold tensors of the same shard.
+ROOM = 3
 
 
 @dataclass(frozen=True)
@@ -27,15 +34,17 @@ class Streamed:
     Attributes:
         source: with a skeleton that could be saved, once it has weights.
         pieces: where the tensors of the checkpoint lie, by name.
-        supply: of its files.
         identity: by which it is known again, as plain JSON.
+        supply: makes its files come; gets a folder that it may use meanwhile.
+        room: number of its files that may be here at once; None where they are here anyway.
         checkpoint: the files, open; None where they are not here.
     """
 
     source: Source
     pieces: Mapping[str, Piece]
-    supply: Supply
     identity: Mapping[str, Any]
+    supply: Callable[[Path], Supply]
+    room: int | None = None
     checkpoint: Checkpoint | None = None
 
 
@@ -44,24 +53,45 @@ def open_streamed(source: str | Path, access: Access) -> Iterator[Streamed]:
     """Open a checkpoint without reading its weights.
 
     Args:
-        source: a folder.
+        source: a folder or a Hub id.
         access: how to reach it.
 
     Raises:
         MonoQuantError: a typed error for everything that cannot be converted so.
     """
-    assert place_of(source, access) == "local"
+    place = place_of(source, access)
+    if place == "memory":
+        raise SourceNotFoundError(
+            f"an object of type {type(source).__name__} cannot be streamed; pass a folder or a Hub id such as 'org/model'"
+        )
+    if place == "hub":
+        with looked_up(str(source), access):
+            found = _from_hub(str(source), access)
+        yield found
+        return
     folder = Path(source)
     with open_checkpoint(folder) as checkpoint:
-        with phase("Reading the headers"):
-            opened = savable_folder(folder, access, checkpoint)
         files = checkpoint.weight_files()
+        with phase("Reading the headers"):
+            opened = savable_folder(folder, access, checkpoint.listing, files)
         identity = {
             "folder": str(folder.resolve()),
             "files": {file.path.name: _told(file) for file in files},
         }
         pieces = with_scales(_pieces(checkpoint.listing), opened.codes)
-        yield Streamed(opened, pieces, FolderSupply(files), identity, checkpoint)
+        supply = FolderSupply(files)
+        yield Streamed(opened, pieces, identity, lambda scratch: supply, checkpoint=checkpoint)
+
+
+def _from_hub(repo_id: str, access: Access) -> Streamed:
+    facts = resolve(repo_id, revision=access.revision, hub=access.client)
+    listing = remote_listing(facts, access.client)
+    opened = savable_repository(facts, access, listing)
+    identity = {"repo_id": facts.repo_id, "commit": facts.sha}
+    pieces = with_scales(_pieces(listing), opened.codes)
+    return Streamed(
+        opened, pieces, identity, lambda scratch: HubSupply(facts, listing, scratch, access.client), ROOM
+    )
 
 
 def _told(file: WeightFile) -> dict[str, int]:

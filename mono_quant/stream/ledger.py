@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,6 +164,20 @@ class Ledger:
         self._append(record, sent=True)
         if not keep:
             disk.remove_file(self.path(record.file))
+
+    def new_scratch(self) -> Path:
+        """Return an empty folder of this worker, for files that are needed for a while; it goes with the workspace."""
+        path = self.folder / f"scratch.{self.me.rank}"
+        disk.discard(path)
+        disk.make_folder(path)
+        return path
+
+    def learn_sent(self, records: Iterable[ShardRecord]) -> None:
+        """Take in what the other end says that it has: the work of other machines, and of workspaces that are gone."""
+        with self._writing:
+            for record in records:
+                if record.digest not in self._lines:
+                    self._lines[record.digest] = _Line("", record, sent=True)
 
     def claim(self, file: str) -> int | None:
         """Lock a shard against other workers; closing the descriptor gives it back. None where another has it."""

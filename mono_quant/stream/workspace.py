@@ -234,7 +234,9 @@ def _short(value: Any) -> str:
 def _empty(folder: Path) -> None:
     """Remove what an earlier run left, but for locks."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == PLAN):
-        if path.name != "gate" and not path.name.endswith(".lock"):
+        if path.is_dir() and not path.is_symlink():
+            disk.discard(path)
+        elif path.name != "gate" and not path.name.endswith(".lock"):
             disk.remove_file(path)
 
 

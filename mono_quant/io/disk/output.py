@@ -47,6 +47,7 @@ class OutputFolder:
         self.path = path
         self.manifest: dict[str, Any] = {}
         self.files: dict[str, dict[str, Any]] = {}
+        self._elsewhere: set[str] = set()
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview], size: int) -> None:
         """Write a new file whose content is made while it is written.
@@ -85,6 +86,25 @@ class OutputFolder:
             )
         disk.link_file(path, place)
         self.files[name] = {"size": facts["size"], "sha256": facts["sha256"]}
+
+    @property
+    def here(self) -> dict[str, dict[str, Any]]:
+        """Size and sha256 of the files that are in the folder."""
+        return {name: facts for name, facts in self.files.items() if name not in self._elsewhere}
+
+    def leave_elsewhere(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Let the manifest name a file that is where the folder will be published, and not in it.
+
+        Args:
+            name: its name there; see `write`.
+            facts: its size and sha256.
+
+        Raises:
+            OutputError: the name is not allowed or was written already.
+        """
+        self._place(name)
+        self.files[name] = {"size": facts["size"], "sha256": facts["sha256"]}
+        self._elsewhere.add(name)
 
     def _place(self, name: str) -> Path:
         """Return where a new file goes, with the folders above it."""
@@ -338,7 +358,7 @@ def _seal(folder: OutputFolder) -> None:
     strange = [name for name, regular in present if name not in folder.files or not regular]
     lost = [
         name
-        for name, facts in folder.files.items()
+        for name, facts in folder.here.items()
         if (name, True) not in present or _size(folder.path / name) != facts["size"]
     ]
     if strange or lost:
