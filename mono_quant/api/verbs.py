@@ -12,11 +12,13 @@ from mono_quant.api.delivery import Order, deliver
 from mono_quant.api.measuring import suggestion
 from mono_quant.api.recipe import convert_source, plan_source
 from mono_quant.api.result import QuantizedModel
+from mono_quant.api.streaming import StreamOrder, StreamResult, stream
 from mono_quant.artifact import inspection, loading
 from mono_quant.artifact.inspection import Inspection, inspect_any
 from mono_quant.artifact.keeping import keep_loaded_
 from mono_quant.artifact.loading import override_schemes_
 from mono_quant.artifact.publishing import publish
+from mono_quant.artifact.saving import MAX_SHARD_SIZE
 from mono_quant.convert.int8_layers import layers_with_schemes
 from mono_quant.errors import AlreadyQuantizedError, ConfigError, Name
 from mono_quant.graphs.backend import mono_quant
@@ -162,6 +164,55 @@ def quantize_from_hub(
     )
     access = Access(revision, Hub(token=token), trust_remote_code, allow_pickle, "hub")
     return deliver(repo_id, access, order).result
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    dtype: str | torch.dtype = UNSET,
+    *,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    config: QuantizationConfig | Mapping[str, Any] | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    restart: bool = False,
+    private: bool | None = None,
+    overwrite: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    origin: str | None = None,
+    **options: Any,
+) -> StreamResult:
+    """Convert a checkpoint file by file: its model is never in memory, and the result is what `quantize` and `save` would write.
+
+    Weights are read in blocks and written as they come; of a Hub id a few files are here at a time, and finished ones gather on a
+    branch of `push_to` until one commit publishes them all. What is finished when a run ends early stays (in `.NAME.mq-stream`
+    beside the folder, and on that branch), and the same call goes on from there. Under torchrun, its processes share the work.
+
+    Args:
+        source: a local folder, or a Hub id, with safetensors weights.
+        dtype: `int8` (the default) or `fp16`.
+        output: folder to write; it appears whole or not at all.
+        push_to: repository to publish in, in one commit.
+        config: a request to start from; arguments win over it.
+        max_shard_size: of the files that are written, in bytes or text such as `5GB`.
+        restart: discard what an earlier run with other settings, or of another source, left unfinished.
+        private, overwrite, create_pr: as for `quantize_from_hub`.
+        revision, token, trust_remote_code, origin: as for `quantize`.
+        **options: fields of `QuantizationConfig`. Left open, `fidelity` measures models of any size that lie in a folder, with one
+            module in memory at a time.
+
+    Returns:
+        The report, the folder and the commit; none of them for a process of torchrun that leaves the end to another.
+
+    Raises:
+        ResumeError: what an earlier run left is of another source or of other settings; it says which.
+        MonoQuantError: as `quantize`, `QuantizedModel.save` and `push_to_hub`.
+    """
+    push = PushOptions(private=private, overwrite=overwrite, create_pr=create_pr)
+    order = StreamOrder(_request(config, dtype, options), output, push_to, push, restart, max_shard_size)
+    return stream(source, Access(revision, Hub(token=token), trust_remote_code, place=origin), order)
 
 
 def push_to_hub(

@@ -228,7 +228,9 @@ def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
 
 
 def _short(value: Any) -> str:
-    return "not there" if value is _MISSING else printable(json.dumps(value), 80)
+    if value is _MISSING:
+        return "not there"
+    return printable(value if isinstance(value, str) else json.dumps(value), 80)
 
 
 def _empty(folder: Path) -> None:

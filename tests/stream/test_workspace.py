@@ -82,7 +82,7 @@ def test_nothing_is_left_where_nothing_was_finished(tmp_path):
 CHANGES = {
     "a setting": (
         {"settings": {"dtype": "fp16", "skip": []}},
-        r"settings\.dtype was '\"int8\"' and is '\"fp16\"'; give",
+        r"settings\.dtype was 'int8' and is 'fp16'; give",
     ),
     "a setting that is new": (
         {"settings": {"dtype": "int8", "skip": [], "more": 1}},
@@ -90,7 +90,7 @@ CHANGES = {
     ),
     "a setting that is gone": (
         {"settings": {"skip": []}},
-        r"settings\.dtype was '\"int8\"' and is not there",
+        r"settings\.dtype was 'int8' and is not there",
     ),
     "one size of many": (
         {"source": {"path": "source", "sizes": [1, 3]}},
