@@ -23,15 +23,16 @@ from mono_quant.io.disk.output import OutputFolder
 from mono_quant.io.hub.branch import WorkBranch
 from mono_quant.io.hub.push import PushResult
 from mono_quant.io.hub.target import PUSH, PushOptions, full_id, open_target
+from mono_quant.io.memory import free_bytes
 from mono_quant.io.phases import phase
 from mono_quant.io.tensors.checkpoint import open_files
 from mono_quant.io.tensors.shards import write_index
 from mono_quant.io.tensors.tensor_file import TensorEntry
 from mono_quant.planning.config import QuantizationConfig
-from mono_quant.planning.report import QuantReport
+from mono_quant.planning.report import QuantReport, human_bytes
 from mono_quant.sources.opening import place_of, preview
 from mono_quant.sources.source import Access, Subject
-from mono_quant.sources.streamed import Streamed, open_streamed
+from mono_quant.sources.streamed import Streamed, open_streamed, weight_bytes
 from mono_quant.stream.crew import Crew, meet
 from mono_quant.stream.hub_delivery import HubDelivery
 from mono_quant.stream.ledger import Ledger
@@ -131,6 +132,24 @@ def stream(source: str | Path, access: Access, order: StreamOrder) -> StreamResu
             return _Run(opened, order, access, ledger, crew, place, identity).result()
 
 
+def why_stream(source: str | Path, access: Access) -> str:
+    """Return why a checkpoint should be streamed; empty where the model can just as well be in memory.
+
+    Args:
+        source, access: as for `stream`.
+
+    Raises:
+        MonoQuantError: the source cannot be found.
+    """
+    world = meet().world
+    if world > 1:
+        return f"{world} processes share the work"
+    size, free = weight_bytes(source, access), free_bytes()
+    if size <= free // 2:
+        return ""
+    return f"its weights have {human_bytes(size)}, and {human_bytes(free)} of memory are free"
+
+
 def _beside(repo_id: str, request: QuantizationConfig) -> Path:
     """Return where the work of a push lies that writes no folder."""
     return Path(f"{repo_id.rpartition('/')[2]}-{request.dtype}")
@@ -206,7 +225,7 @@ class _Run:
                     self._order.max_shard_size,
                     written,
                 )
-            with phase(f"Converting {type(plan.subject.core).__name__}") as went:
+            with phase(f"Converting {type(plan.subject.core).__name__}", in_bytes=True) as went:
                 done = convert_all(
                     plan.shards,
                     supply,

@@ -1,14 +1,17 @@
 """What the commands do; each gives its answer as JSON and as lines and tables, and prints nothing."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mono_quant import kernels
 from mono_quant.api import verbs
 from mono_quant.api.delivery import Order, after_saving, deliver
+from mono_quant.api.streaming import StreamOrder, stream, why_stream
 from mono_quant.apps.progress import seen
 from mono_quant.artifact import cards, publishing
 from mono_quant.artifact.facts import read_card_facts
@@ -18,12 +21,15 @@ from mono_quant.io.disk.manifest import MANIFEST, README, REPORT
 from mono_quant.io.hub.client import Hub, check_repo_id
 from mono_quant.io.hub.push import PushResult
 from mono_quant.io.hub.target import PushOptions
+from mono_quant.io.memory import peak_bytes
 from mono_quant.planning.config import merge
-from mono_quant.planning.report import human_bytes
+from mono_quant.planning.report import QuantReport, human_bytes
 from mono_quant.planning.tables import Part
-from mono_quant.sources.opening import saved_folder
+from mono_quant.sources.opening import place_of, saved_folder
 from mono_quant.sources.source import Access
 from mono_quant.version import __version__
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Answer",
@@ -88,19 +94,54 @@ def quantize(
     output: Path | None,
     push_to: str | None,
     push: PushOptions,
+    in_files: bool | None,
+    restart: bool,
 ) -> Answer:
     request = merge({"dtype": dtype}, options)
     target = output if output or push_to else Path(f"{_name(source)}-{request.dtype}")
+    if place_of(source, access) == "local":
+        access = replace(access, place="local")  # so that it is said once
+    why = why_stream(source, access) if in_files is None else ""
+    if why:
+        logger.warning("streaming from file to file: %s", why)
+    if in_files or why:
+        return _streamed(source, access, StreamOrder(request, target, push_to, push, restart))
+    if restart:
+        raise ConfigError(
+            "--restart is about unfinished work that --stream leaves; add --stream, or leave it out"
+        )
     done = deliver(source, access, Order(request, target, push_to, push))
-    told: dict[str, Any] = {}
-    parts = list(done.result.report.parts())
-    if done.folder is not None:
-        told |= {"folder": str(done.folder), "folder_bytes": _folder_bytes(done.folder)}
+    return _done(done.result.report, done.folder, done.pushed)
+
+
+def _streamed(source: str, access: Access, order: StreamOrder) -> Answer:
+    if access.allow_pickle:
+        raise ConfigError("--allow-pickle reads weights into memory; leave it out, or add --no-stream")
+    done = stream(source, access, order)
+    if done.report is None:
+        said = "another process of this job has the rest, and writes the result"
+        return Answer(_json({"left_to": said}), (said,))
+    peak = peak_bytes()
+    line = f"memory  {human_bytes(peak)} at most, Python and torch included"
+    return _done(done.report, done.folder, done.pushed, {"peak_memory_bytes": peak}, line)
+
+
+def _done(
+    report: QuantReport,
+    folder: Path | None,
+    pushed: PushResult | None,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    *lines: str,
+) -> Answer:
+    told = dict(more)
+    parts = list(report.parts())
+    if folder is not None:
+        told |= {"folder": str(folder), "folder_bytes": _folder_bytes(folder)}
         parts += ["", f"saved   {told['folder']} ({human_bytes(told['folder_bytes'])} on disk)"]
-    if done.pushed is not None:
-        told |= asdict(done.pushed)
-        parts.append(_pushed_line(done.pushed))
-    return Answer(_json({**done.result.report.to_dict(), **told}), tuple(parts))
+    if pushed is not None:
+        told |= asdict(pushed)
+        parts.append(_pushed_line(pushed))
+    return Answer(_json({**report.to_dict(), **told}), (*parts, *lines))
 
 
 def plan(source: str, dtype: str, **options: Any) -> Answer:

@@ -8,7 +8,18 @@ from contextlib import contextmanager
 
 from huggingface_hub.utils import are_progress_bars_disabled
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
@@ -39,7 +50,7 @@ def seen(say: Callable[[Option], str]) -> Iterator[None]:
 
 
 @contextmanager
-def _nothing(what: str) -> Iterator[Went]:
+def _nothing(what: str, in_bytes: bool) -> Iterator[Went]:
     yield lambda done, total: None
 
 
@@ -64,6 +75,31 @@ class _Bar(BarColumn):
         return super().render(task) if task.total else Text()
 
 
+class _Bytes(DownloadColumn):
+    """How many bytes of how many, where bytes are counted."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if _counts_bytes(task) else Text()
+
+
+class _Rate(TransferSpeedColumn):
+    """How many bytes a second."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if _counts_bytes(task) else Text()
+
+
+class _Left(TimeRemainingColumn):
+    """How long the rest will take at that rate."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if _counts_bytes(task) else Text()
+
+
+def _counts_bytes(task: Task) -> bool:
+    return bool(task.total and task.fields.get("in_bytes"))
+
+
 class _Phases:
     """A line for each phase that is running, once the first of them takes longer than a moment.
 
@@ -71,15 +107,16 @@ class _Phases:
     """
 
     def __init__(self) -> None:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), _Bar(), TimeElapsedColumn())
+        told = (_Bytes(binary_units=False), _Rate(), _Left())
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), _Bar(), *told, TimeElapsedColumn())
         self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
         self.lock = threading.Lock()
         self.running = 0
         self.timer = threading.Timer(DELAY, self._start)
 
     @contextmanager
-    def show(self, what: str) -> Iterator[Went]:
-        task = self._begin(what)
+    def show(self, what: str, in_bytes: bool) -> Iterator[Went]:
+        task = self._begin(what, in_bytes)
 
         def went(done: int, total: int) -> None:
             self.progress.update(task, completed=done, total=total)
@@ -89,14 +126,14 @@ class _Phases:
         finally:
             self._end(task)
 
-    def _begin(self, what: str) -> TaskID:
+    def _begin(self, what: str, in_bytes: bool) -> TaskID:
         with self.lock:
             self.running += 1
             if self.running == 1:
                 self.timer = threading.Timer(DELAY, self._start)
                 self.timer.daemon = True
                 self.timer.start()
-            return self.progress.add_task(what, total=None)
+            return self.progress.add_task(what, total=None, in_bytes=in_bytes)
 
     def _start(self) -> None:
         with self.lock:

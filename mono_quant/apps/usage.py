@@ -201,6 +201,20 @@ def quantize(
         ),
     ] = False,
     fidelity: Annotated[bool, typer.Option(help="Measure the output against the original.")] = True,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Convert file by file, without the model in memory. Default: where its weights have more than half of the "
+            "memory that is free.",
+        ),
+    ] = None,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart", help="Discard what an earlier --stream with other settings left unfinished."
+        ),
+    ] = False,
     allow_pickle: PickleOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -215,7 +229,7 @@ def quantize(
         access = commands.access(revision, origin, token, trust_remote_code, allow_pickle)
         options["activations"] = commands.schemes(activations or ())
         push = commands.push_options(push_to, private, overwrite, create_pr)
-        answer = commands.quantize(source, access, dtype, options, output, push_to, push)
+        answer = commands.quantize(source, access, dtype, options, output, push_to, push, stream, restart)
     _show(answer, as_json)
 
 
@@ -412,7 +426,8 @@ def _one_line(error: Exception) -> str:
         command = getattr(error.ctx, "command_path", "mono-quant")
         said = " ".join(error.format_message().split()).rstrip(".")
         return f"{said}{'' if said.endswith('?') else ';'} see {command} --help"
-    return screen.tidy(error.worded(say) if isinstance(error, MonoQuantError) else str(error))
+    said = error.worded(say) if isinstance(error, MonoQuantError) else str(error)
+    return screen.tidy("; ".join([said, *getattr(error, "__notes__", ())]))
 
 
 def _options(

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,3 +43,9 @@ def _number(file: str, name: str | None = None) -> int | None:
         return None
     place = 0 if name is None else words.index(name) + 1 if name in words else len(words)
     return int(words[place]) if place < len(words) and words[place].isdecimal() else None
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process ever had, files that it maps included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

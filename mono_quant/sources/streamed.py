@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mono_quant.errors import SourceNotFoundError
+from mono_quant.io.disk.allowed import is_allowed
 from mono_quant.io.hub.repo import resolve
 from mono_quant.io.memory import uncollected
 from mono_quant.io.phases import phase
@@ -81,6 +82,25 @@ def open_streamed(source: str | Path, access: Access) -> Iterator[Streamed]:
         pieces = with_scales(_pieces(checkpoint.listing), opened.codes)
         supply = FolderSupply(files)
         yield Streamed(opened, pieces, identity, lambda scratch: supply, checkpoint=checkpoint)
+
+
+def weight_bytes(source: str | Path, access: Access) -> int:
+    """Return the size of the safetensors files of a source; 0 where it has none, or is no such place.
+
+    Args:
+        source: a folder or a Hub id.
+        access: how to reach it.
+
+    Raises:
+        MonoQuantError: the source cannot be found.
+    """
+    if place_of(source, access) == "local":
+        sizes = {path.name: path.stat().st_size for path in Path(source).glob("*.safetensors")}
+    else:
+        with looked_up(str(source), access):
+            facts = resolve(str(source), revision=access.revision, hub=access.client)
+        sizes = {file.path: file.size for file in facts.files if "/" not in file.path}
+    return sum(size for name, size in sizes.items() if name.endswith(".safetensors") and is_allowed(name))
 
 
 def _from_hub(repo_id: str, access: Access) -> Streamed:

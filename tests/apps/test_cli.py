@@ -313,3 +313,59 @@ def test_suggest_says_what_to_pass(source, saved, run):
 def test_completion_offers_the_schemes_that_there_are():
     (option,) = usage.ActivationsOption.__metadata__
     assert option.autocompletion() == [*kernels.ACTIVATIONS, "measured"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_streaming_on_request_writes_what_memory_writes_and_says_what_it_took(run, source, saved, tmp_path):
+    code, out, err = run("quantize", source, "-o", "out", "--no-fidelity", "--stream", "--json")
+    assert (code, err) == (0, "")
+    assert contents(tmp_path / "out") == contents(saved)
+    assert json.loads(out)["peak_memory_bytes"] > 1 << 27
+    assert "memory  " in run("quantize", source, "-o", "other", "--no-fidelity", "--stream")[1]
+
+
+def test_what_has_more_than_half_of_the_free_memory_is_streamed_and_why_is_said(
+    run, source, saved, tmp_path, monkeypatch
+):
+    size = (source / "model.safetensors").stat().st_size
+    monkeypatch.setattr("mono_quant.api.streaming.free_bytes", lambda: 2 * size)
+    assert "streaming" not in run("quantize", source, "-o", "whole", "--no-fidelity")[2]
+    monkeypatch.setattr("mono_quant.api.streaming.free_bytes", lambda: 2 * size - 1)
+    code, _, err = run("quantize", source, "-o", "out", "--no-fidelity")
+    assert (code, err.count("\n")) == (0, 1)
+    assert re.search(
+        r"streaming from file to file: its weights have \S+ kB, and \S+ kB of memory are free", err
+    )
+    assert contents(tmp_path / "out") == contents(saved)
+    assert "streaming" not in run("quantize", source, "-o", "asked", "--no-fidelity", "--no-stream")[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(("--restart",), "add --stream"), (("--stream", "--allow-pickle"), "--no-stream")]
+)
+def test_flags_that_say_nothing_here_are_refused(run, source, tmp_path, flags, said):
+    assert said in refusal(run("quantize", source, *flags))
+    assert not list(tmp_path.iterdir())
+
+
+def test_unfinished_work_of_other_settings_is_named_and_discarded_with_a_flag(
+    run, source, tmp_path, monkeypatch
+):
+    def full(*_: object, **__: object) -> None:
+        raise ConfigError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mono_quant.api.streaming.save_with", full)
+        line = refusal(run("quantize", source, "-o", "out", "--no-fidelity", "--stream"))
+    assert "the disk is full; what is finished stays in" in line
+    line = refusal(run("quantize", source, "--dtype", "fp16", "-o", "out", "--no-fidelity", "--stream"))
+    assert "settings.dtype was 'int8' and is 'fp16'" in line
+    assert "--restart" in line
+    code, _, _ = run(
+        "quantize", source, "--dtype", "fp16", "-o", "out", "--no-fidelity", "--stream", "--restart"
+    )
+    assert code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

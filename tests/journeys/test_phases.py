@@ -17,7 +17,7 @@ def seen() -> Iterator[list[tuple[str, list[tuple[int, int]]]]]:
     told: list[tuple[str, list[tuple[int, int]]]] = []
 
     @contextmanager
-    def show(what: str) -> Iterator[Went]:
+    def show(what: str, in_bytes: bool) -> Iterator[Went]:
         counted: list[tuple[int, int]] = []
         told.append((what, counted))
         yield lambda done, total: counted.append((done, total))
@@ -64,7 +64,7 @@ def test_a_front_end_shows_what_happens_inside_of_it_alone(seen) -> None:
     told: list[str] = []
 
     @contextmanager
-    def show(what: str) -> Iterator[Went]:
+    def show(what: str, in_bytes: bool) -> Iterator[Went]:
         told.append(what)
         yield lambda done, total: None
 

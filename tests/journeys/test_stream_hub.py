@@ -110,7 +110,7 @@ def test_other_settings_do_not_go_on_with_it(server, monkeypatch):
         patched.setattr("mono_quant.api.streaming.publish_gathered", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mono_quant.quantize_checkpoint("org/model", push_to="ann/once", fidelity=False, **SMALL)
-    with pytest.raises(errors.ResumeError, match="settings.dtype was 'int8' and is 'fp16'"):
+    with pytest.raises(errors.ResumeError, match=r"settings\.dtype was 'int8' and is 'fp16'"):
         mono_quant.quantize_checkpoint(
             "org/model", "fp16", push_to="ann/once", output="once-int8", fidelity=False, **SMALL
         )
