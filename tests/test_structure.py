@@ -46,13 +46,15 @@ ROOMS = {
         ["library"],
         ["transforms"],
         ["ops"],
-        ["captured", "fused", "fused_conv", "recurrent"],
+        ["captured", "fused", "fused_conv", "recurrent", "program"],
+        ["recording"],
     ],
     "graphs": [
         ["matching"],
         ["layouts"],
         ["cleaning", "activations", "norms", "rotary", "attention"],
         ["products", "convolutions"],
+        ["runs"],
         ["backend"],
     ],
     "planning": [

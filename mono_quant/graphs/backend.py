@@ -21,6 +21,7 @@ from mono_quant.graphs.layouts import restore_layouts
 from mono_quant.graphs.norms import add_in_norms, join_norms
 from mono_quant.graphs.products import call_alone, join_products
 from mono_quant.graphs.rotary import join_rotary
+from mono_quant.graphs.runs import join_runs
 
 NAME = "mono_quant"
 # In this order: a norm has to be one before a product can take it in.
@@ -60,7 +61,10 @@ def mono_quant(
         raise ConfigError(
             Option("options", dict(options)), " are for another backend; mono_quant has none, leave them out"
         )
-    forward: Callable[..., Any] = rewrite_(graph).forward
+    rewrite_(graph)
+    join_runs(graph)
+    graph.recompile()
+    forward: Callable[..., Any] = graph.forward
     return forward
 
 

@@ -7,17 +7,19 @@ outside this is one room: its parts are its own affair.
 from mono_quant.kernels.activations import ACTIVATIONS, AUTO, SCHEMES, ActivationScheme, check_activations
 from mono_quant.kernels.attention import attention, try_attention
 from mono_quant.kernels.captured import ATTENTION_OPS, CONV_OPS, HALF_OPS, LINEAR_OPS
-from mono_quant.kernels.choice import activation_scheme, describe, describe_half, environment, using
+from mono_quant.kernels.choice import activation_scheme, active, describe, describe_half, environment, using
 from mono_quant.kernels.encoding import cast_half, encode_rows
 from mono_quant.kernels.fused import Norm, Product, chain, chain_parts, norm, rotary
 from mono_quant.kernels.fused_conv import BatchNorm, conv
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
 from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear
 from mono_quant.kernels.packs import bytes_held
+from mono_quant.kernels.program import Program
+from mono_quant.kernels.recording import Recorder
 from mono_quant.kernels.recurrent import run_recurrent
 from mono_quant.kernels.reference import MAX_IN_FEATURES
 from mono_quant.kernels.starvation import processors, starved
-from mono_quant.kernels.watching import is_watched
+from mono_quant.kernels.watching import is_followed, is_watched
 
 __all__ = [
     "ACTIVATIONS",
@@ -33,7 +35,10 @@ __all__ = [
     "BatchNorm",
     "Norm",
     "Product",
+    "Program",
+    "Recorder",
     "activation_scheme",
+    "active",
     "attention",
     "bytes_held",
     "cast_half",
@@ -51,6 +56,7 @@ __all__ = [
     "int8_conv",
     "int8_embedding",
     "int8_linear",
+    "is_followed",
     "is_watched",
     "norm",
     "processors",

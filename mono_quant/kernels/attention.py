@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from mono_quant.errors import InputError
 from mono_quant.kernels import pool
 from mono_quant.kernels.choice import active
+from mono_quant.kernels.cpu import Cpu
 from mono_quant.kernels.watching import is_followed, wants_gradient
 
 # `Attention` of csrc/attention.h.
@@ -76,14 +77,15 @@ def try_attention(
 ) -> Tensor | None:
     """Do what `attention` does where our own kernel can; None where torch has to, for callers with a way of their own."""
     if _is_plain(q, k, v, mask):
-        return native(q, k, v, mask, causal, scale, window)
+        return native_attention(active.cpu, q, k, v, mask, causal, scale, window)
     if _is_captured(q, k, v, mask):
         captured: Tensor = torch.ops.mono_quant.attention(q, k, v, mask, causal, scale, window)
         return captured
     return None
 
 
-def native(
+def native_attention(
+    cpu: Cpu | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -94,7 +96,6 @@ def native(
 ) -> Tensor | None:
     """Attend by our own kernel; None where it has no answer."""
     dtype = q.dtype
-    cpu = active.cpu
     if cpu is None or not k.dtype is v.dtype is dtype or not (q.is_cpu and k.is_cpu and v.is_cpu):
         return None
     if dtype not in _DTYPES or not q.dim() == k.dim() == v.dim() == 4:
@@ -235,7 +236,7 @@ def _attention_op(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    out = native(q, k, v, mask, causal, scale, window)
+    out = native_attention(active.cpu, q, k, v, mask, causal, scale, window)
     return by_torch(q, k, v, mask, causal, scale, window) if out is None else out
 
 

@@ -7,7 +7,7 @@ names the same runtime and is loaded after torch.
 import ctypes
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -29,7 +29,7 @@ _OWN_ACTIVATIONS = {"avxvnni": "int8-g128", "avx512vnni": "int8-g128", "avx512vl
 WIDE = "int12"
 # Paths with kernels of their own for 8-bit codes.
 _BYTES = frozenset(_OWN_ACTIVATIONS)
-_VERSION = 3
+_VERSION = 4
 _FOLDER = Path(__file__).resolve().parent
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -69,6 +69,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "mq_embedding": [_INT, _LONG, _LONG, _LONG] + [_POINTER] * 4 + [_INT],
     "mq_transpose": [_INT] + [_LONG] * 4 + [_POINTER] * 2,
     "mq_attention": [ctypes.c_char_p],
+    "mq_run": [ctypes.c_char_p, _LONG, ctypes.c_char_p, _LONG],
 }
 
 
@@ -156,8 +157,12 @@ class Cpu:
         self._linear, self._half_linear = library.mq_linear, library.mq_half_linear
         self._embedding = library.mq_embedding
         # the C functions of `fused` and of `attention`, which return 0 where they ran
-        self.chain, self.norm, self.rotary = library.mq_chain, library.mq_norm, library.mq_rotary
-        self.attention = library.mq_attention
+        self.chain: Callable[..., int] = library.mq_chain
+        self.norm: Callable[..., int] = library.mq_norm
+        self.rotary: Callable[..., int] = library.mq_rotary
+        self.attention: Callable[..., int] = library.mq_attention
+        # runs what `program` wrote down
+        self.run: Callable[..., int] = library.mq_run
 
     def linear(
         self,

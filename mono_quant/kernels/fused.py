@@ -83,7 +83,7 @@ def chain(
         raise ValueError(f"unknown activation {act!r}; choose from {', '.join(map(repr, _ACTS))}")
     cpu = active.cpu
     if cpu is not None and _is_plain(x):
-        out = _native_chain(cpu, x, first, pre, act, gate, second, residual, post)
+        out = native_chain(cpu, x, first, pre, act, gate, second, residual, post)
         if out is not None:
             return out
     y = x if pre is None else _composed_norm(x, pre)
@@ -130,7 +130,7 @@ def norm(x: Tensor, how: Norm, residual: Tensor | None = None) -> Tensor | tuple
     """
     cpu = active.cpu
     if cpu is not None and _is_plain(x):
-        found = _native_norm(cpu, x, how, residual)
+        found = native_norm(cpu, x, how, residual)
         if found is not None:
             return found
     if residual is None:
@@ -151,7 +151,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     cpu = active.cpu
     if cpu is not None and _is_plain(x):
-        out = _native_rotary(cpu, x, cos, sin)
+        out = native_rotary(cpu, x, cos, sin)
         if out is not None:
             return out
     low, high = x.chunk(2, -1)
@@ -168,7 +168,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
-def _native_chain(
+def native_chain(
     cpu: Cpu,
     x: Tensor,
     first: Product,
@@ -179,6 +179,7 @@ def _native_chain(
     residual: Tensor | None,
     post: Norm | None,
 ) -> Tensor | None:
+    """Do what `chain` does by the library on `x`, which nobody else looks at; None where it has no answer."""
     shape = x.shape
     if torch.is_grad_enabled() and _chain_wants_gradient(x, first, pre, gate, second, residual, post):
         return None
@@ -302,9 +303,10 @@ def _norm_words(how: Norm | None, count: int) -> tuple[int, int, int, float] | N
     return number, scale, shift, epsilon
 
 
-def _native_norm(
+def native_norm(
     cpu: Cpu, x: Tensor, how: Norm, residual: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor] | None:
+    """Do what `norm` does by the library; see `native_chain`."""
     width = x.shape[-1] if x.dim() else 0
     words = _norm_words(how, width)
     if words is None or width == 0:
@@ -329,7 +331,8 @@ def _native_norm(
     return out if residual is None else (out, total)
 
 
-def _native_rotary(cpu: Cpu, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+def native_rotary(cpu: Cpu, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """Do what `rotary` does by the library; see `native_chain`."""
     if x.dim() != 4 or x.stride(-1) != 1 or x.is_neg() or x.shape[-1] % 2:
         return None
     batch, heads, tokens, width = x.shape

@@ -81,18 +81,44 @@ def find(cpu: Cpu, weight: Tensor, key: Key, scheme: ActivationScheme) -> Packed
     Returns:
         What `cpu.pack` made; hold it as long as a kernel reads it.
     """
-    storage = weight.untyped_storage()
-    entry = _entries.get(key)
-    if (
-        entry is None
-        or entry.storage() is not storage
-        or entry.version != weight._version
-        or not entry.unchanged()
-    ):
-        _remember(key, storage, weight)
+    entry = _entry(weight, key)
+    if entry is None:
+        _remember(key, weight.untyped_storage(), weight)
         return None
     packed = entry.packed.get(cpu.path, _MISSING)
     return _pack(cpu, weight, scheme, entry) if packed is _MISSING else packed
+
+
+def settled(path: str, weight: Tensor, key: Key) -> Packed | None:
+    """Return what `find` would return, where it has nothing to do for that.
+
+    Args:
+        path: the name of the instruction set.
+        weight: any view of the memory of the codes.
+        key: see `find`.
+
+    Raises:
+        LookupError: the weight is not known, was written to, or would be packed now.
+    """
+    entry = _entry(weight, key)
+    if entry is None:
+        if _is_remembered(weight):
+            raise LookupError(path)
+        return None
+    return entry.packed[path]
+
+
+def _entry(weight: Tensor, key: Key) -> _Entry | None:
+    """Return what is known of a weight, if that is still true."""
+    entry = _entries.get(key)
+    if (
+        entry is None
+        or entry.storage() is not weight.untyped_storage()
+        or entry.version != weight._version
+        or not entry.unchanged()
+    ):
+        return None
+    return entry
 
 
 def pays(cpu: Cpu, scheme: ActivationScheme) -> bool:
@@ -113,12 +139,16 @@ def forget() -> None:
 
 
 def _remember(key: Key, storage: torch.UntypedStorage, weight: Tensor) -> None:
-    # an inference tensor has no version: a change could not be seen
-    if _budget() > 0 and not weight.is_inference():
+    if _is_remembered(weight):
         # the callback runs wherever the last tensor goes away, so it takes no lock
         _entries[key] = _Entry(
             weakref.ref(storage, partial(_drop, key)), weight._version, Samples(key[0], weight.nbytes)
         )
+
+
+def _is_remembered(weight: Tensor) -> bool:
+    # an inference tensor has no version: a change could not be seen
+    return _budget() > 0 and not weight.is_inference()
 
 
 def _drop(key: Key, storage: "weakref.ref[torch.UntypedStorage]") -> None:

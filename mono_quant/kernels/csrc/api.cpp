@@ -5,6 +5,7 @@
 #include "fused_conv.h"
 #include "layout.h"
 #include "linear.h"
+#include "program.h"
 #include "recurrent.h"
 
 using namespace mq;
@@ -31,7 +32,7 @@ bool known_product(const Chain& chain, const Product& product, int64_t first) {
 }  // namespace
 
 // Changes whenever a signature or a meaning below does.
-MQ_API int mq_version() { return 3; }
+MQ_API int mq_version() { return 4; }
 
 // One bit per Isa that this processor runs.
 MQ_API int mq_isas() {
@@ -318,4 +319,65 @@ MQ_API int mq_attention(const void* a) {
   if (call.key_heads < 1 || call.heads % call.key_heads != 0 || call.window < 0) return 2;
   if (call.batch == 0 || call.queries == 0 || call.heads == 0) return 0;
   return attention(call) ? 0 : 1;
+}
+
+namespace {
+
+// The arguments of mq_norm and of mq_rotary, in eight-byte fields.
+struct NormStep {
+  int64_t isa, threads, rows, n, kind;
+  const float *weight, *bias;
+  double eps;
+  const float *x, *residual;
+  float *sum, *out;
+};
+
+struct RotaryStep {
+  int64_t isa, threads, sizes[7];
+  const float *x, *cos, *sin;
+  int64_t angle_stride;
+  float* out;
+};
+
+template <typename T>
+T read_as(const int64_t* record) {
+  T read;
+  std::memcpy(&read, record, sizeof(read));
+  return read;
+}
+
+int run_step(StepKind kind, const int64_t* record) {
+  switch (kind) {
+    case StepKind::chain:
+      return mq_chain(record);
+    case StepKind::attention:
+      return mq_attention(record);
+    case StepKind::norm: {
+      const NormStep a = read_as<NormStep>(record);
+      return mq_norm(static_cast<int>(a.isa), static_cast<int>(a.threads), a.rows, a.n, static_cast<int>(a.kind), a.weight,
+                     a.bias, a.eps, a.x, a.residual, a.sum, a.out);
+    }
+    case StepKind::rotary: {
+      const RotaryStep a = read_as<RotaryStep>(record);
+      return mq_rotary(static_cast<int>(a.isa), static_cast<int>(a.threads), a.sizes, a.x, a.cos, a.sin, a.angle_stride, a.out);
+    }
+    case StepKind::copy_rows:
+      return copy_rows(read_as<CopyRows>(record)) ? 0 : 3;
+    case StepKind::add_longs:
+      add_longs(read_as<AddLongs>(record));
+      return 0;
+  }
+  return 2;
+}
+
+}  // namespace
+
+// `steps` steps as program.h describes them; `bases` are the addresses that their places count from, `longest` the words of the
+// longest record. Returns 0, 1 (no kernel or no memory), 2 (bad argument) or 3 (an index is out of range); steps before the one
+// that failed have run.
+MQ_API int mq_run(const int64_t* program, int64_t steps, const int64_t* bases, int64_t longest) {
+  static thread_local Scratch scratch;
+  if (steps < 0 || longest < 0) return 2;
+  int64_t* record = static_cast<int64_t*>(scratch.reserve(longest * 8));
+  return record == nullptr ? 1 : run_steps(program, steps, bases, record, run_step);
 }

@@ -12,6 +12,7 @@ constexpr int64_t kLeastRows = 48;
 constexpr int64_t kSharedQueries = 48;
 // Multiplications below which another thread costs more than it brings.
 constexpr int64_t kThreadWork = 1 << 18;
+constexpr int64_t kLayingRows = 4;
 
 const AttentionKernels& kernels_of(Isa isa) {
 #ifdef MQ_X86
@@ -96,7 +97,9 @@ bool run_by_block(const Attention& a, const AttentionKernels& kernels, const Pla
 }  // namespace
 
 bool attention(const Attention& a) {
-  const int64_t work = a.batch * a.heads * a.queries * a.keys * (a.size + a.value_size) / kThreadWork;
+  // laying keys and values out costs as much as some queries do, which counts where these are few
+  const int64_t rows = a.heads * a.queries + kLayingRows * a.key_heads;
+  const int64_t work = a.batch * rows * a.keys * (a.size + a.value_size) / kThreadWork;
   const int64_t threads = std::max<int64_t>(1, std::min(a.threads, work));
   const AttentionKernels& kernels = kernels_of(static_cast<Isa>(a.isa));
   const Plan plan = plan_of(a, threads);

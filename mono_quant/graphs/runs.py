@@ -1,0 +1,222 @@
+"""Runs: parts of a graph that are calls of `kernels` and views alone, made by one call of the library from the third time on.
+
+Between two products Python takes as long as a small product does, all the more as weights that pass by push it out of the caches.
+What a run holds and when it counts is the matter of `kernels.program`; here is which nodes belong to one. A run is a module
+of the rewritten graph, and as long as it has nothing prepared, or somebody looks on, it is that part of the graph.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from mono_quant import kernels
+from mono_quant.graphs.matching import is_call, is_method, value
+
+_KERNELS = (
+    kernels.chain,
+    kernels.chain_parts,
+    kernels.attention,
+    kernels.norm,
+    kernels.rotary,
+    kernels.int8_linear,
+)
+_VIEWS = (
+    "t", "transpose", "permute", "view", "reshape", "contiguous", "flatten", "unflatten", "split", "chunk", "unsqueeze",
+    "squeeze", "expand",
+)  # fmt: skip
+_PLUS = (operator.add, torch.add)
+# Calls from which on a run pays.
+_FEWEST = 2
+# Shapes for which a run has a program at the same time; those of which it knows how often they came.
+_PROGRAMS, _SEEN = 32, 256
+# Calls before another program is written for a shape whose place another one needed, and at most where programs were useless.
+_REST, _MOST_PATIENCE = 8, 1024
+
+
+def join_runs(module: GraphModule) -> None:
+    """Replace the runs of a rewritten graph by modules of it."""
+    graph = module.graph
+    for number, nodes in enumerate(_runs(graph)):
+        name = f"run_{number}"
+        inside = set(nodes)
+        inputs = list(
+            dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+        )
+        outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+        setattr(
+            module,
+            name,
+            Run(_part(module, nodes, inputs, outputs), [_is_parameter(source) for source in inputs]),
+        )
+        with graph.inserting_before(nodes[0]):
+            call = graph.call_module(name, tuple(inputs))
+            views = [graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs))]
+        for old, new in zip(outputs, views, strict=True):
+            new.meta = dict(old.meta)
+            old.replace_all_uses_with(new, delete_user_cb=lambda user, inside=inside: user not in inside)
+        for node in reversed(nodes):
+            graph.erase_node(node)
+
+
+def _runs(graph: Graph) -> list[list[Node]]:
+    found: list[list[Node]] = [[]]
+    for node in graph.nodes:
+        if _belongs(node, found[-1]):
+            found[-1].append(node)
+        elif found[-1] and node.op != "placeholder":
+            found.append([])
+    return [nodes for nodes in found if sum(is_call(node, *_KERNELS) for node in nodes) >= _FEWEST]
+
+
+def _belongs(node: Node, before: Sequence[Node]) -> bool:
+    """Say whether a node can go on with a run."""
+    if is_call(node, *_KERNELS) or is_method(node, *_VIEWS, "index_copy_"):
+        return True
+    if is_call(node, operator.getitem):
+        source, index = node.args
+        places = index if isinstance(index, tuple) else (index,)
+        # a tuple that is made elsewhere is taken apart there
+        is_ours = value(source) is not None or source in before
+        return is_ours and all(value(place) is None and not isinstance(place, Tensor) for place in places)
+    if is_call(node, torch.arange):
+        return _is_long(node)
+    if len(node.args) != 2 or node.kwargs or not _is_long(node) or not _is_long(node.args[0]):
+        return False
+    if is_method(node, "add_"):
+        return type(node.args[1]) is int
+    return is_call(node, *_PLUS) and (type(node.args[1]) is int or _is_long(node.args[1]))
+
+
+def _is_long(node: Any) -> bool:
+    seen = value(node)
+    return seen is not None and seen.dtype is torch.int64 and seen.dim() <= 1
+
+
+def _is_parameter(node: Node) -> bool:
+    """Say whether an input is one that the guards of a graph hold to its shape."""
+    return node.op == "placeholder" and isinstance(value(node), nn.Parameter)
+
+
+def _part(
+    module: GraphModule, nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]
+) -> GraphModule:
+    graph = Graph()
+    inner = {source: graph.placeholder(f"x{i}") for i, source in enumerate(inputs)}
+    for node in nodes:
+        inner[node] = graph.node_copy(node, inner.__getitem__)
+    graph.output(tuple(inner[node] for node in outputs))
+    return GraphModule(module, graph)
+
+
+class Run(nn.Module):
+    """Some nodes in a row: as they stand, or by a program for inputs of one shape."""
+
+    def __init__(self, plain: GraphModule, fixed: Sequence[bool]) -> None:
+        """Take a part of a graph, and which of its inputs are guarded parameters."""
+        super().__init__()
+        self._plain = plain
+        self._moving = [i for i, known in enumerate(fixed) if not known]
+        self._programs: dict[Any, kernels.Program] = {}
+        # by what was seen: calls until a program is written for it; None where none can be
+        self._waiting: dict[Any, int | None] = {}
+        # so many the next time, more and more where programs turn out useless
+        self._patience = 1
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        """Do what the nodes do."""
+        key = self._key(inputs)
+        if key is None:
+            return self._run_plain(inputs)
+        program = self._programs.get(key)
+        if program is not None:
+            found = program.run([x for x in inputs if isinstance(x, Tensor)])
+            if found is not None:
+                self._patience = 1
+                return found
+            # weights were written to, or are packed another way
+            self._programs.pop(key, None)
+            self._patience = min(2 * self._patience, _MOST_PATIENCE)
+            self._waiting[key] = self._patience
+        left = self._waiting.get(key, self._patience)
+        if left == 0:
+            return self._record(key, inputs)
+        if len(self._waiting) >= _SEEN:
+            self._waiting.clear()
+        self._waiting[key] = None if left is None else left - 1
+        return self._run_plain(inputs)
+
+    def _run_plain(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = self._plain.forward(*inputs)
+        return found
+
+    def _key(self, inputs: Sequence[Any]) -> Any:
+        """Return what a program depends on, besides what guards hold to; None where torch has to look at each call."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or kernels.is_followed():
+            return None
+        key: list[Any] = [torch.is_inference_mode_enabled()]
+        for i in self._moving:
+            x = inputs[i]
+            if isinstance(x, Tensor):
+                if (
+                    type(x) not in (Tensor, nn.Parameter)
+                    or not x.is_cpu
+                    or x.is_neg()
+                    or x.layout is not torch.strided
+                ):
+                    return None
+                key += (x.dtype, x.shape, x.stride(), x.is_inference())
+            elif type(x) is int:
+                key.append(x)
+            else:
+                return None
+        return tuple(key)
+
+    def _record(self, key: Any, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        cpu = kernels.active.cpu
+        if cpu is None:
+            return self._run_plain(inputs)
+        recorder = kernels.Recorder(cpu, [x for x in inputs if isinstance(x, Tensor)])
+        found: tuple[Any, ...] = _Recording(self._plain, recorder).run(*inputs)
+        program = recorder.finish(found)
+        if program is None:
+            self._waiting[key] = None
+        else:
+            while len(self._programs) >= _PROGRAMS:
+                oldest = next(iter(self._programs))
+                self._programs.pop(oldest, None)
+                self._waiting[oldest] = _REST
+            self._programs[key] = program
+        return found
+
+
+class _Recording(Interpreter):  # type: ignore[misc]
+    """Runs a part of a graph by what a recorder does in the place of each call."""
+
+    def __init__(self, module: GraphModule, recorder: kernels.Recorder) -> None:
+        super().__init__(module)
+        self._recorder = recorder
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        recorder = self._recorder
+        if target in _KERNELS:
+            return getattr(recorder, target.__name__)(*args, **kwargs)
+        if target is operator.getitem:
+            source, index = args
+            return (
+                source[index] if isinstance(source, tuple | list) else recorder.views(source[index], source)
+            )
+        if target is torch.arange:
+            return recorder.constant(target(*args, **kwargs))
+        return recorder.add_longs(*args)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        source, *rest = args
+        if target == "index_copy_":
+            return self._recorder.copy_rows(source, *rest, **kwargs)
+        if target == "add_":
+            return self._recorder.add_long(source, *rest)
+        return self._recorder.views(getattr(source, target)(*rest, **kwargs), source)
