@@ -98,7 +98,10 @@ def _is_long(node: Any) -> bool:
 
 def _is_parameter(node: Node) -> bool:
     """Say whether an input is one that the guards of a graph hold to its shape."""
-    return node.op == "placeholder" and isinstance(value(node), nn.Parameter)
+    seen = value(node)
+    if node.op != "placeholder" or not isinstance(seen, nn.Parameter):
+        return False
+    return all(isinstance(size, int) for size in (*seen.shape, *seen.stride()))
 
 
 def _part(
