@@ -164,6 +164,21 @@ def test_other_lengths_paths_and_schemes_get_what_is_theirs(classifier):
         assert not torch.equal(wide, settled(model, backend, inputs))
 
 
+def test_sizes_that_no_node_names_are_told_apart():
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.LayerNorm(64), nn.Linear(64, 32)]
+    model = dynamic_quantize(nn.Sequential(*layers).eval(), "int8", disable_defaults=["head", "small"])[0]
+    torch.compiler.reset()
+    backend = Beside()
+    call = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for tokens in (5, 9, 5, 7):
+            for _ in range(3):
+                assert call(torch.randn(tokens, 64)).shape == (tokens, 32)
+    # the second graph is for all lengths
+    assert len(backend.runs) == 2 and len(backend.runs[1]._programs) >= 2
+
+
 def test_gradients_go_the_way_of_torch(classifier):
     model, _, inputs = classifier
     embedded = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()

@@ -153,10 +153,24 @@ def test_what_changes_makes_a_program_useless():
     assert torch.equal(found, kernels.chain(x, one))
 
 
+def test_a_single_code_that_changes_is_noticed():
+    one = product(48, 64)
+    x, (weight, scale, bias) = torch.randn(1, 70, 64), tensors(one)
+    for _ in range(2):
+        kernels.chain(x, one)
+    made, _ = recorded([x, weight, scale, bias], lambda r: [r.chain(x, one)])
+    weight[17, 5] = -weight[17, 5] + 1
+    found = made.run([x, weight, scale, bias])
+    # of a copy, which nothing is known of
+    expected = kernels.int8_linear(x, weight.clone(), scale, bias, "int8-g64")
+    assert found is None or torch.equal(found[0], expected)
+    assert torch.equal(kernels.chain(x, one), expected)
+
+
 def test_what_cannot_be_placed_spoils_a_program_and_not_the_run():
     one, x = product(16, 64), torch.randn(3, 64)
     constants = tensors(one)
-    elsewhere = torch.randn(3, 64)
+    elsewhere, square = torch.randn(3, 64), torch.randn(1, 2, 16, 16)
 
     def by_torch(r):
         return [r.chain(elsewhere, one)]
@@ -168,6 +182,9 @@ def test_what_cannot_be_placed_spoils_a_program_and_not_the_run():
     def half(r):
         return [r.chain(r.views(x.half(), x), one)]
 
+    def upright(r):
+        return [r.attention(r.views(square.transpose(2, 3), square), square, square)]
+
     def twice(r):
         return [r.chain(x, one)]
 
@@ -175,6 +192,7 @@ def test_what_cannot_be_placed_spoils_a_program_and_not_the_run():
         ([x, *constants], by_torch, kernels.chain(elsewhere, one)),
         ([x, *constants], turned, fused.norm(x.t(), ("rms", None, None, 1e-6))),
         ([x, *constants], half, kernels.chain(x.half(), one)),
+        ([square], upright, kernels.attention(square.transpose(2, 3), square, square)),
         ([x, x, *constants], twice, kernels.chain(x, one)),
     ]:
         made, (found,) = recorded(inputs, steps)
