@@ -113,7 +113,11 @@ class Arrival:
         self._progress(layer.name, len(self._replaced), len(self._chosen))
         record(module, layer, encoded, self._done)
         names = (self._own(layer.name), *self._aliases[id(module)])
-        self._replaced[module] = put_int8_(self._model, names, module, layer.kind, encoded)
+        made = self._replaced[module] = put_int8_(self._model, names, module, layer.kind, encoded)
+        for name, parameter in made.named_parameters():
+            if name in encoded or name.removesuffix("_scale") in encoded:
+                # some classes initialise whatever parameter has a certain name
+                setattr(parameter, FILLED, True)
 
 
 def _owners(module: nn.Module, layer: Layer) -> Iterator[tuple[nn.Module, dict[str, str]]]:
