@@ -35,7 +35,7 @@ class Task:
         floats: dtype of tensors that get another one than the scheme would give them, by name.
         written: names of the tensors that a forward writes into, as its code says and as a run has shown.
         unfit: why tensors cannot be cast to half precision, by name, where that is known without their values.
-        unsound: names of tensors that are known to hold NaN or infinity, where the values are not in the model.
+        unsound: tensors that are known to hold NaN or infinity, where the values are not in the model: whether NaN is among them.
     """
 
     model: nn.Module
@@ -46,7 +46,7 @@ class Task:
     floats: Mapping[str, torch.dtype]
     written: frozenset[str] = frozenset()
     unfit: Mapping[str, str] = field(default_factory=dict)
-    unsound: frozenset[str] = frozenset()
+    unsound: Mapping[str, bool] = field(default_factory=dict)
 
     @classmethod
     def of(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 # What is known of a tensor without its values.
@@ -86,6 +86,10 @@ class Elsewhere(Tensor):
     ) -> Any:
         """Refuse: whoever comes here did not ask `__torch_function__`, and would compute with nothing."""
         raise RuntimeError(f"{func} met a weight that is not in memory")
+
+
+# what torch calls it where a call fails: that error is quoted, and is the one of a model in memory
+Elsewhere.__name__ = nn.Parameter.__name__
 
 
 def _here(value: Any) -> Any:

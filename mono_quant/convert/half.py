@@ -144,14 +144,19 @@ def _cast_all(
     halves: dict[int, HalfCast],
     task: Task,
 ) -> str:
-    """Cast all own tensors of a module but the `wide` ones into `halves` by id, or say why the module is kept."""
+    """Cast all own tensors of a module but the `wide` ones into `halves` by id, or say why the module is kept.
+
+    All of them are looked at, so that no value passes that the request refuses.
+    """
+    reasons = []
     for name, tensor in own_floats(module).items():
         if id(tensor) not in halves and id(tensor) not in wide:
             half, reason = cast(f"{prefix}.{name}".lstrip("."), tensor, task)
             if half is None:
-                return reason
-            halves[id(tensor)] = half
-    return ""
+                reasons.append(reason)
+            else:
+                halves[id(tensor)] = half
+    return reasons[0] if reasons else ""
 
 
 def _keep_partners(modules: Mapping[str, nn.Module], keep: dict[str, str]) -> None:

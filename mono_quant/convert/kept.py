@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from mono_quant.convert.contract import Outcome, Task
 from mono_quant.convert.halves import cast, hold_
 from mono_quant.convert.stored import StoredModule
-from mono_quant.errors import NonFiniteWeightError, Words
+from mono_quant.errors import Words
 from mono_quant.planning.config import HALVES
 from mono_quant.planning.layers import declared_float32
 from mono_quant.planning.report import TensorReport, dtype_name
@@ -38,12 +39,10 @@ def narrow_(task: Task, outcome: Outcome) -> Outcome:
         Fp16RangeError: a value does not fit, and the request does not keep such tensors.
     """
     found, problems, wide = {}, {}, {}
+    # what stays in float may hold anything: the notes of the report name it
+    task = replace(task, request=replace(task.request, on_nonfinite="keep"))
     for name, tensor in _matrices(task, outcome):
-        try:
-            half, problem = cast(name, tensor, task, _half(task))
-        except NonFiniteWeightError:
-            # what stays in float may hold anything: the notes of the report name it
-            half, problem = None, "it holds NaN or infinity"
+        half, problem = cast(name, tensor, task, _half(task))
         if half is None:
             problems[name] = f"not stored in {dtype_name(_half(task))}: {problem}"
         else:

@@ -1,8 +1,9 @@
 """The rows of a report: what a model holds before, and what became of it."""
 
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -130,14 +131,16 @@ def layer_reasons(rows: Mapping[str, TensorReport], decisions: Mapping[str, Deci
 
 
 def int8_notes(
-    rows: Sequence[TensorReport], model: nn.Module | None = None, unsound: Container[str] = ()
+    rows: Sequence[TensorReport],
+    model: nn.Module | None = None,
+    unsound: Mapping[str, bool] = MappingProxyType({}),
 ) -> Iterator[str]:
     """Yield what a user must not overlook in an int8 conversion.
 
     Args:
         rows: complete, as `account` gives them.
         model: the converted model; None for a plan, which knows no values.
-        unsound: names of tensors that are known to hold NaN or infinity, where their values are not in the model.
+        unsound: tensors that are known to hold NaN or infinity, where their values are not in the model: whether NaN is among them.
     """
     if not any(row.action == "quantized" for row in rows):
         layers = {row.module or row.name: row.reason for row in rows if row.is_layer and row.action == "kept"}
@@ -150,18 +153,20 @@ def int8_notes(
         yield f"NaN or infinity in tensors that stay in float: {listed(bad)}; check the original model"
 
 
-def _non_finite(rows: Sequence[TensorReport], model: nn.Module, unsound: Container[str]) -> list[str]:
+def _non_finite(rows: Sequence[TensorReport], model: nn.Module, unsound: Mapping[str, bool]) -> list[str]:
     kept = {row.name for row in rows if row.action == "kept"}
-    return [
-        name
-        for name, tensor, is_buffer in tensor_names(model)
-        if name in kept and tensor.is_floating_point() and tensor.numel()
-        if (name in unsound if tensor.is_meta else not _is_sound(tensor.detach(), is_buffer))
-    ]
+    found = []
+    for name, tensor, is_buffer in tensor_names(model):
+        if name in kept and tensor.is_floating_point() and tensor.numel():
+            has_nan = unsound.get(name) if tensor.is_meta else _has_nan(tensor.detach())
+            # a buffer may be a mask, where infinity is meant
+            if has_nan or (has_nan is not None and not is_buffer):
+                found.append(name)
+    return found
 
 
-def _is_sound(values: Tensor, is_buffer: bool) -> bool:
+def _has_nan(values: Tensor) -> bool | None:
+    """Tell whether NaN is among values that are not finite; None where all are."""
     # the extremes need no copy of a large table, and NaN is both
     extremes = torch.stack((values.float() if values.element_size() == 1 else values).aminmax())
-    # a buffer may be a mask, where infinity is meant
-    return not bool(extremes.isnan().any() if is_buffer else (~extremes.isfinite()).any())
+    return None if bool(extremes.isfinite().all()) else bool(extremes.isnan().any())

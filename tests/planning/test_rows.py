@@ -1,9 +1,12 @@
 """Rows of a report after a conversion."""
 
+import math
+
+import pytest
 import torch
 from torch import nn
 
-from mono_quant.planning.rows import Converted, _is_sound, account, survey
+from mono_quant.planning.rows import Converted, _has_nan, account, int8_notes, survey
 
 
 def test_a_tensor_that_only_changed_its_float_dtype_is_kept_with_its_reason_and_its_new_size():
@@ -40,8 +43,21 @@ def test_a_shared_tensor_has_the_dtype_of_the_one_it_is_shared_with():
 
 def test_values_of_eight_bits_are_looked_at_too():
     fine = torch.ones(3).to(torch.float8_e4m3fn)
-    assert _is_sound(fine, is_buffer=False) and _is_sound(torch.ones(3).half(), is_buffer=False)
-    bad = torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2)
-    assert not _is_sound(bad, is_buffer=False) and not _is_sound(bad, is_buffer=True)
-    mask = torch.tensor([0.0, float("-inf")])
-    assert _is_sound(mask, is_buffer=True) and not _is_sound(mask, is_buffer=False)
+    assert _has_nan(fine) is None and _has_nan(torch.ones(3).half()) is None
+    assert _has_nan(torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2)) is True
+    assert _has_nan(torch.tensor([0.0, float("-inf")])) is False
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_infinity_in_a_buffer_is_a_mask_and_nan_never_is(device):
+    values = {"mask": -math.inf, "mean": math.nan, "weight": math.inf, "bias": 1.0}
+    model = nn.Module()
+    for name in ("mask", "mean"):
+        model.register_buffer(name, torch.tensor([0.0, values[name]], device=device))
+    for name in ("weight", "bias"):
+        model.register_parameter(name, nn.Parameter(torch.tensor([0.0, values[name]], device=device)))
+    # of what is on meta, whoever read the values says so
+    unsound = {name: math.isnan(value) for name, value in values.items() if not math.isfinite(value)}
+    rows = list(account(survey(model, []), {}, {}))
+    (note,) = [note for note in int8_notes(rows, model, unsound) if note.startswith("NaN")]
+    assert "'mean'" in note and "'weight'" in note and "mask" not in note and "bias" not in note
