@@ -66,7 +66,7 @@ ROOMS = {
     ],
     "stream": [
         ["spec", "supply", "members"],
-        ["layout", "blocks", "crew", "ledger", "stages", "hub_supply", "hub_delivery"],
+        ["layout", "blocks", "crew", "ledger", "stages", "twins", "hub_supply", "hub_delivery"],
         ["bench", "workspace", "work"],
         ["shard"],
     ],

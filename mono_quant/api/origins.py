@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.convert.int8_layers import tensors_of
+from mono_quant.errors import UnsupportedModelError
 from mono_quant.hf.models import built_buffers
 from mono_quant.hf.names import Placement, place
 from mono_quant.hf.state import checkpoint_state
@@ -15,6 +16,8 @@ from mono_quant.planning.walk import is_transformers_model
 from mono_quant.sources.source import Source
 from mono_quant.stream.layout import Origin, Part
 from mono_quant.stream.spec import Piece
+from mono_quant.stream.supply import Supply
+from mono_quant.stream.twins import are_equal
 
 # A tensor that no file holds is computed by its class, and small: masks, positions.
 MAX_CONSTANT_BYTES = 1 << 24
@@ -51,6 +54,34 @@ def find_origins(
     if names <= found.keys():
         return found
     return _renamed(source, prefix, pieces, codes) | found
+
+
+def check_twins(source: Source, pieces: Mapping[str, Piece], supply: Supply) -> None:
+    """Refuse a checkpoint with different values for what its config makes one tensor: the result could hold but one of them.
+
+    Args:
+        source: with a skeleton in it.
+        pieces: where the tensors of the checkpoint lie, by name.
+        supply: of their files, of which those are read that hold such a tensor twice.
+
+    Raises:
+        UnsupportedModelError: naming two that differ.
+    """
+    held: dict[int, str] = {}
+    sources = source.placed.sources
+    for name, tensor in source.subject.core.named_parameters(remove_duplicate=False):
+        keys = sources.get(name, ())
+        first = held.setdefault(id(tensor), name) if keys else name
+        others = sources[first] if keys else ()
+        if keys == others or (
+            len(keys) == len(others)
+            and all(are_equal(pieces[a], pieces[b], supply) for a, b in zip(others, keys, strict=True))
+        ):
+            continue
+        raise UnsupportedModelError(
+            f"{type(source.subject.core).__name__} cannot be saved: {first} and {name} differ in the checkpoint, and its config.json "
+            f"makes them one. Set tie_word_embeddings to false there, or take one of them out"
+        )
 
 
 def _has_rows(placed: Placement, name: str, shape: tuple[int, ...], held: tuple[int, ...]) -> bool:

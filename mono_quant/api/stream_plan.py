@@ -12,7 +12,7 @@ import torch
 from mono_quant.api.origins import find_origins
 from mono_quant.api.recipe import decided, finished
 from mono_quant.artifact.saving import MAX_SHARD_SIZE, weights_to_save
-from mono_quant.convert.contract import Outcome, Task
+from mono_quant.convert.contract import Decisions, Outcome, Task
 from mono_quant.convert.halves import overflow, unfinite
 from mono_quant.convert.int8 import keep_unfinite, lost
 from mono_quant.convert.schemes import SCHEMES
@@ -103,7 +103,7 @@ def plan_stream(
     if written:
         task = replace(task, written=task.written.union(written))
         decisions = scheme.decide(task)
-    _refuse(found, seen, request)
+    _refuse(decisions, found, seen, request)
     task = replace(task, unfit=_unfit(found, seen, request))
     decisions = keep_unfinite(decisions, found.unfinite) if request.dtype == "int8" else decisions
     names = tuple(name for name, _, _ in tensor_names(work.model))
@@ -111,13 +111,16 @@ def plan_stream(
     report = finished(task, outcome, names, source.notes)
     entries, stem = weights_to_save(work, report)
     # what is tied has codes under the name of one layer
-    kinds = {row.name: row.kind for row in report.rows if row.action == "quantized"}
+    kinds = {
+        row.name: row.kind for row in report.rows if row.action == "quantized" and row.dtype_after == "int8"
+    }
     codes = {entry.name for entry in entries if entry.dtype == torch.int8}
     scales = {f"{name}_scale" for name in codes}
     names_in_file = {entry.name for entry in entries} - scales
     origins = find_origins(source, pieces, names_in_file, kinds)
     entries = [replace(e, dtype=torch.float32) if e.name in found.wide else e for e in entries]
-    shards = shards_of(entries, origins, kinds, max_shard_size, stem)
+    fits = _would_be_cast(task, decisions, report) if request.dtype == "fp16" else {}
+    shards = shards_of(entries, origins, kinds, max_shard_size, stem, fits)
     wide = {part.weight for name in found.wide for part in origins[name.removesuffix("_scale")].parts}
     report = _widened(report, wide)
     return StreamPlan(task, work, outcome, report, request, shards, stem)
@@ -143,7 +146,7 @@ def with_values(plan: StreamPlan, seen: Sequence[Seen], notes: Sequence[str]) ->
             rows.append(replace(row, flushed=values.flushed))
         else:
             rows.append(row)
-    unsound = frozenset(name for name, values in sums.items() if values.unfinite)
+    unsound = {name: values.nan > 0 for name, values in sums.items() if values.unfinite}
     task = replace(plan.task, unsound=unsound)
     said = (*notes, *SCHEMES[plan.request.dtype].notes(task, rows, plan.task.model))
     return replace(plan.report, rows=tuple(rows), notes=said)
@@ -156,11 +159,19 @@ def _silent(name: str, done: int, total: int) -> None:
     del name, done, total
 
 
-def _refuse(found: Found, seen: Mapping[str, Seen], request: QuantizationConfig) -> None:
-    """Refuse values that the request does not let pass."""
+def _refuse(
+    decisions: Decisions, found: Found, seen: Mapping[str, Seen], request: QuantizationConfig
+) -> None:
+    """Refuse values that the request does not let pass; what stays in float may hold anything."""
     if request.dtype != "int8" or request.on_nonfinite == "keep":
         return
-    for name in sorted(found.unfinite):
+    chosen = {
+        f"{layer}.{weight}".lstrip(".")
+        for layer, decision in decisions.items()
+        for weight in decision.layer.matrices
+        if decision.quantize
+    }
+    for name in sorted(found.unfinite & chosen):
         raise NonFiniteWeightError(
             f"{name}: {seen[name].unfinite} values are NaN or infinite. Repair the checkpoint, or keep the layer in float with ",
             Option("on_nonfinite", "keep"),
@@ -170,17 +181,28 @@ def _refuse(found: Found, seen: Mapping[str, Seen], request: QuantizationConfig)
 def _unfit(found: Found, seen: Mapping[str, Seen], request: QuantizationConfig) -> dict[str, str]:
     """Return why tensors are not cast to half precision."""
     dtype = torch.float16 if request.dtype == "fp16" else HALVES.get(request.kept, torch.float16)
-    if request.dtype == "int8":
-        # what stays in float may hold anything
-        unfit = dict.fromkeys(found.unfinite, "it holds NaN or infinity")
-    else:
-        unfit = {
-            name: unfinite(name, f"{seen[name].unfinite} values are NaN or infinite", request)
-            for name in sorted(found.unfinite)
-        }
+    # what stays in float beside int8 may hold anything
+    asked = request if request.dtype == "fp16" else replace(request, on_nonfinite="keep")
+    unfit = {
+        name: unfinite(name, f"{seen[name].unfinite} values are NaN or infinite", asked)
+        for name in sorted(found.unfinite)
+    }
     for name in sorted(found.overflowed):
         unfit[name] = overflow(name, seen[name].overflowed, seen[name].largest, request, dtype)
     return unfit
+
+
+def _would_be_cast(task: Task, decisions: Decisions, report: QuantReport) -> dict[str, str]:
+    """Return the tensors that stay as they are for no other reason than values of tensors beside them, with the dtype otherwise."""
+    chosen = {layer for layer, decision in decisions.items() if decision.quantize}
+    names = {
+        row.name
+        for row in report.rows
+        if row.action == "kept"
+        and row.module in chosen
+        and getattr(torch, row.dtype_before).is_floating_point
+    }
+    return dict.fromkeys(names - task.floats.keys() - task.unfit.keys(), dtype_name(torch.float16))
 
 
 def _widened(report: QuantReport, wide: Container[str]) -> QuantReport:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mono_quant.api.apart import original_apart, result_apart
+from mono_quant.api.origins import check_twins
 from mono_quant.api.recipe import NOT_ASKED, measured, reference_of
 from mono_quant.api.stream_plan import StreamPlan, plan_stream, with_values
 from mono_quant.artifact.publishing import check_publish, publish_gathered
@@ -46,6 +47,10 @@ _GONE = "the files of the result were sent away as they were made; write a folde
 _FROM_HUB = (
     "the weights came from the Hub file by file; download the repository and convert the folder to measure it"
 )
+
+# What says only which values are refused, and what is measured of a result: finished files stay what they are. A user who was
+# refused changes it, and goes on.
+_LATER = ("on_nonfinite", "on_overflow", "fidelity")
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,7 @@ class _Run:
         """Convert all shards; None where another worker finishes. What values say that was not known is planned with."""
         opened, ledger = self._opened, self._ledger
         supply = opened.supply(ledger.new_scratch())
+        check_twins(opened.source, opened.pieces, supply)
         delivery = None if self._branch is None else HubDelivery(self._branch)
         if delivery is not None:
             ledger.learn_sent(delivery.records())
@@ -304,7 +310,7 @@ def _identity(opened: Streamed, order: StreamOrder) -> dict[str, Any]:
     packages = ("torch", "transformers", "safetensors")
     return {
         "source": opened.identity,
-        "settings": order.request.to_dict(),
+        "settings": {key: value for key, value in order.request.to_dict().items() if key not in _LATER},
         "max_shard_size": order.max_shard_size,
         "versions": {"mono_quant": __version__} | {name: metadata.version(name) for name in packages},
     }

@@ -16,6 +16,7 @@ from mono_quant.io.tensors.checkpoint import Checkpoint, WeightFile, open_checkp
 from mono_quant.io.tensors.headers import TORCH_NAMES
 from mono_quant.io.tensors.listing import Listing
 from mono_quant.sources.folder import savable_folder
+from mono_quant.sources.guards import read_config
 from mono_quant.sources.opening import looked_up, place_of
 from mono_quant.sources.remote import remote_listing, savable_repository
 from mono_quant.sources.source import Access, Source
@@ -71,6 +72,7 @@ def open_streamed(source: str | Path, access: Access) -> Iterator[Streamed]:
         yield found
         return
     folder = Path(source)
+    read_config(folder)  # which says what the folder is, where it is no checkpoint
     with open_checkpoint(folder) as checkpoint:
         files = checkpoint.weight_files()
         with phase("Reading the headers"):

@@ -94,7 +94,7 @@ class Bench:
             tally = Tally(0, 0, made.overflowed, made.clamped, made.flushed, largest=largest)
             values = into
         else:
-            tally = _unfinite(values)
+            tally = _beyond(values, dtype_of(job.fits)) if job.fits else _unfinite(values)
             if dtype != values.dtype:
                 values = self._take("cast", dtype, values.numel()).copy_(values)
         self._put(values, place.start + block.first * block.grid.depth * dtype.itemsize)
@@ -163,6 +163,15 @@ class Bench:
 def _bytes_of(values: Tensor) -> memoryview:
     data: memoryview = values.view(torch.uint8).numpy().data
     return data
+
+
+def _beyond(values: Tensor, dtype: torch.dtype) -> Tally:
+    """Tell what a cast that is not carried out would find."""
+    try:
+        made = kernels.cast_half(values, dtype, threads=1)
+    except NonFiniteWeightError:
+        return _unfinite(values)
+    return Tally(overflowed=made.overflowed, largest=float(values.abs().max()) if made.overflowed else 0.0)
 
 
 def _unfinite(values: Tensor) -> Tally:

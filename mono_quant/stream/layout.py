@@ -1,6 +1,7 @@
 """Tensors of a result, and what each is made of, become the plans of its files."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ def shards_of(
     kinds: Mapping[str, str],
     max_shard_size: int | str,
     stem: str,
+    fits: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[ShardPlan, ...]:
     """Plan the files of a result.
 
@@ -56,6 +58,7 @@ def shards_of(
         origins: what each of them is made of, by name; scales are made of what their codes are made of.
         kinds: of layer, by the name in the model of weights that have one.
         max_shard_size, stem: see `plan_shards`.
+        fits: see `Job`, by the name in the model.
 
     Raises:
         UnsupportedModelError: nothing in the source is what a tensor is made of.
@@ -66,13 +69,18 @@ def shards_of(
     codes = {e.name for e in entries if e.dtype == torch.int8 and f"{e.name}{SCALE}" in by_name}
     plan = plan_shards(sizes, max_shard_size, stem)
     return tuple(
-        _shard(lay_out(file, [by_name[name] for name in names]), file, origins, kinds, codes)
+        _shard(lay_out(file, [by_name[name] for name in names]), file, origins, kinds, codes, fits)
         for file, names in plan.items()
     )
 
 
 def _shard(
-    layout: Layout, file: str, origins: Mapping[str, Origin], kinds: Mapping[str, str], codes: set[str]
+    layout: Layout,
+    file: str,
+    origins: Mapping[str, Origin],
+    kinds: Mapping[str, str],
+    codes: set[str],
+    fits: Mapping[str, str],
 ) -> ShardPlan:
     places = {e.name: _place(e, layout.starts[e.name]) for e in layout.entries}
     jobs: list[Job] = []
@@ -93,7 +101,7 @@ def _shard(
             scale = places.get(f"{base}{SCALE}")
             jobs += _codes(origin.parts, place if base == name else None, scale, kinds)
         else:
-            jobs += _floats(origin.parts, place)
+            jobs += _floats(origin.parts, place, fits)
     # in the order of the source: disks and downloads are read once, from front to back
     jobs.sort(key=lambda job: (job.source.file, job.source.start))
     return ShardPlan(file, layout.size, layout.header, tuple(jobs), tuple(constants))
@@ -125,14 +133,15 @@ def _codes(
         code, row = code + shape.numel(), row + rows
 
 
-def _floats(parts: Sequence[Part], value: Place) -> Iterator[Job]:
+def _floats(parts: Sequence[Part], value: Place, fits: Mapping[str, str]) -> Iterator[Job]:
     reached = 0
     for part in parts:
         numel = torch.Size(part.piece.shape).numel()
         held = part.piece.read_as or part.piece.dtype
         action: Action = "copy" if held == value.dtype else "cast"
         place = _within(value, reached, numel, part, parts)
-        yield Job(part.weight, part.number, action, part.piece, "", place)
+        limit = fits.get(part.weight, "") if action == "copy" else ""
+        yield Job(part.weight, part.number, action, part.piece, "", place, fits=limit)
         reached += numel
 
 

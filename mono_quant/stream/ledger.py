@@ -68,8 +68,8 @@ class Ledger:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was ever finished or found here."""
-        return not (self._lines or self.found)
+        """Whether nothing was ever finished here; what was only found is found again."""
+        return not self._lines
 
     @property
     def seen(self) -> dict[str, Seen]:

@@ -164,8 +164,10 @@ class _Run:
 
 def _is_lost(job: Job) -> bool:
     """Tell whether what is not finite would be lost: a copy keeps it."""
-    return job.action == "int8" or (
-        job.action == "cast" and job.value is not None and job.value.dtype in ("float16", "bfloat16")
+    return (
+        job.action == "int8"
+        or bool(job.fits)
+        or (job.action == "cast" and job.value is not None and job.value.dtype in ("float16", "bfloat16"))
     )
 
 

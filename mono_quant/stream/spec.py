@@ -68,6 +68,7 @@ class Job(NamedTuple):
         kind: of the layer (`planning/kinds`): says which axis is a row.
         value: the copy, the cast or the codes; None where another file has it.
         scale: of codes; None where another file has it.
+        fits: dtype that a copy would be cast to if nothing else kept it; what does not fit it is found as in a cast. Empty for none.
     """
 
     weight: str
@@ -77,6 +78,7 @@ class Job(NamedTuple):
     kind: str = ""
     value: Place | None = None
     scale: Place | None = None
+    fits: str = ""
 
 
 class Constant(NamedTuple):
@@ -125,7 +127,7 @@ class ShardPlan:
             "file": self.file,
             "size": self.size,
             "header": base64.b64encode(self.header).decode(),
-            "jobs": [[*job[:3], _piece(job.source), job.kind, job.value, job.scale] for job in self.jobs],
+            "jobs": [[*job[:3], _piece(job.source), *job[4:]] for job in self.jobs],
             "constants": [[place, base64.b64encode(data).decode()] for place, data in self.constants],
         }
 
@@ -133,8 +135,8 @@ class ShardPlan:
     def from_dict(cls, data: Mapping[str, Any]) -> "ShardPlan":
         """Return the plan that `to_dict` described."""
         jobs = tuple(
-            Job(weight, part, action, _read_piece(source), kind, _place(value), _place(scale))
-            for weight, part, action, source, kind, value, scale in data["jobs"]
+            Job(weight, part, action, _read_piece(source), kind, _place(value), _place(scale), fits)
+            for weight, part, action, source, kind, value, scale, fits in data["jobs"]
         )
         constants = tuple(Constant(_some(place), base64.b64decode(raw)) for place, raw in data["constants"])
         return cls(data["file"], data["size"], base64.b64decode(data["header"]), jobs, constants)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from mono_quant.errors import (
 from mono_quant.kernels.weights import quantize_rows
 from mono_quant.stream import blocks
 from mono_quant.stream.shard import convert_shard
-from mono_quant.stream.spec import Found
+from mono_quant.stream.spec import Found, ShardPlan
 
 KINDS = {
     "linear": (13, 17),
@@ -246,7 +247,7 @@ def test_what_only_values_say_is_found_and_leaves_no_file(tmp_path):
     record = convert_shard(plan, supply(tmp_path / "source"), target, block=10)
     assert not target.exists()
     assert (record.size, record.sha256) == (0, "")
-    assert record.found == Found({"wide"}, {"nan", "double", "lost"}, {"large"})
+    assert record.found == Found({"wide_scale"}, {"nan", "double", "lost"}, {"large"})
     seen = {s.weight: s for s in record.seen}
     assert {n: (s.unfinite, s.nan) for n, s in seen.items() if s.unfinite} == {
         "nan": (2, 1),
@@ -275,6 +276,28 @@ def test_what_a_copy_holds_is_no_reason_to_fail(tmp_path):
         "kept": (2, 1),
         "x": (0, 0),
     }
+
+
+def test_a_copy_that_would_be_cast_is_looked_at_like_a_cast(tmp_path):
+    listed = [
+        Made("fits", bad((8, 5), torch.float32, (3, 65504.0), (5, 1e-9))),
+        Made("large", bad((8, 5), torch.bfloat16, (3, 70144.0), (9, -65536.0))),
+        Made("lost", bad((8, 5), torch.float32, (7, -INF), (8, NAN))),
+        Made("free", bad((8, 5), torch.float32, (7, -INF), (8, 1e9))),
+    ]
+    plan, files, wanted = shard_of(tmp_path, listed)
+    target = tmp_path / "out.safetensors"
+    asked = replace(
+        plan, jobs=tuple(j._replace(fits="float16" if j.weight != "free" else "") for j in plan.jobs)
+    )
+    assert ShardPlan.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+    record = convert_shard(asked, files, target, block=10)
+    assert record.found == Found(unfinite={"lost"}, overflowed={"large"}) and not target.exists()
+    seen = {s.weight: (s.overflowed, s.unfinite, s.largest) for s in record.seen}
+    assert seen == {"fits": (0, 0, 0), "large": (2, 0, 70144), "lost": (0, 2, 0), "free": (0, 1, 0)}
+    known = tuple(j._replace(fits="float16" if j.weight == "fits" else "") for j in plan.jobs)
+    assert convert_shard(replace(plan, jobs=known), files, target).found == Found()
+    assert target.read_bytes() == wanted
 
 
 def test_wide_scales_are_written_where_they_are_expected(tmp_path):
