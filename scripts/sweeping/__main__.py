@@ -3,6 +3,7 @@
     scripts/sweep                                  # hours on two cores; goes on where the last run ended
     scripts/sweep --only bert,LlamaForCausalLM --dtype int8 --again
     scripts/sweep --source bfloat16                # the float models as bfloat16 checkpoints
+    scripts/sweep --streams                        # only whether what is streamed is what is saved: an hour
     scripts/sweep --table                          # only the tables of what is known
 
 Each class is built from a shrunk config and, for int8 and fp16, planned, quantized, saved, loaded, compared and verified. The end
@@ -24,6 +25,7 @@ from sweeping.classes import architectures
 from sweeping.findings import FAULT, NOT_BUILT, Findings
 from sweeping.journey import travel
 from sweeping.pool import Job, Limits, Record, run_all
+from sweeping.streams import travel_in_files
 from sweeping.subject import prepare
 
 DTYPES = ("int8", "fp16")
@@ -60,6 +62,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--source", choices=("float32", "bfloat16"), default="float32", help="dtype of the float model"
     )
+    parser.add_argument(
+        "--streams", action="store_true", help="only: the streamed folder is the saved one, byte for byte"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=int, default=900, help="for one class")
     parser.add_argument("--gigabytes", type=int, default=6, help="of memory for one class")
@@ -77,7 +82,8 @@ def _sweep(jobs: list[Job], dtypes: list[str], options: argparse.Namespace) -> N
     _warm()
 
     def work(job: Job, home: Path) -> Iterator[Record]:
-        yield from _examine(job, home, dtypes, options.source)
+        examine = _examine_streams if options.streams else _examine
+        yield from examine(job, home, dtypes, options.source)
 
     limits = Limits(options.seconds, options.gigabytes)
     with options.results.open("a", encoding="utf-8") as file:
@@ -115,6 +121,18 @@ def _examine(job: Job, home: Path, dtypes: list[str], source: str) -> Iterator[R
         found = travel(subject, dtype, place)
         yield _record(job, dtype, source, found.verdict, found, start, parameters=subject.parameters)
         start = time.monotonic()
+
+
+def _examine_streams(job: Job, home: Path, dtypes: list[str], source: str) -> Iterator[Record]:
+    for dtype in dtypes:
+        start = time.monotonic()
+        place = home / dtype
+        place.mkdir()
+        try:
+            found = travel_in_files(*job, dtype, source, place)
+        except Exception as e:  # noqa: BLE001 - why a class cannot be built is the result
+            found = Findings([(NOT_BUILT, "build", f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")])
+        yield _record(job, dtype, source, found.verdict, found, start)
 
 
 def _unanswered(

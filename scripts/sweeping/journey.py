@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import mono_quant
 from mono_quant.artifact.inspection import verify
-from sweeping import checks
+from sweeping import checks, streams
 from sweeping.findings import Findings
 from sweeping.outputs import differences, run
 from sweeping.subject import Subject
@@ -35,7 +35,7 @@ def travel(subject: Subject, dtype: str, home: Path) -> Findings:
     result = found.attempt("quantize the object", mono_quant.quantize, subject.model, dtype)
     found.check("the original is untouched", changes(before, subject.model))
     if subject.folder is not None:
-        _take_the_folder_road(found, subject, result, dtype)
+        _take_the_folder_road(found, subject, result, dtype, home)
     if result is not None:
         found.check("the plan of the object is what was done", checks.other_rows(planned, result.report))
         found.check("the report accounts for every tensor", checks.unaccounted(subject.model, result.report))
@@ -43,9 +43,13 @@ def travel(subject: Subject, dtype: str, home: Path) -> Findings:
     return found
 
 
-def _take_the_folder_road(found: Findings, subject: Subject, from_object: Any, dtype: str) -> None:
+def _take_the_folder_road(
+    found: Findings, subject: Subject, from_object: Any, dtype: str, home: Path
+) -> None:
     planned = found.attempt("plan the folder", mono_quant.plan, subject.folder, dtype)
     result = found.attempt("quantize the folder", mono_quant.quantize, subject.folder, dtype)
+    assert subject.folder is not None
+    streams.follow(found, result, subject.folder, dtype, home)
     if result is None:
         return
     found.check("the plan of the folder is what was done", checks.other_rows(planned, result.report))
