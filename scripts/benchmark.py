@@ -7,6 +7,7 @@
     python scripts/benchmark.py models --models minilm --batches 1 --stacks ours onnxruntime
     python scripts/benchmark.py sentences
     python scripts/benchmark.py loading --gigabytes 2.2
+    python scripts/benchmark.py stream --gigabytes 2 8 --wide --llmcompressor env/bin/python
 
 Competitors of one row run in turn, round after round, so that a disturbance hits all of them; the numbers are medians
 (`--best` takes minima, for a machine that is shared). `models` gives every stack a process of its own, or with `--rounds` several
@@ -31,6 +32,8 @@ from bench.race import BACKENDS
 from bench.restriction import NOTE, restrict, restricted
 from bench.sentences import COUNT, run_sentences
 from bench.stacks import STACKS
+from bench.streaming import CACHES, run_stream
+from bench.streaming import WAYS as STREAM_WAYS
 from bench.whole import run_models, run_worker
 
 from mono_quant import kernels
@@ -101,6 +104,21 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--rounds", type=count, default=3)
     command.add_argument(
         "--scratch", type=Path, help="folder for the checkpoints; the system's when not given"
+    )
+    command = commands.add_parser("stream", parents=[common])
+    command.set_defaults(run=run_stream, plot=plots.plot_stream)
+    command.add_argument("--gigabytes", type=float, nargs="*", default=[8], help="of the float checkpoints")
+    command.add_argument("--wide", action="store_true", help="and one with very large tensors")
+    command.add_argument("--ways", nargs="+", choices=STREAM_WAYS, default=list(STREAM_WAYS))
+    command.add_argument("--once", nargs="+", choices=STREAM_WAYS, default=[], help="in the first round alone")
+    command.add_argument("--cache", nargs="+", choices=CACHES, default=list(CACHES))
+    command.add_argument("--rounds", type=count, default=3)
+    command.add_argument(
+        "--llmcompressor", help="the Python of an environment with llm-compressor, as --peers"
+    )
+    command.add_argument("--scratch", type=Path, help="folder for what is written; the system's when not given")
+    command.add_argument(
+        "--keep", type=Path, help="folder for the checkpoints, on the same disk, which a later run takes from there"
     )
     command = commands.add_parser("worker", parents=[common])
     command.set_defaults(run=run_worker)

@@ -192,3 +192,19 @@ def plot_loading(result: Row, file: Path) -> None:
         axes[0][place].invert_yaxis()
         axes[0][place].set_xlabel(label)
     figure.savefig(file, dpi=130)
+
+
+def plot_stream(result: Row, file: Path) -> None:
+    """Draw the time until the files are on the disk and the memory of every way, one panel per checkpoint and cache."""
+    pairs = list(dict.fromkeys((row["checkpoint"], row["cache"]) for row in result["rows"]))
+    figure, axes = _figure(len(pairs), 2, (9, 1.7 * len(pairs) + 0.6), _title(result))
+    for line, pair in zip(axes, pairs, strict=True):
+        rows = [r for r in result["rows"] if (r["checkpoint"], r["cache"]) == pair and "skipped" not in r]
+        colors = [FLOAT if r["way"].startswith("cp") else TORCH if "llm" in r["way"] else OURS for r in rows]
+        for axis, key, label in zip(
+            line, ("durable", "anonymous"), ("s until on the disk", "MiB"), strict=True
+        ):
+            axis.barh([row["way"] for row in rows], [row[key] for row in rows], color=colors)
+            axis.invert_yaxis()
+            axis.set(title=f"{rows[0]['gigabytes']:.1f} GB, {pair[1]}" if rows else "", xlabel=label)
+    figure.savefig(file, dpi=130)
