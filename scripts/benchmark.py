@@ -110,15 +110,21 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--gigabytes", type=float, nargs="*", default=[8], help="of the float checkpoints")
     command.add_argument("--wide", action="store_true", help="and one with very large tensors")
     command.add_argument("--ways", nargs="+", choices=STREAM_WAYS, default=list(STREAM_WAYS))
-    command.add_argument("--once", nargs="+", choices=STREAM_WAYS, default=[], help="in the first round alone")
+    command.add_argument(
+        "--once", nargs="+", choices=STREAM_WAYS, default=[], help="in the first round alone"
+    )
     command.add_argument("--cache", nargs="+", choices=CACHES, default=list(CACHES))
     command.add_argument("--rounds", type=count, default=3)
     command.add_argument(
         "--llmcompressor", help="the Python of an environment with llm-compressor, as --peers"
     )
-    command.add_argument("--scratch", type=Path, help="folder for what is written; the system's when not given")
     command.add_argument(
-        "--keep", type=Path, help="folder for the checkpoints, on the same disk, which a later run takes from there"
+        "--scratch", type=Path, help="folder for what is written; the system's when not given"
+    )
+    command.add_argument(
+        "--keep",
+        type=Path,
+        help="folder for the checkpoints, on the same disk, which a later run takes from there",
     )
     command = commands.add_parser("worker", parents=[common])
     command.set_defaults(run=run_worker)

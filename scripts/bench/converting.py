@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import mono_quant
-from mono_quant.api.streaming import stream
+from mono_quant.api.streaming import StreamOrder, stream
 from mono_quant.planning.config import QuantizationConfig
 from mono_quant.sources.source import Access
 
@@ -22,7 +22,8 @@ Way = Callable[[Path, Path], object]
 
 
 def _stream(source: Path, target: Path, *, fidelity: bool = False) -> object:
-    return stream(source, Access(place="local"), QuantizationConfig(fidelity=fidelity), target)
+    order = StreamOrder(QuantizationConfig(fidelity=fidelity), target)
+    return stream(source, Access(place="local"), order)
 
 
 def _in_memory(source: Path, target: Path) -> object:

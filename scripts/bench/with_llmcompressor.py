@@ -18,7 +18,14 @@ def main(source: str, target: str, threads: int) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     start = time.perf_counter()
-    model_free_ptq(source, target, scheme="W8A8", ignore=["lm_head", "re:.*embed_tokens"], device="cpu", max_workers=threads)
+    model_free_ptq(
+        source,
+        target,
+        scheme="W8A8",
+        ignore=["lm_head", "re:.*embed_tokens"],
+        device="cpu",
+        max_workers=threads,
+    )
     print(time.perf_counter() - start, flush=True)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from mono_quant.errors import CorruptCheckpointError, MissingFileError, UnsafeInputError
 from mono_quant.io.text import printable
 
-_CHUNK = 64 << 20
+# Bytes that are read at a time: they stay in the caches until they are hashed or written.
+_CHUNK = 1 << 20
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -60,7 +61,11 @@ def open_regular(path: Path) -> int:
 
 def read_all(descriptor: int, size: int, offset: int = 0) -> bytes:
     """Read exactly `size` bytes, or fewer where the file ends."""
-    return b"".join(_pieces(descriptor, size, offset))
+    pieces = []
+    while size > 0 and (piece := os.pread(descriptor, size, offset)):
+        pieces.append(piece)
+        size, offset = size - len(piece), offset + len(piece)
+    return b"".join(pieces)
 
 
 def read_into(data: memoryview, descriptor: int, offset: int, file: str) -> None:
@@ -85,26 +90,22 @@ def read_into(data: memoryview, descriptor: int, offset: int, file: str) -> None
         data, offset = data[count:], offset + count
 
 
-def read_chunks(descriptor: int, size: int, source: str | os.PathLike[str]) -> Iterator[bytes]:
-    """Yield the first `size` bytes in pieces; a file that ends earlier is an error."""
+def read_chunks(descriptor: int, size: int, source: str | os.PathLike[str]) -> Iterator[memoryview]:
+    """Yield the first `size` bytes in pieces, each in the place of the one before.
+
+    Raises:
+        CorruptCheckpointError: the file ends earlier.
+    """
+    window = memoryview(bytearray(min(size, _CHUNK)))
     reached = 0
-    for chunk in _pieces(descriptor, size, 0):
-        reached += len(chunk)
-        yield chunk
-    if reached < size:
-        raise CorruptCheckpointError(
-            f"{printable(source, 400)} became shorter while it was read; fetch it again"
-        )
-
-
-def _pieces(descriptor: int, size: int, offset: int) -> Iterator[bytes]:
-    end = offset + size
-    while offset < end:
-        piece = os.pread(descriptor, min(_CHUNK, end - offset), offset)
-        if not piece:
-            return
-        offset += len(piece)
-        yield piece
+    while reached < size:
+        count = os.preadv(descriptor, [window[: size - reached]], reached)
+        if count == 0:
+            raise CorruptCheckpointError(
+                f"{printable(source, 400)} became shorter while it was read; fetch it again"
+            )
+        yield window[:count]
+        reached += count
 
 
 def tree(folder: Path) -> list[tuple[str, bool]]:

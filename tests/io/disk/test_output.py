@@ -240,14 +240,14 @@ def test_copy_takes_regular_files_and_no_links(tmp_path):
 def test_a_source_that_shrinks_while_copied_is_noticed(tmp_path, monkeypatch):
     source = tmp_path / "LICENSE"
     source.write_bytes(b"x" * 100)
-    real = os.pread
+    real = os.preadv
     monkeypatch.setattr(reading, "_CHUNK", 10)
 
-    def shrinking(descriptor, count, offset):
+    def shrinking(descriptor, windows, offset):
         os.truncate(source, 20)
-        return real(descriptor, count, offset)
+        return real(descriptor, windows, offset)
 
-    monkeypatch.setattr(reading.os, "pread", shrinking)
+    monkeypatch.setattr(reading.os, "preadv", shrinking)
     with (
         pytest.raises(CorruptCheckpointError, match=r"LICENSE' became shorter"),
         new_folder(tmp_path / "o") as folder,
