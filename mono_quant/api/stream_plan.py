@@ -117,6 +117,7 @@ def plan_stream(
     codes = {entry.name for entry in entries if entry.dtype == torch.int8}
     scales = {f"{name}_scale" for name in codes}
     names_in_file = {entry.name for entry in entries} - scales
+    pieces = _as_loaded(source, pieces, kinds, task.floats)
     origins = find_origins(source, pieces, names_in_file, kinds)
     entries = [replace(e, dtype=torch.float32) if e.name in found.wide else e for e in entries]
     fits = _would_be_cast(task, decisions, report) if request.dtype == "fp16" else {}
@@ -124,6 +125,29 @@ def plan_stream(
     wide = {part.weight for name in found.wide for part in origins[name.removesuffix("_scale")].parts}
     report = _widened(report, wide)
     return StreamPlan(task, work, outcome, report, request, shards, stem)
+
+
+def _as_loaded(
+    source: Source, pieces: Mapping[str, Piece], codes: Container[str], floats: Mapping[str, torch.dtype]
+) -> Mapping[str, Piece]:
+    """Let weights that become codes be read in the dtype that they are loaded in, where a file has another one.
+
+    Args:
+        source: see `plan_stream`.
+        pieces: see there.
+        codes: names in the model of the weights that become int8.
+        floats: dtype of tensors that get another one than the file has, by name in the model.
+    """
+    prefix = f"{source.subject.core_name}." if source.subject.core_name else ""
+    found = dict(pieces)
+    for name, keys in source.placed.sources.items():
+        dtype = floats.get(f"{prefix}{name}")
+        if dtype is None or f"{prefix}{name}" not in codes:
+            continue
+        for key in keys:
+            if (pieces[key].read_as or pieces[key].dtype) != dtype_name(dtype):
+                found[key] = pieces[key]._replace(read_as=dtype_name(dtype))
+    return found
 
 
 def with_values(plan: StreamPlan, seen: Sequence[Seen], notes: Sequence[str]) -> QuantReport:

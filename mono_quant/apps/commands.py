@@ -119,8 +119,9 @@ def _streamed(source: str, access: Access, order: StreamOrder) -> Answer:
         raise ConfigError("--allow-pickle reads weights into memory; leave it out, or add --no-stream")
     done = stream(source, access, order)
     if done.report is None:
-        said = "another process of this job has the rest, and writes the result"
-        return Answer(_json({"left_to": said}), (said,))
+        # of several processes one has an answer, so that it is one object on stdout
+        logger.warning("another process of this job has the rest, and writes the result")
+        return Answer("", ())
     peak = peak_bytes()
     line = f"memory  {human_bytes(peak)} at most, Python and torch included"
     return _done(done.report, done.folder, done.pushed, {"peak_memory_bytes": peak}, line)

@@ -1,5 +1,6 @@
 """How the command line is used: one function per verb with its options; the work itself is in `commands`."""
 
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -372,6 +373,10 @@ def env(as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """Run the command line; a known error is one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a name that a terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(prog_name="mono-quant", standalone_mode=False)
     except (MonoQuantError, UsageError) as e:
@@ -402,9 +407,9 @@ def _work() -> Iterator[None]:
 
 
 def _show(answer: "commands.Answer", as_json: bool = False) -> None:
-    if as_json:
+    if as_json and answer.json:
         screen.put(answer.json)
-    else:
+    elif answer.parts and not as_json:
         screen.show(answer.parts, say)
 
 

@@ -262,6 +262,10 @@ def _refuse_misfit(found: Fit, name: str, folder: Path) -> None:
         CorruptCheckpointError: weights are missing, or have other shapes than the config says.
         UnsupportedModelError: weights are integers, booleans or complex, which loading would cast without a word.
     """
+    if found.left and not found.placed.tensors:
+        raise CorruptCheckpointError(
+            f"{folder}: {name} has a place for none of the {len(found.left)} tensors; correct architectures in config.json"
+        )
     problem = found.problem(name)
     if problem:
         raise CorruptCheckpointError(

@@ -103,7 +103,7 @@ class Bench:
     def _values(self, piece: Piece, block: Block) -> Tensor:
         """Read a block as a vector, row after row, in the dtype that the weight has."""
         if block.grid.is_transposed:
-            return self._panel(piece, block)
+            return self._as_read(piece, self._panel(piece, block))
         dtype, depth = dtype_of(piece.dtype), block.grid.depth
         raw = self._take("raw", dtype, block.rows * depth)
         self._read(raw, piece, block.first * depth)
@@ -114,7 +114,12 @@ class Bench:
                 f"{piece.file}: the boolean tensor {printable(piece.name)} holds another byte than 0 and 1; "
                 "fetch the file again"
             )
-        return raw
+        return self._as_read(piece, raw)
+
+    def _as_read(self, piece: Piece, values: Tensor) -> Tensor:
+        """Return values in the dtype that their weight has in the model, where the file has another one."""
+        dtype = own_dtype(piece)
+        return values if values.dtype == dtype else self._take("read", dtype, values.numel()).copy_(values)
 
     def _panel(self, piece: Piece, block: Block) -> Tensor:
         """Read some columns of a matrix, and return them one after another."""

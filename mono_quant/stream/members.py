@@ -154,6 +154,11 @@ def _flock(descriptor: int, how: int) -> bool:
     return True
 
 
+def has_gate(folder: Path) -> bool:
+    """Tell whether workers were ever in a folder."""
+    return os.path.lexists(folder / "gate")
+
+
 def _try_gate(folder: Path, make: bool) -> int | None:
     if make:
         disk.make_folder(folder, exist_ok=True)

@@ -26,7 +26,8 @@ class Piece(NamedTuple):
         nbytes: of the tensor in the file.
         block: rows and columns that one scale is for, of a block-quantized weight.
         inverse: its scales, which the values are multiplied with; `[rows / block, columns / block]`, rounded up.
-        read_as: dtype that a block-quantized weight has once it is dequantized.
+        read_as: dtype that a weight has in the model: of a block-quantized one, once it is dequantized, and of one that the
+            class, or most of the checkpoint, has in another dtype than the file.
     """
 
     name: str

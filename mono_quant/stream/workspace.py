@@ -164,9 +164,13 @@ def _dispose(folder: Path, place: Path) -> None:
 
 
 def _refuse_other_things(folder: Path) -> None:
-    if folder.is_symlink() or (os.path.lexists(folder) and not folder.is_dir()):
+    if not os.path.lexists(folder):
+        return
+    is_folder = folder.is_dir() and not folder.is_symlink()
+    # the first thing that comes into a folder of ours is its gate
+    if not is_folder or (any(folder.iterdir()) and not members.has_gate(folder)):
         raise OutputExistsError(
-            f"{printable(folder, 400)} is no folder of mono_quant, and unfinished work goes there; move it away"
+            f"{printable(folder, 400)} is not of mono_quant, and unfinished work goes there; move it away"
         )
 
 
@@ -179,6 +183,12 @@ def _agree(folder: Path, identity: dict[str, Any], me: members.Member, restart: 
         if not restart or company or there.get("run") == me.run:
             _sweep_parts(folder)
             return
+    elif there is not None and not isinstance(there.get("identity"), dict) and not restart:
+        raise ResumeError(
+            f"{printable(folder / PLAN, 400)} is damaged, so nobody knows what the unfinished work there is of; pass ",
+            Option("restart", True),
+            " to discard it",
+        )
     elif there is not None and (company or not (restart or left.is_empty)):
         raise _difference(folder, there, identity)
     _empty(folder)

@@ -195,6 +195,26 @@ VALUES = {
 }
 
 
+@pytest.mark.parametrize("most", FLOATS)
+@pytest.mark.parametrize("own", FLOATS)
+def test_a_weight_in_another_dtype_than_most_has_the_codes_of_what_it_is_loaded_as(base, tmp_path, most, own):
+    source = checkpoint(base, "llama", most)
+    other = {name: lambda tensor: tensor.to(FLOATS[own]) for name in (FIRST, HEAD)}
+    (tmp_path / "out").mkdir()
+    assert_same(changed(source, tmp_path / "source", **other), tmp_path / "out", embeddings=True)
+
+
+@pytest.mark.parametrize("name", ["LlamaPreTrainedModel", "PreTrainedModel"])
+def test_a_class_without_layers_is_refused(base, tmp_path, name):
+    source = changed(checkpoint(base, "llama"), tmp_path / "source")
+    edit(source, architectures=[name])
+    with pytest.raises(
+        MonoQuantError, match=r"has a place for none of the .* tensors; correct architectures"
+    ):
+        mq.quantize_checkpoint(source, output=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
 @pytest.mark.parametrize("case", VALUES)
 def test_not_finite(base, tmp_path, case):
     name, options = VALUES[case]

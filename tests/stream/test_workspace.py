@@ -240,15 +240,35 @@ def test_a_second_run_is_refused_while_the_first_is_at_work(tmp_path):
     assert weights(tmp_path) == expected()
 
 
+def test_a_folder_of_somebody_else_with_that_name_stays(tmp_path):
+    prepare(tmp_path)
+    mine = tmp_path / ".out.mq-stream" / "sub" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(OutputExistsError, match="is not of mono_quant"):
+        stream(tmp_path)
+    assert mine.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff\x00"])
+def test_a_damaged_plan_is_called_so_and_discarded_on_demand(tmp_path, damage):
+    stopped_run(tmp_path)
+    (tmp_path / ".out.mq-stream" / "plan.json").write_bytes(damage)
+    with pytest.raises(ResumeError, match=r"plan.json' is damaged.*restart=True"):
+        stream(tmp_path)
+    stream(tmp_path, restart=True)
+    assert weights(tmp_path) == expected()
+
+
 def test_what_has_the_name_of_the_workspace_and_is_none_is_refused(tmp_path):
     prepare(tmp_path)
     (tmp_path / ".out.mq-stream").write_text("mine")
-    with pytest.raises(OutputExistsError, match="is no folder of mono_quant"):
+    with pytest.raises(OutputExistsError, match="is not of mono_quant"):
         stream(tmp_path)
     (tmp_path / ".out.mq-stream").unlink()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".out.mq-stream").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OutputExistsError, match="is no folder of mono_quant"):
+    with pytest.raises(OutputExistsError, match="is not of mono_quant"):
         stream(tmp_path)
     assert listing(tmp_path / "elsewhere") == []
 
