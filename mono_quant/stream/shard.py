@@ -12,7 +12,7 @@ from typing import Self
 import torch
 
 from mono_quant.io.disk.disk import NewFile, new_file
-from mono_quant.io.disk.reading import open_regular
+from mono_quant.io.disk.reading import open_regular, read_from_front_to_back
 from mono_quant.io.tensors.checkpoint import WeightFile, check_unchanged
 from mono_quant.stream.bench import Bench, Tally, seen_by
 from mono_quant.stream.blocks import BLOCK, Block, blocks_of, check_plan
@@ -86,6 +86,7 @@ class _Sources:
             descriptor = open_regular(file.path)
             self._closing.callback(os.close, descriptor)
             check_unchanged(descriptor, file)
+            read_from_front_to_back(descriptor)
             self._open[name] = descriptor, file
 
     def descriptor(self, name: str) -> int:

@@ -59,6 +59,12 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
+def read_from_front_to_back(descriptor: int) -> None:
+    """Tell the system that an open file is about to be read so, that it fetches more of it ahead."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+
 def read_all(descriptor: int, size: int, offset: int = 0) -> bytes:
     """Read exactly `size` bytes, or fewer where the file ends."""
     pieces = []
@@ -96,6 +102,7 @@ def read_chunks(descriptor: int, size: int, source: str | os.PathLike[str]) -> I
     Raises:
         CorruptCheckpointError: the file ends earlier.
     """
+    read_from_front_to_back(descriptor)
     window = memoryview(bytearray(min(size, _CHUNK)))
     reached = 0
     while reached < size:
