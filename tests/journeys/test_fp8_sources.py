@@ -137,7 +137,7 @@ def test_streamed_it_has_the_bytes_of_the_floats(base, name, tmp_path):
     with open_streamed(folder, Access()) as opened:
         planned = plan_stream(opened.source, opened.pieces, QuantizationConfig(), Found(), {})
         (shard,) = planned.shards
-        record = convert_shard(shard, opened.supply, tmp_path / "out", threads=1, block=999)
+        record = convert_shard(shard, opened.supply(tmp_path), tmp_path / "out", threads=1, block=999)
     assert not record.found and (tmp_path / "out").read_bytes() == expected.read_bytes()
     assert planned.report.notes[0].startswith("the source holds ")
 
