@@ -21,8 +21,16 @@ from mono_quant.hf.stacking import MetaStack
 
 SCALE = "_scale"
 
-# Operations of transformers after which rows are still rows, in their order.
-_ROWWISE = {"MergeModulelist", "SplitModulelist", "Concatenate", "Chunk", "Split"}
+# Operations of transformers after which rows are still rows, in whatever order: saving brings back theirs, and that of their scales.
+_ROWWISE = {
+    "MergeModulelist",
+    "SplitModulelist",
+    "Concatenate",
+    "Chunk",
+    "Split",
+    "Interleave",
+    "PermuteForRope",
+}
 
 # What transformers' operations raise for tensors that they cannot merge or split.
 _CONVERSION_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
@@ -50,7 +58,7 @@ class Placement:
         left: the name that it would have in the model, by checkpoint name of a tensor that has no place there.
         broken: why a tensor cannot be made, by name in the model.
         conversions: transformers' that took part.
-        reordered: names in the model of tensors whose rows, or their order, are others than in the checkpoint.
+        reordered: names in the model of tensors whose rows are no rows in the checkpoint.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
