@@ -111,9 +111,7 @@ def plan_stream(
     report = finished(task, outcome, names, source.notes)
     entries, stem = weights_to_save(work, report)
     # what is tied has codes under the name of one layer
-    kinds = {
-        row.name: row.kind for row in report.rows if row.action == "quantized" and row.dtype_after == "int8"
-    }
+    kinds = {row.name: row.kind for row in report.rows if row.action == "quantized"}
     codes = {entry.name for entry in entries if entry.dtype == torch.int8}
     scales = {f"{name}_scale" for name in codes}
     names_in_file = {entry.name for entry in entries} - scales

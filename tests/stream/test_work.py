@@ -1,5 +1,6 @@
 """Shards are converted while files come and go, within a bound; whatever stops it keeps what is finished."""
 
+import hashlib
 import threading
 import time
 
@@ -249,6 +250,10 @@ def test_what_was_seen_of_what_was_found_adds_up_over_parts_and_counts_no_part_t
                 seen = (Seen("w", part, unfinite=3 + part), Seen("other", 0, unfinite=9))
                 record = ShardRecord(file, file, 0, "", seen, Found(unfinite=frozenset("w")))
                 ledger.keep(record, tmp_path)
+            # what is only found is no work to be kept
+            part = ledger.new_part("d")
+            part.write_bytes(b"d")
+            ledger.keep(ShardRecord("d", "d", 1, hashlib.sha256(b"d").hexdigest(), ()), part)
             raise Stop
 
     with pytest.raises(Stop):

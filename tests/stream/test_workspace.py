@@ -13,6 +13,7 @@ from stream_runs import IDENTITY, SHARDS, convert, expected, plan, prepare, stre
 
 from mono_quant.errors import OutputBusyError, OutputExistsError, OutputWriteError, ResumeError
 from mono_quant.io.disk import disk
+from mono_quant.stream.spec import Found, Seen, ShardRecord
 from mono_quant.stream.workspace import open_workspace, workspace_beside
 
 
@@ -412,3 +413,22 @@ def test_the_records_are_one_line_each_and_read_back_equal(tmp_path):
             record = ledger.finished(shard.digest())
             assert record.to_dict() == json.loads(line)["record"]
             assert record.sha256 == hashlib.sha256(expected()[shard.file]).hexdigest()
+
+
+def test_what_was_only_found_is_no_work_that_other_settings_would_lose(tmp_path):
+    """Values that a request refuses are found, and then the request is changed as the refusal says."""
+    found = ShardRecord("a", "a", 0, "", (Seen("w", 0, unfinite=1),), Found(unfinite=frozenset("w")))
+    with pytest.raises(Stop), open_workspace(tmp_path / "out", IDENTITY) as ledger:
+        ledger.keep(found, tmp_path)
+        raise Stop
+    assert listing(tmp_path) == []
+    # nor does it stay in the way where a kill left it
+    child = os.fork()
+    if child == 0:
+        with open_workspace(tmp_path / "out", IDENTITY) as ledger:
+            ledger.keep(found, tmp_path)
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert listing(tmp_path) == [".out.mq-stream"]
+    with open_workspace(tmp_path / "out", {**IDENTITY, "settings": {}}) as ledger:
+        assert ledger.is_empty and ledger.found == Found()
