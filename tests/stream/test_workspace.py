@@ -220,7 +220,7 @@ def test_a_plan_that_cannot_be_read_is_refused_and_one_that_is_missing_begins_an
     stopped_run(tmp_path)
     path = tmp_path / ".out.mq-stream" / "plan.json"
     path.write_text("{")
-    with pytest.raises(ResumeError, match=r"it was .*unreadable.*pass restart=True"):
+    with pytest.raises(ResumeError, match=r"is damaged.*pass restart=True"):
         stream(tmp_path)
     path.unlink()
     everything, did = stopping_after(9)
@@ -418,9 +418,14 @@ def test_the_records_are_one_line_each_and_read_back_equal(tmp_path):
 def test_what_was_only_found_is_no_work_that_other_settings_would_lose(tmp_path):
     """Values that a request refuses are found, and then the request is changed as the refusal says."""
     found = ShardRecord("a", "a", 0, "", (Seen("w", 0, unfinite=1),), Found(unfinite=frozenset("w")))
-    with pytest.raises(Stop), open_workspace(tmp_path / "out", IDENTITY) as ledger:
-        ledger.keep(found, tmp_path)
-        raise Stop
+
+    def refused():
+        with open_workspace(tmp_path / "out", IDENTITY) as ledger:
+            ledger.keep(found, tmp_path)
+            raise Stop
+
+    with pytest.raises(Stop):
+        refused()
     assert listing(tmp_path) == []
     # nor does it stay in the way where a kill left it
     child = os.fork()
