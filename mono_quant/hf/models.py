@@ -106,7 +106,9 @@ def _config_class(cls: Any, kind: Any) -> Any:
 def _is_model_class(cls: Any) -> bool:
     import transformers
 
-    return isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    # the base of all is none; built once, transformers would take what it notes on it for a fact of every class
+    base = transformers.PreTrainedModel
+    return isinstance(cls, type) and issubclass(cls, base) and cls is not base
 
 
 def _remote_class(auto_map: Mapping[str, Any], name: str, folder: Path) -> tuple[type[Any], Any]:

@@ -209,7 +209,8 @@ def test_a_class_without_layers_is_refused(base, tmp_path, name):
     source = changed(checkpoint(base, "llama"), tmp_path / "source")
     edit(source, architectures=[name])
     with pytest.raises(
-        MonoQuantError, match=r"has a place for none of the .* tensors; correct architectures"
+        MonoQuantError,
+        match=r"has a place for none of the .* tensors; correct architectures|has no model class PreTrainedModel",
     ):
         mq.quantize_checkpoint(source, output=tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
