@@ -1,0 +1,66 @@
+"""Scales and codes against the reference, over every kind of float32."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from mono_quant.kernels import reference
+from mono_quant.kernels.gpu.launch import launch
+from mono_quant.kernels.gpu.numerics import code_of, digits_of, magnitude, scales_of
+
+
+@triton.jit
+def _quantize_row(x_ptr, code_ptr, high_ptr, low_ptr, scale_ptr, K, WIDTH: tl.constexpr, QMAX: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.arange(0, WIDTH)
+    inside = at < K
+    x = tl.load(x_ptr + row * K + at, mask=inside, other=0.0).to(tl.float32)
+    inverse, scale = scales_of(tl.max(magnitude(x), 0), QMAX)
+    code = code_of(x, inverse, QMAX)
+    high, low = digits_of(code)
+    tl.store(code_ptr + row * K + at, code.to(tl.int16), mask=inside)
+    tl.store(high_ptr + row * K + at, high, mask=inside)
+    tl.store(low_ptr + row * K + at, low, mask=inside)
+    tl.store(scale_ptr + row, scale)
+
+
+def hostile_rows(depth=70):
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(64, depth, generator=generator) * torch.logspace(-44, 38, 64).unsqueeze(1)
+    rows[0] = 0
+    rows[1, 3] = float("nan")
+    rows[2, 5] = float("-inf")
+    # ties of rounding, and the largest finite number
+    rows[3] = torch.arange(depth) - 34.5
+    rows[4, :2] = torch.tensor([torch.finfo().max, -torch.finfo().max])
+    # on both sides of where a scale would be subnormal
+    rows[5], rows[6] = 127 * 2.0**-126, 126.99999 * 2.0**-126
+    return rows
+
+
+@pytest.mark.parametrize("qmax", [127, 2047, 1023])
+def test_codes_and_scales_have_the_bits_of_the_reference(qmax):
+    x = hostile_rows()
+    rows, depth = x.shape
+    code = torch.empty(rows, depth, dtype=torch.int16)
+    high, low = torch.empty(rows, depth, dtype=torch.int8), torch.empty(rows, depth, dtype=torch.int8)
+    scale = torch.empty(rows)
+
+    launch(
+        _quantize_row,
+        (rows,),
+        (x, code, high, low, scale, depth),
+        {"WIDTH": 128, "QMAX": qmax},
+        device=x.device,
+    )
+
+    codes, scales = reference.quantize_tokens(x, qmax)
+    assert torch.equal(code, codes.to(torch.int16))
+    assert torch.equal(scale.view(torch.int32), scales.view(-1).view(torch.int32)) or torch.equal(
+        scale.nan_to_num(-1), scales.view(-1).nan_to_num(-1)
+    )
+    assert torch.equal(high.int() * 64 + low.int(), codes.int())
+    assert low.min() >= 0 and low.max() < 64
