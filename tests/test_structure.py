@@ -50,7 +50,7 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["numerics", "launch"],
+        ["numerics", "launch", "codes"],
     ],
     "graphs": [
         ["matching"],
