@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from mono_quant.errors import ConfigError, Option
 from mono_quant.graphs.activations import join_written_out_gelus
 from mono_quant.graphs.attention import join_attention
-from mono_quant.graphs.cleaning import clean
+from mono_quant.graphs.cleaning import clean, fix_numbers
 from mono_quant.graphs.convolutions import join_convolutions
 from mono_quant.graphs.layouts import restore_layouts
 from mono_quant.graphs.norms import add_in_norms, join_norms
@@ -26,6 +26,7 @@ from mono_quant.graphs.runs import join_runs
 NAME = "mono_quant"
 # In this order: a norm has to be one before a product can take it in.
 _PASSES = (
+    fix_numbers,
     clean,
     join_written_out_gelus,
     join_norms,

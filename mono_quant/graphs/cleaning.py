@@ -1,10 +1,31 @@
 """Calls that do nothing for the inputs of this graph: dropout in evaluation, casts to the dtype that is there, views as they are."""
 
 import torch
+from torch import SymFloat
 from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
 from torch.nn import functional as F
 
 from mono_quant.graphs.matching import is_call, is_method, named, same_shape, skip, value
+
+
+def fix_numbers(graph: Graph) -> None:
+    """Put the values of floats in their places, which holds the graph to them.
+
+    Where all sizes vary (`dynamic=True`) dynamo takes an epsilon of a model for something that varies, too.
+    """
+    for node in graph.nodes:
+        number = node.meta.get("example_value")
+        if isinstance(number, SymFloat) and is_method(node, "item"):
+            fixed = float(number)
+            for user in list(node.users):
+                user.args = map_aggregate(
+                    user.args, lambda one, node=node, fixed=fixed: fixed if one is node else one
+                )
+                user.kwargs = map_aggregate(
+                    user.kwargs, lambda one, node=node, fixed=fixed: fixed if one is node else one
+                )
+            graph.erase_node(node)
 
 
 def clean(graph: Graph) -> None:

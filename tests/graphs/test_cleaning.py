@@ -1,7 +1,7 @@
 """Calls that do nothing go; those that do something stay."""
 
 import torch
-from captured import capture
+from captured import Captured, capture
 from torch.nn import functional as F
 
 
@@ -40,3 +40,28 @@ def test_what_does_something_stays():
 def test_dropout_in_training_stays():
     captured, composed = capture(lambda x: F.dropout(x, 0.5, training=True), torch.ones(1000))
     assert names(captured) == ["dropout"] and 300 < (composed == 0).sum() < 700
+
+
+def test_numbers_of_a_model_are_constants_where_all_sizes_vary():
+    model = torch.nn.LayerNorm(8, eps=0.25).requires_grad_(False)
+    functions = [
+        model,
+        lambda x: F.layer_norm(x, (8,), model.weight, model.bias, model.eps),
+        lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + model.eps),
+    ]
+    for function in functions:
+        torch.compiler.reset()
+        captured = Captured()
+        composed = torch.compile(function, backend=captured, dynamic=True)(x := torch.randn(3, 8))
+        assert "norm" in names(captured) and "item" not in names(captured)
+        torch.testing.assert_close(composed, function(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_number_that_changes_is_another_graph():
+    def function(x, factor):
+        return F.layer_norm(x, (8,), eps=factor)
+
+    compiled = torch.compile(function, backend="mono_quant", dynamic=True)
+    x = torch.randn(3, 8) * 0.1
+    for eps in (0.25, 1e-5, 0.5):
+        torch.testing.assert_close(compiled(x, eps), F.layer_norm(x, (8,), eps=eps), rtol=1e-5, atol=1e-6)
