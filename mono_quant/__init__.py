@@ -102,6 +102,7 @@ def _call(home: str, name: str) -> None:
 when_imported("transformers.quantizers.auto", partial(_call, "api.on_load", "register"))
 when_imported("transformers.modeling_utils", partial(_call, "hf.attention", "wrap_"))
 when_imported("sentence_transformers.base.model", partial(_call, "hf.marks", "mark_encoders_"))
+when_imported("sentence_transformers.base.model", partial(_call, "hf.padding", "wrap_"))
 when_imported("torch._dynamo", partial(_call, "graphs.backend", "register"))
 when_imported("diffusers.quantizers.auto", partial(_call, "api.diffusion_on_load", "register"))
 

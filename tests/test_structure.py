@@ -89,7 +89,7 @@ ROOMS = {
     "hf": [
         ["making", "stacking"],
         ["configs", "names", "methods", "processors", "computed", "late", "encoders"],
-        ["dtypes", "compressed_tensors", "adapters", "attention", "fp8"],
+        ["dtypes", "compressed_tensors", "adapters", "attention", "fp8", "padding"],
         ["quantizer"],
         ["models"],
         ["state", "sentence", "around", "apart", "described", "placing"],

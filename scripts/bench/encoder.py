@@ -32,7 +32,7 @@ def ours(job: Job, fused: bool = False) -> tuple[Any, str]:
     if fused:
         if "mono_quant" not in torch.compiler.list_backends():
             raise ModuleNotFoundError("this mono_quant has no graph backend", name="mono_quant.graphs")
-        model.transformers_model.compile(backend="mono_quant")
+        model.compile(backend="mono_quant")
     return model, f"{kernels.describe()}, {kernels.activation_scheme()}"
 
 
