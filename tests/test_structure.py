@@ -50,7 +50,8 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["numerics", "launch", "codes"],
+        ["launch", "codes"],
+        ["numerics"],
     ],
     "graphs": [
         ["matching"],
