@@ -50,7 +50,8 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["numerics", "launch", "codes"],
+        ["numerics", "codes", "features"],
+        ["launch"],
     ],
     "graphs": [
         ["matching"],
