@@ -50,8 +50,8 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["launch", "codes"],
-        ["numerics"],
+        ["codes", "features"],
+        ["numerics", "launch"],
     ],
     "graphs": [
         ["matching"],

@@ -7,7 +7,7 @@ Each function of scales and codes has the bits of `reference.quantize_tokens`. T
 import triton
 import triton.language as tl
 
-from mono_quant.kernels.gpu.launch import INTERPRETED
+from mono_quant.kernels.gpu.features import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # Nothing but IEEE 754: adding and subtracting it rounds values below 2^22 half to even.
