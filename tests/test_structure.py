@@ -45,7 +45,7 @@ ROOMS = {
         ["encoding", "paths", "attention"],
         ["library"],
         ["transforms"],
-        ["ops"],
+        ["ops", "experts"],
         ["captured", "fused", "fused_conv", "recurrent", "program"],
         ["recording"],
     ],

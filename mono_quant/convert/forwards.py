@@ -1,7 +1,8 @@
 """Forward passes of more than one product, which int8 and float16 layers share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch.nn import functional as F
 
 from mono_quant import kernels
 from mono_quant.convert.stored import StoredModule
+
+# What `kernels` calls them; those of transformers by their names below.
+_ACTIVATIONS: Mapping[type[nn.Module], str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
 
 
 class ConvForward(StoredModule):
@@ -120,16 +124,12 @@ class ExpertsForward(StoredModule):
             [T, H] in the dtype of `hidden_states`.
         """
         kernels.check_input(hidden_states, type(self).__name__, self.hidden_size)
-        out = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            token, slot = torch.where(top_k_index == expert)
-            if token.numel() == 0:
-                continue
-            gate, up = self._product(hidden_states[token], "gate_up_proj", expert, None).chunk(2, dim=-1)
-            y = self._product(self.act_fn(gate) * up, "down_proj", expert, None)  # type: ignore[operator]
-            y = y * top_k_weights[token, slot, None]
-            out.index_add_(0, token, y.to(out.dtype))
-        return out
+        routing = (top_k_index, top_k_weights, self.num_experts)
+        return kernels.mix_experts(hidden_states, *routing, self._expert)
+
+    def _expert(self, x: Tensor, expert: int) -> Tensor:
+        gate, up = self._product(x, "gate_up_proj", expert, None).chunk(2, dim=-1)
+        return self._product(self.act_fn(gate) * up, "down_proj", expert, None)  # type: ignore[operator]
 
     @contextmanager
     def adding(self, weight: str, delta: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
@@ -166,6 +166,24 @@ class ExpertsForward(StoredModule):
 
     def _sizes(self) -> str:
         return f"num_experts={self.num_experts}"
+
+
+def activation_of(module: object) -> str:
+    """Return what `kernels` calls the function that an activation of torch or transformers computes; empty where it has none."""
+    if not isinstance(module, nn.Module) or module._forward_hooks or module._forward_pre_hooks:
+        return ""
+    if type(module) in _ACTIVATIONS:
+        return _ACTIVATIONS[type(module)]
+    # by name: transformers is not imported for models that do not come from it
+    if type(module).__module__ != "transformers.activations":
+        return ""
+    if type(module).__name__ == "SiLUActivation":
+        return "silu"
+    act = getattr(module, "act", None)
+    if act is F.gelu:
+        return "gelu"
+    is_tanh = isinstance(act, partial) and act.func is F.gelu and act.keywords == {"approximate": "tanh"}
+    return "gelu_tanh" if is_tanh else ""
 
 
 class AttentionForward(StoredModule):

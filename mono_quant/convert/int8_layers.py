@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import kernels
-from mono_quant.convert.forwards import AttentionForward, ConvForward, ExpertsForward, TransposedForm
+from mono_quant.convert.forwards import (
+    AttentionForward,
+    ConvForward,
+    ExpertsForward,
+    TransposedForm,
+    activation_of,
+)
 from mono_quant.convert.stored import StoredModule
 from mono_quant.errors import FrozenWeightError
 from mono_quant.kernels.weights import RowCodes, dequantize_rows, stored_scale
@@ -410,7 +416,7 @@ class Int8Embedding(_Int8Weight, nn.Embedding):  # type: ignore[override]
 class Int8Experts(ExpertsForward, Int8Module):
     """The fused experts of transformers 5: `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
 
-    Runs one int8 product per expert that got tokens.
+    Runs one int8 product per expert that got tokens, or all of them as one call where `kernels` has that.
     """
 
     kind = "experts"
@@ -422,6 +428,18 @@ class Int8Experts(ExpertsForward, Int8Module):
         self._put("gate_up_proj", gate_up.shape, None if encoded is None else encoded["gate_up_proj"])
         self._put("down_proj", down.shape, None if encoded is None else encoded["down_proj"])
         self._take_routing(source)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Mix the experts' outputs; see `ExpertsForward.forward`."""
+        act = activation_of(self.act_fn)
+        # others may give the products, or add to them
+        changed = "_product" in self.__dict__ or "multiply" in self.__dict__
+        if changed or not act or not kernels.has_experts(hidden_states, top_k_weights):
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        kernels.check_input(hidden_states, type(self).__name__, self.hidden_size)
+        weights = (self.codes(), self.scale("gate_up_proj"), self.codes("down_proj"), self.scale("down_proj"))
+        routing = (hidden_states, top_k_index, top_k_weights)
+        return kernels.int8_experts(*routing, *weights, act, self.activations)
 
     def codes(self, name: str = "gate_up_proj") -> Tensor:
         """Return the int8 codes [E, N, K] of the parameter `name`."""

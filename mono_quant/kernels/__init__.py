@@ -9,6 +9,7 @@ from mono_quant.kernels.attention import attention, try_attention
 from mono_quant.kernels.captured import ATTENTION_OPS, CONV_OPS, HALF_OPS, LINEAR_OPS
 from mono_quant.kernels.choice import activation_scheme, active, describe, describe_half, environment, using
 from mono_quant.kernels.encoding import cast_half, encode_rows
+from mono_quant.kernels.experts import has_experts, int8_experts, mix_experts
 from mono_quant.kernels.fused import Norm, Product, chain, chain_parts, norm, rotary
 from mono_quant.kernels.fused_conv import BatchNorm, conv
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
@@ -53,11 +54,14 @@ __all__ = [
     "encode_rows",
     "environment",
     "half_linear",
+    "has_experts",
     "int8_conv",
     "int8_embedding",
+    "int8_experts",
     "int8_linear",
     "is_followed",
     "is_watched",
+    "mix_experts",
     "norm",
     "processors",
     "rotary",

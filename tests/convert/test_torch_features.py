@@ -70,7 +70,7 @@ KINDS = {
     "experts": experts,
 }
 CASES = [f"int8 {kind}" for kind in KINDS] + [f"fp16 {kind}" for kind in KINDS if "conv" not in kind]
-# which experts get tokens depends on the data, in the float model, too
+# which experts get tokens depends on the data, in the float model, too, and transforms do not take the op
 STATIC = pytest.mark.parametrize("case", [case for case in CASES if "experts" not in case])
 EVERY = pytest.mark.parametrize("case", CASES)
 FLOATS = pytest.mark.parametrize("case", [case for case in CASES if "embedding" not in case])
@@ -287,7 +287,7 @@ def test_offloaded_models_give_the_same_bits(case, where, tmp_path):
 @EVERY
 def test_a_model_on_meta_says_what_shape_comes_out(case):
     model, args, _ = make(case)
-    if "experts" in case:
+    if case == "fp16 experts":
         pytest.skip("depends on the data")
     expected = run(model, args)
     out = run(copy.deepcopy(model).to("meta"), tuple(a.to("meta") for a in args))
