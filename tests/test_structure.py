@@ -160,6 +160,7 @@ EFFECTS = {
         "kernels/fused",
         "kernels/attention",
         "io/disk/disk",
+        "io/memory",
     },
     # torch takes a second: names of the package, and rooms of the command line, come when they are asked for
     "import_module": {"__init__", "apps/late"},

@@ -26,6 +26,7 @@ from mono_quant.hf.placing import check_place, parse_float, place_
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.push import PushResult
 from mono_quant.io.hub.target import PushOptions
+from mono_quant.io.memory import let_go
 from mono_quant.planning.config import QuantizationConfig, merge
 from mono_quant.planning.report import QuantReport
 from mono_quant.planning.schemes import parse_activations
@@ -394,6 +395,10 @@ def load(
     if asked is not None:
         override_schemes_(loaded, asked)
     keep_loaded_(path, loaded, manifest)
+    if mmap:
+        # a few values of each were looked at, and the system read what lies around them
+        for tensor in (*loaded.parameters(), *loaded.buffers()):
+            let_go(tensor.data_ptr(), tensor.nbytes)
     placed = place_(loaded, cast, device, device_map, offload_folder)
     if compile:
         placed.compile(backend=mono_quant)

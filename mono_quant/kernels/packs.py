@@ -10,26 +10,19 @@ numpy view, another process. Therefore a few codes are compared at each use, whi
 but not every change of single values: call `forget()` after such a write, or write under `torch.no_grad()` without `.data`.
 """
 
-import ctypes
 import os
-import sys
 import threading
 import weakref
 from functools import partial
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from mono_quant.io.memory import free_bytes
+from mono_quant.io.memory import free_bytes, let_go
 from mono_quant.kernels.activations import ActivationScheme
 from mono_quant.kernels.cpu import Cpu, Packed, Samples
 
-_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-# of Linux 5.4
-_MADV_PAGEOUT = 21
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 # The address, rows and columns of a weight.
 Key: TypeAlias = tuple[int, int, int]
 
@@ -180,39 +173,11 @@ def _pack(cpu: Cpu, weight: Tensor, scheme: ActivationScheme, entry: _Entry) -> 
             return None
         entry.packed[cpu.path] = packed
         if packed is not None:
-            _let_go(weight)
+            # from now on kernels read the packed ones
+            let_go(weight.data_ptr(), weight.nbytes)
         return packed
     finally:
         _packing.release()
-
-
-def _let_go(weight: Tensor) -> None:
-    """Let the system take back the pages of codes that lie in a file: from now on kernels read the packed ones.
-
-    What was written to stays, and what is read again comes back from the file.
-    """
-    start = weight.data_ptr()
-    if _libc is None or not _is_file(start):
-        return
-    first = start + -start % _PAGE
-    size = (start + weight.nbytes) // _PAGE * _PAGE - first
-    if size > 0:
-        # where the system refuses, the pages stay
-        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_PAGEOUT)
-
-
-def _is_file(address: int) -> bool:
-    """Say whether memory is a mapped file."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    for line in lines:
-        span, _, _, _, inode, *_ = line.split(None, 5)
-        first, _, end = span.partition("-")
-        if int(first, 16) <= address < int(end, 16):
-            return inode != "0"
-    return False
 
 
 def _drop_moved() -> None:

@@ -1,5 +1,6 @@
 """mono_quant as its users run it: the folder that `save` wrote, loaded and compiled."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,16 @@ def open_(folder: Path, case: Case, _: Inputs, activations: str = "auto") -> Run
 
 
 def open_nothing() -> None:
-    """Run a compiled model of two products, after which Python, torch and its compiler hold what they hold for themselves."""
-    from mono_quant import dynamic_quantize, graphs  # noqa: F401, PLC0415
+    """Do all of it with a tiny model, after which Python, torch and its compiler hold what they hold for themselves."""
+    from transformers import BertConfig, BertModel  # noqa: PLC0415
 
-    model = dynamic_quantize(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)))[0]
-    model.compile(backend="mono_quant")
-    with torch.inference_mode():
-        model(torch.zeros(1, 8))
+    from mono_quant import load, quantize  # noqa: PLC0415
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
+        folder = Path(name) / FOLDER
+        quantize(BertModel(BertConfig(**sizes, vocab_size=64)).eval(), fidelity=False).save(folder)
+        model = load(folder, mmap=True, compile=True)
+        for _ in range(3):
+            model(torch.ones(1, 4, dtype=torch.long))
     torch.compiler.reset()

@@ -67,7 +67,7 @@ def test_pages_of_packed_codes_go_back(folder):
     assert torch.equal(model(ids)[0], first)
     codes = sum(p.nbytes for p in model.state_dict().values() if p.dtype is torch.int8)
     assert kernels.bytes_held() - held >= codes
-    assert touched > codes and file_bytes(folder) < touched - codes / 3
+    assert touched > codes / 2 and file_bytes(folder) < touched - codes / 4
     # they come back when somebody wants them
     again = mq.load(folder)
     for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True):
