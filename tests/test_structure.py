@@ -50,8 +50,11 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["codes", "features"],
+        ["codes", "features", "geometry"],
         ["numerics", "launch"],
+        ["fields", "depthwise"],
+        ["patches"],
+        ["convolution"],
     ],
     "graphs": [
         ["matching"],
