@@ -52,7 +52,7 @@ ROOMS = {
     "kernels/gpu": [
         ["codes", "features", "geometry"],
         ["numerics", "launch"],
-        ["fields", "depthwise"],
+        ["fields", "depthwise", "embedding", "encoding"],
         ["patches"],
         ["convolution"],
     ],
