@@ -40,7 +40,7 @@ ROOMS = {
     "kernels": [
         ["activations"],
         ["reference", "weights", "build", "inputs", "pool", "starvation", "watching"],
-        ["cpu"],
+        ["cpu", "weight_only"],
         ["choice", "packs"],
         ["encoding", "paths", "attention"],
         ["library"],
