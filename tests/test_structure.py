@@ -40,7 +40,7 @@ ROOMS = {
     "kernels": [
         ["activations"],
         ["reference", "weights", "build", "inputs", "pool", "starvation", "watching"],
-        ["cpu"],
+        ["cpu", "weight_only"],
         ["choice", "packs"],
         ["encoding", "paths", "attention"],
         ["library"],
@@ -50,8 +50,11 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["codes", "features"],
+        ["codes", "features", "geometry"],
         ["numerics", "launch"],
+        ["fields", "depthwise", "embedding", "encoding"],
+        ["patches"],
+        ["convolution"],
     ],
     "graphs": [
         ["matching"],
