@@ -52,9 +52,9 @@ ROOMS = {
     "kernels/gpu": [
         ["codes", "features", "geometry"],
         ["numerics", "launch"],
-        ["fields", "depthwise", "embedding", "encoding"],
-        ["patches"],
-        ["convolution"],
+        ["pointwise", "fields", "depthwise", "embedding", "encoding"],
+        ["quantize", "patches"],
+        ["prologues", "convolution"],
     ],
     "graphs": [
         ["matching"],
