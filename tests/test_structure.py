@@ -50,11 +50,11 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["codes", "features", "geometry"],
-        ["numerics", "launch"],
-        ["pointwise", "fields", "depthwise", "embedding", "encoding"],
-        ["quantize", "patches"],
-        ["prologues", "convolution"],
+        ["codes", "features", "geometry", "overlap", "tiles"],
+        ["numerics", "launch", "tables"],
+        ["pointwise", "fields", "depthwise", "embedding", "encoding", "large", "few"],
+        ["quantize", "patches", "products"],
+        ["prologues", "convolution", "variants"],
     ],
     "graphs": [
         ["matching"],
