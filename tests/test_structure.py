@@ -52,6 +52,7 @@ ROOMS = {
     "kernels/gpu": [
         ["codes", "features", "geometry", "overlap", "tiles"],
         ["numerics", "launch", "tables"],
+        ["replay"],
         ["pointwise", "fields", "depthwise", "embedding", "encoding", "large", "few"],
         ["quantize", "patches", "products"],
         ["prologues", "convolution", "variants"],
