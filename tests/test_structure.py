@@ -41,6 +41,7 @@ ROOMS = {
         ["activations"],
         ["reference", "weights", "build", "inputs", "pool", "starvation", "watching"],
         ["cpu", "weight_only"],
+        ["accelerators"],
         ["choice", "packs"],
         ["encoding", "paths", "attention"],
         ["library"],
@@ -56,6 +57,7 @@ ROOMS = {
         ["pointwise", "fields", "depthwise", "embedding", "encoding", "large", "few"],
         ["quantize", "patches", "products"],
         ["prologues", "convolution", "variants"],
+        ["path"],
     ],
     "graphs": [
         ["matching"],
@@ -166,8 +168,9 @@ EFFECTS = {
         "io/disk/disk",
         "io/memory",
     },
-    # torch takes a second: names of the package, and rooms of the command line, come when they are asked for
-    "import_module": {"__init__", "apps/late"},
+    # torch takes a second: names of the package, and rooms of the command line, come when they are asked for; and so do the
+    # kernels for devices, because Triton need not be there
+    "import_module": {"__init__", "apps/late", "kernels/accelerators"},
     "__import__": set(),
     "exec": set(),
     "eval": set(),

@@ -208,15 +208,23 @@ def verify(place: str, **how: Any) -> Answer:
 
 
 def env() -> Answer:
-    facts = {
+    facts: dict[str, Any] = {
         "mono_quant": __version__,
         **kernels.environment(),
         "processors": kernels.processors(),
         "starved": kernels.starved(),
     }
+    devices = facts["accelerators"]
+    shown = {**facts, "accelerators": [found["device"] for found in devices] or None}
+    shown |= {found["device"]: "; ".join(_told(found)) for found in devices}
     return Answer(
-        json.dumps(facts, indent=2), tuple(f"{key:<16} {_plain(value)}" for key, value in facts.items())
+        json.dumps(facts, indent=2), tuple(f"{key:<16} {_plain(value)}" for key, value in shown.items())
     )
+
+
+def _told(found: Mapping[str, str | None]) -> list[str]:
+    """Return the path of an accelerator, its name, why it has no better path, and what nobody has tried."""
+    return [said for said in (found[key] for key in ("path", "name", "reason", "note")) if said]
 
 
 def _json(value: Any) -> str:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mono_quant.kernels import cpu
+from mono_quant.kernels import accelerators, cpu
 from mono_quant.kernels.activations import AUTO, SCHEMES, ActivationScheme, check_activations
 
 loaded = cpu.load()
@@ -68,9 +68,12 @@ def activation_scheme(requested: str = AUTO, device: torch.device | str = "cpu")
 
 def describe(device: torch.device | str = "cpu") -> str:
     """Name the path that runs int8 products on `device`, for reports."""
-    if active.cpu is not None and torch.device(device).type == "cpu":
-        return f"native {active.cpu.path} (exact)"
-    return "reference (plain torch, exact)"
+    place = torch.device(device)
+    if place.type not in ("cpu", "meta"):
+        return accelerators.describe(place)
+    if accelerators.wanted.interpreted is not None:
+        return "Triton's interpreter (exact)"
+    return "reference (plain torch, exact)" if active.cpu is None else f"native {active.cpu.path} (exact)"
 
 
 def describe_half(device: torch.device | str = "cpu") -> str:
@@ -82,47 +85,65 @@ def describe_half(device: torch.device | str = "cpu") -> str:
     return f"native {active.cpu.path} (float32 arithmetic)"
 
 
-def environment() -> dict[str, str | int | bool | list[str] | None]:
-    """Say what runs int8 products on this machine's CPU, and why: for `mono-quant env`.
+def environment() -> dict[str, str | int | bool | list[str] | list[dict[str, str | None]] | None]:
+    """Say what runs int8 products on this machine, and why: for `mono-quant env`.
 
     Returns:
-        `library` (is the native library there), `reason` (why not, or what was refused), `compiler`, `isa_paths`
+        Of its CPU: `library` (is the native library there), `reason` (why not, or what was refused), `compiler`, `isa_paths`
         (instruction sets that work here), `path` (the one in use), `activations` (what "auto" means on it), `threads`, and
-        `cost` (what the missing library costs, or None).
+        `cost` (what the missing library costs, or None). Of devices, `triton` (its version, or None) and `accelerators`, of each
+        `device`, `name`, `path`, `reason` (why it is not a better one) and `note` (what nobody has tried).
     """
     cost = None
-    if active.cpu is None:
+    if _path_name() == accelerators.REFERENCE:
         cost = "int8 layers compute in float and are slower than float ones; results stay exact"
     return {
         "library": loaded.library is not None,
         "reason": active.reason,
         "compiler": loaded.compiler,
         "isa_paths": list(loaded.paths),
-        "path": "reference" if active.cpu is None else active.cpu.path,
+        "path": _path_name(),
         "activations": activation_scheme(),
         "threads": torch.get_num_threads(),
         "cost": cost,
+        "triton": accelerators.triton_version(),
+        "accelerators": accelerators.listing(),
     }
 
 
+def _path_name() -> str:
+    if accelerators.wanted.interpreted is not None:
+        return accelerators.TRITON
+    return accelerators.REFERENCE if active.cpu is None else active.cpu.path
+
+
 @contextmanager
-def using(path: str | None = None, activations: str | None = None) -> Iterator[None]:
-    """Run int8 products on CPU on another path, or give "auto" another meaning, while the context lasts, in the whole process.
+def using(path: str | None = None, activations: str | None = None, gpu: str | None = None) -> Iterator[None]:
+    """Run int8 products on another path, or give "auto" another meaning, while the context lasts, in the whole process.
 
     Args:
-        path: "reference", "portable", "avx2", "avxvnni", "avx512" or "avx512vnni"; when not given, it stays as it is.
+        path: of the CPU: "reference", "portable", "avx2", "avxvnni", "avx512" or "avx512vnni"; "triton" for the kernels of GPUs in
+            Triton's interpreter, which is for tests; when not given, it stays as it is.
         activations: the scheme of layers whose own is "auto", on every path and device; "auto" for what suits the path;
             when not given, it stays as it is.
+        gpu: of other devices: "triton" for the best there is, "int_mm" for torch's int8 product, "reference"; when not given, it
+            stays as it is.
 
     Raises:
-        ValueError: the path or the scheme is unknown, or this machine does not have the path.
+        ValueError: a path or the scheme is unknown, or this machine does not have the path.
     """
-    before = active.cpu, active.reason, active.wanted
+    devices = accelerators.wanted
+    before = active.cpu, active.reason, active.wanted, devices.interpreted, devices.road
     wanted = active.wanted if activations is None else check_activations(activations)
-    if path is not None:
+    road = devices.road if gpu is None else accelerators.check_road(gpu)
+    if path == accelerators.TRITON:
+        devices.interpreted = accelerators.interpreter()
+        active.cpu, active.reason = None, "Triton's interpreter was asked for"
+    elif path is not None:
         active.cpu, active.reason = cpu.choose(loaded, path)
-    active.wanted = wanted
+        devices.interpreted = None
+    active.wanted, devices.road = wanted, road
     try:
         yield
     finally:
-        active.cpu, active.reason, active.wanted = before
+        active.cpu, active.reason, active.wanted, devices.interpreted, devices.road = before

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.kernels import weights
+from mono_quant.kernels.accelerators import path_of
 from mono_quant.kernels.choice import active
 from mono_quant.kernels.weights import HalfCast, RowCodes
 
@@ -27,8 +28,10 @@ def encode_rows(
         NonFiniteWeightError: a value is NaN or infinite.
     """
     native = None
-    if active.cpu is not None:
+    if active.cpu is not None and matrix.is_cpu:
         native = active.cpu.encode_rows(matrix, matrix.dtype, into, threads)
+    elif (device := path_of(matrix)) is not None:
+        native = device.encode_rows(matrix, into)
     # what is not finite is left to the definition, which says what is wrong
     if native is None or bool(native.scale.isnan().any()):
         return weights.quantize_rows(matrix, into=into)

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from mono_quant.kernels import paths, transforms
 from mono_quant.kernels.activations import AUTO
-from mono_quant.kernels.choice import active
 from mono_quant.kernels.inputs import check_halves, check_input
 from mono_quant.kernels.watching import is_followed, wants_gradient
 
@@ -94,9 +93,8 @@ def int8_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype:
         InputError: the indices are no int64 or int32.
         FrozenWeightError: `weight` is not int8.
     """
-    cpu = active.cpu
-    if cpu is not None and not _needs_op(indices, None):
-        out = cpu.embedding(indices, weight, weight_scale, dtype)
+    if not _needs_op(indices, None):
+        out = paths.native_embedding(indices, weight, weight_scale, dtype)
         if out is not None:
             return out
     return paths.embedding(indices, weight, weight_scale, dtype)
@@ -131,5 +129,5 @@ def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _needs_op(x: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> bool:
-    """Say whether someone other than the CPU looks at this call: a compiler, a tracer, autograd, a fake tensor."""
+    """Say whether someone other than the device looks at this call: a compiler, a tracer, autograd, a fake tensor."""
     return type(x) is not Tensor or is_followed() or wants_gradient(x, bias, weight)

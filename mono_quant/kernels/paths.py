@@ -1,4 +1,4 @@
-"""A product on the path that `choice` holds: the native one where it has an answer, else plain torch.
+"""A product on the path that `choice` holds, or on that of the device: the native one where it has an answer, else plain torch.
 
 Nobody may look on: `ops` sends compilers, tracers and autograd another way.
 """
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mono_quant.kernels import packs, reference
+from mono_quant.kernels import packs, reference, weight_only
+from mono_quant.kernels.accelerators import has_int_mm, int_mm_is_exact, path_of
 from mono_quant.kernels.activations import AUTO, ActivationScheme
 from mono_quant.kernels.choice import active, scheme_of, scheme_on
 from mono_quant.kernels.cpu import Cpu, Packed
@@ -24,6 +25,9 @@ INT8, CONV, TABLE, HALF = (
 # So few tokens alone, as of a model that only ever decodes, are not worth the memory of packed weights.
 _FEW_TOKENS = 4
 
+# What torch's int8 product wants on a device: more rows than 16, and the other two sizes multiples of 8.
+_INT_MM_ROWS, _INT_MM_STEP = 32, 8
+
 # Rows of unfolded patches held at once by a convolution, in elements: bounds its scratch memory.
 _PATCH_ELEMENTS = 1 << 24
 
@@ -33,13 +37,17 @@ def linear(
 ) -> Tensor:
     """Apply an int8 linear layer; see `ops.int8_linear`."""
     scheme = scheme_of(activations, x)
-    cpu = active.cpu
-    if cpu is not None:
+    out, cpu = None, active.cpu
+    if cpu is not None and x.is_cpu:
         out = cpu.linear(x, weight, weight_scale, bias, scheme, _packed(cpu, x, weight, scheme))
-        if out is not None:
-            return out
+    elif (device := path_of(x)) is not None:
+        out = device.linear(x, weight, weight_scale, bias, scheme)
+    if out is not None:
+        return out
     check_codes(weight, INT8)
     check_input(x, INT8, weight.shape[1])
+    if weight_only.serves(x.device, activations, active.wanted):
+        return weight_only.linear(x, weight, weight_scale, bias)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     out = reference.linear(rows, weight, weight_scale, bias, scheme, _matmul)
     return out.reshape(*x.shape[:-1], weight.shape[0])
@@ -66,6 +74,17 @@ def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
+def native_embedding(
+    indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """Gather and dequantize rows by kernels of ours; None where they have no answer. See `ops.int8_embedding`."""
+    cpu = active.cpu
+    if cpu is not None and weight.is_cpu:
+        return cpu.embedding(indices, weight, weight_scale, dtype)
+    device = path_of(weight)
+    return None if device is None else device.embedding(indices, weight, weight_scale, dtype)
+
+
 def embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Gather and dequantize rows in plain torch; see `ops.int8_embedding`."""
     check_codes(weight, TABLE)
@@ -77,27 +96,36 @@ def embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torc
 def _matmul(codes: Tensor, weight: Tensor) -> Tensor:
     if not _has_int_mm(codes, weight):
         return reference.int_matmul(codes, weight)
-    return torch._int_mm(codes.contiguous(), weight.contiguous().t())
+    return by_int_mm(codes, weight, 0 if codes.is_cpu else _INT_MM_ROWS)
+
+
+def by_int_mm(codes: Tensor, weight: Tensor, least: int) -> Tensor:
+    """Return the product by torch's int8 one, with zeros below fewer tokens than `least`."""
+    rows = codes.shape[0]
+    if rows < least:
+        codes = F.pad(codes, (0, 0, 0, least - rows))
+    return torch._int_mm(codes.contiguous(), weight.contiguous().t())[:rows]
 
 
 def _has_int_mm(codes: Tensor, weight: Tensor) -> bool:
+    if not codes.is_cpu:
+        return fits_int_mm(codes, weight) and has_int_mm(codes.device)
     # with one input feature torch 2.13 confuses the strides and the result is wrong
-    if not codes.is_cpu or codes.shape[0] <= 16 or codes.shape[1] < 16 or weight.shape[0] == 0:
+    if codes.shape[0] <= 16 or codes.shape[1] < 16 or weight.shape[0] == 0:
         return False
     # on CPUs without VNNI it is a scalar loop
     return _int_mm_is_exact()
 
 
+def fits_int_mm(codes: Tensor, weight: Tensor) -> bool:
+    """Say whether torch's int8 product takes these sizes on a device, rows of zeros added where there are too few."""
+    sizes = (codes.shape[1], *weight.shape)
+    return codes.shape[0] > 0 and all(size > 0 and size % _INT_MM_STEP == 0 for size in sizes)
+
+
 @functools.cache
 def _int_mm_is_exact() -> bool:
-    if not torch.cpu._is_vnni_supported():
-        return False
-    codes = torch.full((32, 256), reference.QMAX, dtype=torch.int8)
-    weight = torch.tensor([127, -128, -127, 1], dtype=torch.int8).view(4, 1).expand(4, 256).contiguous()
-    try:
-        return torch.equal(torch._int_mm(codes, weight.t()), reference.int_matmul(codes, weight))
-    except RuntimeError:
-        return False
+    return torch.cpu._is_vnni_supported() and int_mm_is_exact("cpu")
 
 
 def out_sizes(
@@ -126,12 +154,16 @@ def conv(
     """Apply an int8 convolution; see `ops.int8_conv`."""
     size = out_sizes(x, weight, stride, padding, dilation)
     scheme = scheme_on(activations, x.is_cpu)
-    cpu = active.cpu
-    if cpu is not None:
+    native, cpu = None, active.cpu
+    if cpu is not None and x.is_cpu:
         native = cpu.conv(x, weight, weight_scale, bias, stride, padding, dilation, groups, size, scheme)
-        if native is not None:
-            return native
+    elif (device := path_of(x)) is not None:
+        native = device.conv(x, weight, weight_scale, bias, stride, padding, dilation, groups, scheme)
+    if native is not None:
+        return native
     check_codes(weight, CONV)
+    if weight_only.serves(x.device, activations, active.wanted):
+        return weight_only.conv(x, weight, weight_scale, bias, stride, padding, dilation, groups)
     places = size[0] * size[1]
     kernel_size, channels, inner = weight.shape[2:], weight.shape[0], weight.shape[1]
     # kernel row, kernel column, channel: the order in which values share a scale

@@ -211,6 +211,23 @@ def test_an_interrupted_push_says_where_to_look(run, saved, monkeypatch):
     assert err == "mono-quant: interrupted; look at me/x on the Hub: its files are all new or all old\n"
 
 
+def test_the_environment_has_a_line_for_each_accelerator(run, monkeypatch):
+    assert re.search(r"^accelerators {5}-$", run("env")[1], re.MULTILINE) or torch.accelerator.is_available()
+    found = {
+        "device": "cuda:0",
+        "name": "card",
+        "path": "int_mm",
+        "reason": "no Triton",
+        "note": "unverified",
+    }
+    known = kernels.environment()
+    monkeypatch.setattr(kernels, "environment", lambda: known | {"accelerators": [found]})
+    assert json.loads(run("env", "--json")[1])["accelerators"] == [found]
+    lines = run("env")[1].splitlines()
+    assert "accelerators     cuda:0" in lines
+    assert "cuda:0           int_mm; card; no Triton; unverified" in lines
+
+
 def test_the_default_folder_has_one_name_however_the_dtype_is_written(run, source: Path) -> None:
     code, out, _ = run("quantize", source, "--dtype", "INT8", "--no-fidelity")
     assert (code, (Path.cwd() / "llama-int8").is_dir()) == (0, True)
