@@ -51,7 +51,11 @@ ROOMS = {
     ],
     "kernels/gpu": [
         ["codes", "features"],
-        ["numerics", "launch"],
+        ["launch"],
+        ["numerics"],
+        ["pointwise"],
+        ["quantize"],
+        ["prologues"],
     ],
     "graphs": [
         ["matching"],
