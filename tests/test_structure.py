@@ -50,8 +50,9 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["numerics", "codes", "features"],
+        ["codes", "features"],
         ["launch"],
+        ["numerics"],
     ],
     "graphs": [
         ["matching"],

@@ -1,15 +1,42 @@
-"""What kernels share: how a largest magnitude becomes a scale, a value a code, and a code its two digits.
+"""What kernels share: how values become fp32 and again what they were, a largest magnitude a scale, a value a code, a code two digits.
 
-Each function has the bits of `reference.quantize_tokens`. That needs kernels compiled without fused multiply-adds
+Each function of scales and codes has the bits of `reference.quantize_tokens`. That needs kernels compiled without fused multiply-adds
 (`launch` sees to it) and divisions that round (`div_rn`).
 """
 
 import triton
 import triton.language as tl
 
+from mono_quant.kernels.gpu.launch import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 # Nothing but IEEE 754: adding and subtracting it rounds values below 2^22 half to even.
 _ROUNDER = tl.constexpr(12582912.0)
 _INFINITY = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def widen(x):
+    """Return values as fp32."""
+    if _INTERPRETED and x.dtype == tl.bfloat16:
+        # the interpreter's own conversion loses subnormal numbers
+        wide = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Return fp32 values rounded to a dtype, half to even; what is too large becomes infinity."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        # the interpreter's own conversion cuts off
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + (0x7FFF + ((bits >> 16) & 1)), 0x7FC00000)
+        y = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from mono_quant.kernels import reference
 from mono_quant.kernels.gpu.launch import launch
-from mono_quant.kernels.gpu.numerics import code_of, digits_of, magnitude, scales_of
+from mono_quant.kernels.gpu.numerics import code_of, digits_of, magnitude, narrow, scales_of, widen
 
 
 @triton.jit
@@ -25,6 +25,12 @@ def _quantize_row(x_ptr, code_ptr, high_ptr, low_ptr, scale_ptr, K, WIDTH: tl.co
     tl.store(high_ptr + row * K + at, high, mask=inside)
     tl.store(low_ptr + row * K + at, low, mask=inside)
     tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _convert(x_ptr, y_ptr, WIDTH: tl.constexpr):
+    at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    tl.store(y_ptr + at, narrow(widen(tl.load(x_ptr + at)), y_ptr.dtype.element_ty))
 
 
 def hostile_rows(depth=70):
@@ -64,3 +70,21 @@ def test_codes_and_scales_have_the_bits_of_the_reference(qmax):
     )
     assert torch.equal(high.int() * 64 + low.int(), codes.int())
     assert low.min() >= 0 and low.max() < 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened_and_rounded_as_torch_does_it(dtype):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    wide = torch.empty(2**16)
+    launch(_convert, (1,), (every, wide), {"WIDTH": 2**16}, device=wide.device)
+    assert torch.equal(wide.isnan(), every.isnan())
+    assert torch.equal(wide.nan_to_num(0.0), every.float().nan_to_num(0.0))
+
+    # each number itself, and ties and their neighbours between it and the next
+    step = 2 ** (15 if dtype == torch.bfloat16 else 12)
+    bits = every.float().view(torch.int32)
+    near = torch.stack([bits + by for by in (0, step, step - 1, step + 1)]).view(torch.float32)
+    back = torch.empty(near.shape, dtype=dtype)
+    launch(_convert, (4,), (near, back), {"WIDTH": 2**16}, device=near.device)
+    assert torch.equal(back.isnan(), near.isnan())
+    assert torch.equal(back.nan_to_num(0.0), near.to(dtype).nan_to_num(0.0))
