@@ -50,9 +50,12 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["codes", "features"],
-        ["launch"],
-        ["numerics"],
+        ["codes", "features", "overlap"],
+        ["launch", "tables"],
+        ["numerics", "tiles"],
+        ["large", "few"],
+        ["products"],
+        ["variants"],
     ],
     "graphs": [
         ["matching"],
