@@ -50,12 +50,13 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["codes", "features"],
-        ["launch"],
+        ["codes", "features", "overlap"],
+        ["launch", "tables"],
         ["numerics"],
-        ["pointwise"],
-        ["quantize"],
-        ["prologues"],
+        ["pointwise", "tiles"],
+        ["quantize", "large", "few"],
+        ["prologues", "products"],
+        ["variants"],
     ],
     "graphs": [
         ["matching"],

@@ -26,7 +26,7 @@ class Features:
         processors: programs that run beside each other at least.
         tma: tiles are loaded through descriptors.
         dp4a: four products of int8 are one instruction.
-        int8_dot: tensor cores multiply int8.
+        int8_dot: Triton multiplies int8 on tensor cores. Not on Turing, which has them: it refuses to compile (triton#9349).
         overlap: a kernel may start before the one in front of it has ended, and wait inside for its results.
         bf16: arithmetic and stores in bfloat16; elsewhere results are rounded to it by torch.
     """
@@ -83,7 +83,7 @@ def of_nvidia(capability: tuple[int, int], shared: int, processors: int, overlap
         processors,
         tma=capability >= (9, 0),
         dp4a=capability >= (6, 1),
-        int8_dot=capability >= (7, 2),
+        int8_dot=capability >= (8, 0),
         overlap=overlap and capability >= (9, 0),
         bf16=capability >= (8, 0),
     )

@@ -15,7 +15,7 @@ from mono_quant.kernels.gpu.features import features_of, of_nvidia, of_others, r
         ((6, 0), ""),
         ((6, 1), "dp4a"),
         ((7, 0), "dp4a"),
-        ((7, 5), "dp4a int8_dot"),
+        ((7, 5), "dp4a"),
         ((8, 0), "dp4a int8_dot bf16"),
         ((8, 9), "dp4a int8_dot bf16"),
         ((9, 0), "dp4a int8_dot bf16 tma overlap"),
