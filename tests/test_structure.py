@@ -55,8 +55,8 @@ ROOMS = {
         ["numerics"],
         ["pointwise", "tiles"],
         ["quantize", "large", "few"],
-        ["prologues", "products"],
-        ["variants"],
+        ["prologues", "products", "routed"],
+        ["variants", "experts"],
     ],
     "graphs": [
         ["matching"],
