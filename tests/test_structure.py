@@ -40,7 +40,7 @@ ROOMS = {
     "kernels": [
         ["activations"],
         ["reference", "weights", "build", "inputs", "pool", "starvation", "watching"],
-        ["cpu"],
+        ["cpu", "weight_only"],
         ["choice", "packs"],
         ["encoding", "paths", "attention"],
         ["library"],
@@ -50,12 +50,11 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["codes", "features", "overlap"],
-        ["launch", "tables"],
-        ["numerics"],
-        ["pointwise", "tiles"],
-        ["quantize", "large", "few"],
-        ["prologues", "products", "routed"],
+        ["codes", "features", "geometry", "overlap"],
+        ["numerics", "launch", "tables"],
+        ["pointwise", "fields", "depthwise", "embedding", "encoding", "tiles"],
+        ["quantize", "patches", "large", "few"],
+        ["prologues", "convolution", "products", "routed"],
         ["variants", "experts"],
     ],
     "graphs": [
@@ -165,6 +164,7 @@ EFFECTS = {
         "kernels/fused",
         "kernels/attention",
         "io/disk/disk",
+        "io/memory",
     },
     # torch takes a second: names of the package, and rooms of the command line, come when they are asked for
     "import_module": {"__init__", "apps/late"},

@@ -26,6 +26,7 @@ from mono_quant.hf.placing import check_place, parse_float, place_
 from mono_quant.io.hub.client import Hub
 from mono_quant.io.hub.push import PushResult
 from mono_quant.io.hub.target import PushOptions
+from mono_quant.io.memory import let_go
 from mono_quant.planning.config import QuantizationConfig, merge
 from mono_quant.planning.report import QuantReport
 from mono_quant.planning.schemes import parse_activations
@@ -352,6 +353,7 @@ def load(
     offload_folder: str | Path | None = None,
     activations: str | Mapping[str, str] | None = None,
     verify: bool = True,
+    mmap: bool = False,
     compile: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -370,6 +372,8 @@ def load(
         offload_folder: for what `device_map` puts on the disk.
         activations: how inputs of int8 layers become codes, as for `quantize`; None leaves it as it was saved.
         verify: compare every file with the manifest's sha256 first.
+        mmap: leave large tensors in their files, which the system reads when they are used: ready sooner, and memory that it can take
+            back. The files must stay as they are while the model is used; replacing the folder as `save` does is no harm.
         compile: run it compiled, by the backend "mono_quant" of `torch.compile`: faster, from the second call on.
         revision, token, origin: for a Hub id, as for `quantize`.
 
@@ -380,16 +384,21 @@ def load(
     Raises:
         MonoQuantError: a typed error for a missing, tampered, foreign or newer folder.
     """
-    if not isinstance(compile, bool):
-        raise ConfigError(Name("compile"), f" is {compile!r}; use True or False")
+    for name, given in (("compile", compile), ("mmap", mmap)):
+        if not isinstance(given, bool):
+            raise ConfigError(Name(name), f" is {given!r}; use True or False")
     cast = parse_float(dtype)
     check_place(device, device_map)
     asked = None if activations is None else parse_activations(activations)
     path, _ = saved_folder(folder, Access(revision, Hub(token=token), place=origin))
-    loaded, manifest = loading.load(path, model, verify=verify)
+    loaded, manifest = loading.load(path, model, verify=verify, mapped=mmap)
     if asked is not None:
         override_schemes_(loaded, asked)
     keep_loaded_(path, loaded, manifest)
+    if mmap:
+        # a few values of each were looked at, and the system read what lies around them
+        for tensor in (*loaded.parameters(), *loaded.buffers()):
+            let_go(tensor.data_ptr(), tensor.nbytes)
     placed = place_(loaded, cast, device, device_map, offload_folder)
     if compile:
         placed.compile(backend=mono_quant)

@@ -50,7 +50,11 @@ logger = logging.getLogger(__name__)
 
 
 def load(
-    folder: Path, model: nn.Module | Callable[[], nn.Module] | None = None, *, verify: bool = True
+    folder: Path,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    verify: bool = True,
+    mapped: bool = False,
 ) -> tuple[nn.Module, Manifest | None]:
     """Read a saved model back, or a compressed-tensors int8 checkpoint of somebody else.
 
@@ -58,6 +62,7 @@ def load(
         folder: to read.
         model: for a plain module, an instance or a function that makes one; its weights are not used.
         verify: compare every file with the manifest's sha256 first.
+        mapped: leave what is large in its file; see `Checkpoint.mapped`.
 
     Returns:
         The model in evaluation mode, and the manifest (None for a foreign checkpoint).
@@ -71,9 +76,9 @@ def load(
         with phase("Checking the files"):
             manifest = Manifest.read(folder, hashes=verify, extras=True)
         with phase("Loading the model"):
-            return _load_own(folder, manifest, model), manifest
+            return _load_own(folder, manifest, model, mapped), manifest
     with phase("Loading the model"):
-        return _load_foreign(folder), None
+        return _load_foreign(folder, mapped), None
 
 
 def loaded_subject(folder: Path, model: nn.Module, manifest: Manifest) -> Subject:
@@ -89,19 +94,19 @@ def loaded_subject(folder: Path, model: nn.Module, manifest: Manifest) -> Subjec
 
 
 def _load_own(
-    folder: Path, manifest: Manifest, model: nn.Module | Callable[[], nn.Module] | None
+    folder: Path, manifest: Manifest, model: nn.Module | Callable[[], nn.Module] | None, mapped: bool
 ) -> nn.Module:
     if manifest.kind == "module":
-        return _load_plain(folder, manifest, model)
+        return _load_plain(folder, manifest, model, mapped)
     if model is not None:
         raise ConfigError(f"{folder} holds a {manifest.class_name} that builds itself; leave out model=")
     raw = read_json_object(folder / "config.json")
     if manifest.kind == "diffusers":
-        return _load_diffusion(folder, raw, manifest)
+        return _load_diffusion(folder, raw, manifest, mapped)
     with open_checkpoint(folder) as checkpoint:
         check_proportion(folder, raw, _shapes(checkpoint))
         cls, config = model_class(raw, folder, trust_remote_code=False)
-        tensors = read_tensors(checkpoint, manifest)
+        tensors = read_tensors(checkpoint, manifest, mapped)
     dtype = dtype_of(raw, folder)
     if manifest.layout == PLAIN:
         _refuse_codes(folder, tensors)
@@ -123,10 +128,10 @@ def _encoder(folder: Path, raw: Mapping[str, Any], core: nn.Module) -> nn.Module
     return whole
 
 
-def _load_diffusion(folder: Path, raw: Mapping[str, Any], manifest: Manifest) -> nn.Module:
+def _load_diffusion(folder: Path, raw: Mapping[str, Any], manifest: Manifest, mapped: bool) -> nn.Module:
     with open_checkpoint(folder) as checkpoint:
         check_proportion(folder, raw, _shapes(checkpoint))
-        tensors = read_tensors(checkpoint, manifest)
+        tensors = read_tensors(checkpoint, manifest, mapped)
     if manifest.layout == PLAIN:
         _refuse_codes(folder, tensors)
     model = load_diffusion(diffusion_class(raw, folder), raw, tensors, str(folder))
@@ -218,7 +223,7 @@ def settle_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _load_plain(
-    folder: Path, manifest: Manifest, model: nn.Module | Callable[[], nn.Module] | None
+    folder: Path, manifest: Manifest, model: nn.Module | Callable[[], nn.Module] | None, mapped: bool
 ) -> nn.Module:
     if model is None:
         raise ConfigError(
@@ -233,7 +238,7 @@ def _load_plain(
     if not isinstance(built, nn.Module):
         raise ConfigError(f"model= made a {type(built).__name__}, not an nn.Module")
     with open_checkpoint(folder) as checkpoint:
-        tensors = read_tensors(checkpoint, manifest)
+        tensors = read_tensors(checkpoint, manifest, mapped)
     codes = {
         name for name, tensor in tensors.items() if tensor.dtype == torch.int8 and f"{name}_scale" in tensors
     }
@@ -259,7 +264,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None
     fill_(model, tensors)
 
 
-def _load_foreign(folder: Path) -> nn.Module:
+def _load_foreign(folder: Path, mapped: bool) -> nn.Module:
     if not (folder / "config.json").exists():
         raise MissingFileError(f"{folder} has neither {MANIFEST} nor config.json; it is no saved model")
     raw = read_json_object(folder / "config.json")
@@ -279,7 +284,7 @@ def _load_foreign(folder: Path) -> nn.Module:
         check_foreign(checkpoint, raw["quantization_config"])
         check_proportion(folder, raw, shapes)
         cls, config = model_class(raw, folder, trust_remote_code=False)
-        tensors = read_tensors(checkpoint, None)
+        tensors = read_tensors(checkpoint, None, mapped)
     loaded = load_int8(cls, config, tensors, str(folder), dtype_of(raw, folder))
     tell_differences(folder, raw["quantization_config"], loaded)
     set_generation_(loaded, folder)

@@ -114,15 +114,18 @@ class SavedTensors:
         return self._checkpoint.part(name, start * size, stop * size).view(stop - start, *shape[1:])
 
 
-def read_tensors(checkpoint: Checkpoint, manifest: Manifest | None) -> dict[str, Tensor]:
+def read_tensors(
+    checkpoint: Checkpoint, manifest: Manifest | None, mapped: bool = False
+) -> dict[str, Tensor]:
     """Read all tensors, give flat codes their shape back, and check codes and scales.
 
     Args:
         checkpoint: to read.
         manifest: of its folder; None for a foreign checkpoint, whose codes are those with scales beside them.
+        mapped: leave what is large in its file; see `Checkpoint.mapped`.
     """
     folder = checkpoint.folder
-    tensors = checkpoint.read()
+    tensors = checkpoint.read(mapped)
     if manifest is None:
         # checked before: they are zero
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(ZERO_POINT)}

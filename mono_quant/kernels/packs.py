@@ -19,7 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mono_quant.io.memory import free_bytes
+from mono_quant.io.memory import free_bytes, let_go
 from mono_quant.kernels.activations import ActivationScheme
 from mono_quant.kernels.cpu import Cpu, Packed, Samples
 
@@ -172,6 +172,9 @@ def _pack(cpu: Cpu, weight: Tensor, scheme: ActivationScheme, entry: _Entry) -> 
         if weight._version != entry.version:
             return None
         entry.packed[cpu.path] = packed
+        if packed is not None:
+            # from now on kernels read the packed ones
+            let_go(weight.data_ptr(), weight.nbytes)
         return packed
     finally:
         _packing.release()

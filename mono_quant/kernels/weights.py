@@ -22,6 +22,7 @@ QMAX = 127
 # 10 * log10(12 * 127^2): the error of rounding to a step s is s^2 / 12, and s = absmax / 127.
 ONE_OPERAND_DB = 10 * math.log10(12 * QMAX**2)
 FP16_MAX = 65504.0
+_WITHOUT_FLOAT64 = frozenset({"mps"})
 # Elements held in fp32 at once while a weight is quantized: bounds the scratch memory.
 _CHUNK = 1 << 22
 
@@ -97,9 +98,22 @@ def quantize_rows(
         q = (block / s).round_().clamp_(-QMAX, QMAX).masked_fill_(zero, 0.0)
         codes[start : start + step] = q.to(torch.int8)
         scale[start : start + step] = s
-        signal += float(block.double().square_().sum())
-        noise += float(torch.sub(block, q.mul_(s)).double().square_().sum())
+        signal += energy(block, s)
+        noise += energy(torch.sub(block, q.mul_(s)), s)
     return RowCodes(codes, scale, signal, noise)
+
+
+def energy(rows: Tensor, scale: Tensor) -> float:
+    """Return the sum of squares of fp32 rows, in float64 where their device has it.
+
+    Args:
+        rows: [N, K].
+        scale: fp32 [N, 1], positive; the measure of a row, in which its squares neither vanish nor overflow in fp32.
+    """
+    if rows.device.type not in _WITHOUT_FLOAT64:
+        return float(rows.double().square_().sum())
+    sums = (rows / scale).square_().sum(dim=1, keepdim=True)
+    return float((sums.cpu().double() * scale.cpu().double().square()).sum())
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import in_onnxruntime, in_openvino
+from bench import in_mono_quant, in_onnxruntime, in_openvino
 from bench.cases import Case, Inputs
 from bench.eager import eager
 from bench.exporting import ONNX_IMPORTS
@@ -43,22 +43,6 @@ def _ours(dtype: str, activations: str = "auto") -> Convert:
         runner = eager(_quantized(model, dtype, activations), case)
         if dtype != "int8":
             return runner
-        return runner.saying(f"{kernels.describe()}, {kernels.activation_scheme(activations)}")
-
-    return convert
-
-
-def _fused(activations: str = "auto") -> Convert:
-    """Let our own graph backend fuse: no compiler runs, and decoders keep a static cache."""
-
-    def convert(model: nn.Module, case: Case) -> Runner:
-        from mono_quant import kernels  # noqa: PLC0415
-
-        model = _quantized(model, "int8", activations)
-        if "mono_quant" not in torch.compiler.list_backends():
-            raise Skip("this mono_quant has no graph backend")
-        model.compile(backend="mono_quant")
-        runner = eager(model, case, static=True)
         return runner.saying(f"{kernels.describe()}, {kernels.activation_scheme(activations)}")
 
     return convert
@@ -182,6 +166,8 @@ _IN_OPENVINO = Graph("openvino", in_openvino.write, in_openvino.open_, in_openvi
 # Faster and less accurate than its own choice on some processors (groups of 32 on a Zen 4).
 _WIDE_GROUPS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 128}
 _IN_OPENVINO_WIDE = replace(_IN_OPENVINO, open=partial(in_openvino.open_, **_WIDE_GROUPS))
+_SAVED = Graph("mono_quant", in_mono_quant.write, in_mono_quant.open_, in_mono_quant.open_nothing)
+_TRANSFORMERS = ("transformers", *_MONO)
 STACKS = {
     "fp32": Stack(_cast(torch.float32)),
     "bf16": Stack(_cast(torch.bfloat16)),
@@ -189,9 +175,14 @@ STACKS = {
     "fp32-compiled": Stack(_compiled(lambda model: model)),
     "ours": Stack(_ours("int8"), imports=_MONO),
     "ours-compiled": Stack(_compiled(lambda model: _quantized(model, "int8")), imports=_MONO),
-    "ours-fused": Stack(_fused(), imports=_MONO),
+    "ours-fused": Stack(_SAVED, imports=_TRANSFORMERS),
     **{f"ours-{name}": Stack(_ours("int8", name), imports=_MONO) for name in SCHEMES},
-    **{f"ours-fused-{name}": Stack(_fused(name), imports=_MONO) for name in SCHEMES},
+    **{
+        f"ours-fused-{name}": Stack(
+            replace(_SAVED, open=partial(in_mono_quant.open_, activations=name)), imports=_TRANSFORMERS
+        )
+        for name in SCHEMES
+    },
     "ours-fp16": Stack(_ours("fp16"), imports=_MONO),
     "torch.ao": Stack(_torch_ao),
     "torchao-dynamic": Stack(

@@ -141,6 +141,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.listing = Listing.of([shard.header for shard in shards])
         self.headers = self.listing.tensors
         self._shards = {shard.name: shard for shard in shards}
+        self._pages: dict[str, mmap.mmap] = {}
         # Runs at the latest when the object or the process ends, so that no temporary folder stays.
         self._release = weakref.finalize(self, resources.close)
         self.total_bytes = sum(header.nbytes for header in self.headers.values())
@@ -161,6 +162,28 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                 f"{header.file}: the boolean tensor {printable(name)} holds the byte {int(data.max())}; "
                 "fetch the file again"
             )
+        return data.view(header.dtype).reshape(header.shape)
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """Return one tensor as the file has it in the system's cache: writes into it stay in this process.
+
+        It is memory that the system can take back, and reads anew from the file: that must stay as it is while the tensor is used.
+        What is small, boolean or lies where its dtype cannot be read is copied as by `[]`.
+
+        Raises:
+            as `__getitem__`.
+        """
+        header, shard = self.headers[name], self._shards[self.headers[name].file]
+        if header.nbytes < _OWN_MAPPING or header.dtype is torch.bool or header.start % header.dtype.itemsize:
+            return self[name]
+        self._check_open()
+        self._check_unchanged(shard)
+        if shard.name not in self._pages:
+            access = {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+            self._pages[shard.name] = mmap.mmap(shard.descriptor, shard.identity[2], **access)
+        data = torch.frombuffer(
+            self._pages[shard.name], dtype=torch.uint8, count=header.nbytes, offset=header.start
+        )
         return data.view(header.dtype).reshape(header.shape)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
@@ -192,8 +215,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def _bytes(self, name: str, start: int, size: int) -> torch.Tensor:
         shard = self._shards[self.headers[name].file]
-        if not self._release.alive:
-            raise ValueError(f"the checkpoint {printable(self.folder, 400)} is closed; open it again")
+        self._check_open()
         data = memory_of(size, name)
         self._check_unchanged(shard)
         read_into(
@@ -205,8 +227,10 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self._check_unchanged(shard)
         return data
 
-    def read(self) -> dict[str, torch.Tensor]:
-        """Read all tensors, several at a time; see `__getitem__`."""
+    def read(self, mapped: bool = False) -> dict[str, torch.Tensor]:
+        """Read all tensors, several at a time; see `__getitem__` and `mapped`."""
+        if mapped:
+            return {name: self.mapped(name) for name in self.headers}
         with ThreadPoolExecutor(_READERS) as readers:
             return dict(zip(self.headers, readers.map(self.__getitem__, self.headers), strict=True))
 
@@ -232,8 +256,13 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.close()
 
     def close(self) -> None:
-        """Close the files; the headers stay."""
+        """Close the files; the headers stay, and what was mapped."""
+        self._pages.clear()
         self._release()
+
+    def _check_open(self) -> None:
+        if not self._release.alive:
+            raise ValueError(f"the checkpoint {printable(self.folder, 400)} is closed; open it again")
 
     def sha256s(self) -> dict[str, str]:
         """Return the sha256 of every weight file, by name; reads every byte."""

@@ -26,7 +26,8 @@ class Features:
         processors: programs that run beside each other at least.
         tma: tiles are loaded through descriptors.
         dp4a: four products of int8 are one instruction.
-        int8_dot: Triton multiplies int8 on tensor cores. Not on Turing, which has them: it refuses to compile (triton#9349).
+        int8_dot: Triton multiplies tiles of int8; for 7.5 of NVIDIA it does not compile that (3.7), and other tiles without tensor
+            cores.
         overlap: a kernel may start before the one in front of it has ended, and wait inside for its results.
         bf16: arithmetic and stores in bfloat16; elsewhere results are rounded to it by torch.
     """

@@ -21,10 +21,13 @@ from mono_quant.kernels.gpu.quantize import (
     FLOATS,
     TILE,
     WIDEST,
+    cut_of,
     dense_rows,
     empty_codes,
-    next_power,
+    is_early,
+    power_of_two,
     quantize_values,
+    start_next,
     store_codes,
     warps_of,
 )
@@ -84,8 +87,10 @@ def norm_spans(
     WIDE: tl.constexpr,
     QMAX: tl.constexpr,
     RMS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """TALL rows a program, each as SPANS groups of up to WIDE values. Pointers to what is not there are None."""
+    start_next(EARLY)
     row = (tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL))[:, None, None]
     group = tl.arange(0, SPANS)[None, :, None]
     column = group * GROUP + tl.arange(0, WIDE)[None, None, :]
@@ -134,35 +139,30 @@ def norm_quantize(
     """
     kind, weight, bias, epsilon = norm
     rows, depth = x.shape
-    wide = next_power(min(scheme.group or depth, depth))
-    spans = triton.next_power_of_2(len(scheme.spans(depth)))
-    if depth == 0 or spans * wide > WIDEST or kind not in ("layer", "rms") or x.dtype not in FLOATS:
+    cut = cut_of(scheme, depth)
+    spans = power_of_two(cut.spans)
+    width = spans * cut.wide
+    if depth == 0 or width > WIDEST or kind not in ("layer", "rms") or x.dtype not in FLOATS:
         return None
     if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
         return None
     if any(term is not None and not _is_row_of(x, term) for term in (weight, bias)):
         return None
     x, residual = dense_rows(x), None if residual is None else dense_rows(residual)
-    codes, qmax = empty_codes(x, scheme)
+    codes = empty_codes(x, scheme, cut)
     total = None if residual is None else x.new_empty(rows, depth)
     kept = x.new_empty(rows, depth) if keep else None
     if rows > 0:
-        tall = max(1, TILE // (spans * wide))
-        steps = x.stride(0), 0 if residual is None else residual.stride(0), codes.planes.stride(0)
+        tall = max(1, TILE // width)
+        steps = x.stride(0), 0 if residual is None else residual.stride(0), rows * depth
+        shape = {"SPANS": spans, "GROUP": codes.group, "TALL": tall, "WIDE": cut.wide}
         launch(
             norm_spans,
-            (triton.cdiv(rows, tall),),
+            (-(-rows // tall),),
             (x, residual, total, weight, bias, kept, codes.planes, codes.scale, rows, depth, *steps, epsilon),
-            {
-                "SPANS": spans,
-                "GROUP": codes.group,
-                "TALL": tall,
-                "WIDE": wide,
-                "QMAX": qmax,
-                "RMS": kind == "rms",
-            },
+            {**shape, "QMAX": cut.qmax, "RMS": kind == "rms", "EARLY": is_early(x)},
             device=x.device,
-            warps=warps_of(tall * spans * wide),
+            warps=warps_of(tall * width),
         )
     return Prepared(codes, kept, total)
 

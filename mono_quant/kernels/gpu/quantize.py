@@ -6,6 +6,9 @@ half precision with two loads of 16 bytes a thread, and one that did less would 
 holds are read twice, the second time mostly from L2.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,9 +16,15 @@ from torch import Tensor
 
 from mono_quant.kernels.activations import ActivationScheme
 from mono_quant.kernels.gpu.codes import Codes
+from mono_quant.kernels.gpu.features import features_of
 from mono_quant.kernels.gpu.launch import launch
 from mono_quant.kernels.gpu.numerics import code_of, digits_of, magnitude, scales_of, widen
 from mono_quant.kernels.gpu.pointwise import load_values
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents
+except ImportError:  # of some versions of Triton
+    gdc_launch_dependents = None
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Values of a program: at least, and at most (64 a thread of 8 warps).
@@ -23,8 +32,25 @@ TILE = 2048
 WIDEST = 16384
 # of a row that is read in blocks
 _BLOCK = 4096
+# Of so few rows a kernel ends before one behind it, started early, could be in its way.
+_FEW_ROWS = 64
 # A dimension that Triton reduces is not shorter.
 _NARROWEST = 16
+
+
+class Cut(NamedTuple):
+    """How rows under a scheme are cut: the largest code, spans of a row, and columns of a tile for each (a power of two)."""
+
+    qmax: int
+    spans: int
+    wide: int
+
+
+@triton.jit
+def start_next(EARLY: tl.constexpr):
+    """Let the kernel behind this one start, to wait inside for what this one writes."""
+    if EARLY:
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -57,8 +83,10 @@ def quantize_spans(
     WIDE: tl.constexpr,
     QMAX: tl.constexpr,
     ACT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """TALL spans of up to WIDE values a program, SPANS of them in a row, GROUP columns apart. `up`, `kept`: None if not there."""
+    start_next(EARLY)
     span = tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL)
     row = span // SPANS
     group = (span % SPANS).to(tl.int32)
@@ -90,8 +118,10 @@ def quantize_long(
     BLOCK: tl.constexpr,
     QMAX: tl.constexpr,
     ACT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One row a program, in blocks: once for its largest magnitude, once for its codes."""
+    start_next(EARLY)
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, depth, BLOCK):
@@ -140,46 +170,52 @@ def quantize_values(
         The codes, and the values [M, K] in the dtype of `x` if they are kept.
     """
     rows, depth = x.shape
+    cut = cut_of(scheme, depth)
     x, up = dense_rows(x), None if up is None else dense_rows(up)
-    codes, qmax = empty_codes(x, scheme)
-    kept = torch.empty((rows, depth), dtype=x.dtype, device=x.device) if keep else None
+    codes = empty_codes(x, scheme, cut)
+    kept = x.new_empty(rows, depth) if keep else None
     if rows == 0 or depth == 0:
         codes.scale.zero_()
         return codes, kept
-    steps = x.stride(0), 0 if up is None else up.stride(0), codes.planes.stride(0)
-    wide = next_power(min(codes.group or depth, depth))
-    if wide > WIDEST:
+    steps = x.stride(0), 0 if up is None else up.stride(0), rows * depth
+    common = {"QMAX": cut.qmax, "ACT": act, "EARLY": is_early(x)}
+    if cut.wide > WIDEST:
         launch(
             quantize_long,
             (rows,),
             (x, up, kept, codes.planes, codes.scale, depth, *steps),
-            {"BLOCK": _BLOCK, "QMAX": qmax, "ACT": act},
+            {"BLOCK": _BLOCK, **common},
             device=x.device,
             warps=8,
         )
         return codes, kept
-    spans, tall = codes.scale.shape[0], max(1, TILE // wide)
+    tall = max(1, TILE // cut.wide)
     launch(
         quantize_spans,
-        (triton.cdiv(rows * spans, tall),),
+        (-(-rows * cut.spans // tall),),
         (x, up, kept, codes.planes, codes.scale, rows, depth, *steps),
-        {"SPANS": spans, "GROUP": codes.group, "TALL": tall, "WIDE": wide, "QMAX": qmax, "ACT": act},
+        {"SPANS": cut.spans, "GROUP": codes.group, "TALL": tall, "WIDE": cut.wide, **common},
         device=x.device,
-        warps=warps_of(tall * wide),
+        warps=warps_of(tall * cut.wide),
     )
     return codes, kept
 
 
-def empty_codes(x: Tensor, scheme: ActivationScheme) -> tuple[Codes, int]:
-    """Return room for the codes of `x` [M, K], and the largest code.
+@functools.lru_cache
+def cut_of(scheme: ActivationScheme, depth: int) -> Cut:
+    """Return how rows of `depth` values are cut."""
+    longest = min(scheme.group or depth, depth)
+    return Cut(scheme.widest_code(depth), len(scheme.spans(depth)), max(_NARROWEST, power_of_two(longest)))
+
+
+def empty_codes(x: Tensor, scheme: ActivationScheme, cut: Cut) -> Codes:
+    """Return room for the codes of `x` [M, K].
 
     Rows so long that wider codes would overflow sums have narrow ones under every scheme, and those are one plane.
     """
     rows, depth = x.shape
-    qmax, spans = scheme.widest_code(depth), len(scheme.spans(depth))
-    planes = torch.empty((1 if qmax <= 127 else 2, rows, depth), dtype=torch.int8, device=x.device)
-    scale = torch.empty((spans, rows), dtype=torch.float32, device=x.device)
-    return Codes(planes, scale, scheme.group), qmax
+    planes = torch.empty((1 if cut.qmax <= 127 else 2, rows, depth), dtype=torch.int8, device=x.device)
+    return Codes(planes, torch.empty((cut.spans, rows), dtype=torch.float32, device=x.device), scheme.group)
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -189,8 +225,14 @@ def dense_rows(x: Tensor) -> Tensor:
     return x.resolve_neg().contiguous()
 
 
-def next_power(width: int) -> int:
-    return max(_NARROWEST, triton.next_power_of_2(width))
+def is_early(x: Tensor) -> bool:
+    """Say whether a kernel that reads the rows `x` lets the one behind it start at once, to wait inside for its results."""
+    return x.shape[0] <= _FEW_ROWS and features_of(x.device).overlap
+
+
+def power_of_two(count: int) -> int:
+    """Return the smallest power of two that is not less; Triton's own function takes microseconds."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 def warps_of(values: int) -> int:

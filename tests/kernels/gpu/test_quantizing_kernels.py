@@ -19,7 +19,8 @@ POINTERS = ("x_ptr", "up_ptr", "residual_ptr", "total_ptr", "weight_ptr", "bias_
 SIZES = ("rows", "depth", "x_step", "up_step", "residual_step", "plane_step")
 
 
-def job(kernel, dtype, constants, capability):
+def job(kernel, dtype, constants, capability, early=False):
+    constants = constants | {"EARLY": early}
     types = {"planes_ptr": "*i8", "scale_ptr": "*fp32", "epsilon": "fp32"}
     types |= dict.fromkeys(POINTERS, f"*{dtype}") | dict.fromkeys(SIZES, "i32")
     signature = {name: types[name] for name in kernel.arg_names if name not in constants}
@@ -39,11 +40,13 @@ def test_every_kernel_compiles_in_arithmetic_that_rounds_each_operation():
     layer = job(prologues.norm_spans, "fp16", bare | {"RMS": False}, 90)
     # the error function is a library's, whose own arithmetic is fused
     erf = job(quantize.quantize_spans, "fp16", groups | {"QMAX": 127, "ACT": "gelu", "up_ptr": None}, 90)
-    jobs = [job(*kind, capability) for kind in kinds for capability in (75, 90, 100)]
+    jobs = [job(*kind, capability, capability >= 90) for kind in kinds for capability in (75, 90, 100)]
     made = compile_all([*jobs, layer, erf])
     for compiled in made[:-1]:
         assert not re.search(r"\b(fma\.|mad\.f|(add|sub|mul)\.f32|rsqrt)|\.ftz", compiled.ptx)
     assert not re.search(r"\b(fma\.rn\.f32|(add|sub|mul)\.f32|rsqrt)", made[-1].ptx)
+    for compiled, has in zip(made, (False, True, True) * 3, strict=False):
+        assert ("griddepcontrol.launch_dependents" in compiled.ptx) is has
     for compiled in made:
         assert len(re.findall(r"\bdiv\.rn\.f32", compiled.ptx)) >= 2
         # 16 bytes at once
@@ -55,16 +58,16 @@ def test_every_kernel_compiles_in_arithmetic_that_rounds_each_operation():
 def test_nothing_is_written_beyond_codes_and_scales(monkeypatch, name):
     guards = []
 
-    def roomy(x, scheme):
-        codes, qmax = quantize_room(x, scheme)
+    def roomy(x, scheme, cut):
+        codes = room_for(x, scheme, cut)
         room = []
         for part in (codes.planes, codes.scale):
             whole = torch.full((part.numel() + 8192,), 77, dtype=part.dtype, device=DEVICE)
             guards.extend((whole[:4096], whole[-4096:]))
             room.append(whole[4096:-4096].view(part.shape))
-        return Codes(*room, codes.group), qmax
+        return Codes(*room, codes.group)
 
-    quantize_room = quantize.empty_codes
+    room_for = quantize.empty_codes
     monkeypatch.setattr(quantize, "empty_codes", roomy)
     monkeypatch.setattr(prologues, "empty_codes", roomy)
     scheme, x = SCHEMES[name], torch.randn(3, 300, device=DEVICE)
