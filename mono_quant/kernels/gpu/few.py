@@ -7,7 +7,7 @@ cores, outputs on their long side.
 import triton
 import triton.language as tl
 
-from mono_quant.kernels.gpu.launch import INTERPRETED
+from mono_quant.kernels.gpu.features import INTERPRETED
 from mono_quant.kernels.gpu.numerics import narrow, widen
 from mono_quant.kernels.gpu.overlap import gdc_wait
 from mono_quant.kernels.gpu.tiles import joined, read, scaled
