@@ -50,12 +50,12 @@ ROOMS = {
         ["recording"],
     ],
     "kernels/gpu": [
-        ["codes", "features", "geometry", "overlap"],
+        ["codes", "features", "geometry", "overlap", "tiles"],
         ["numerics", "launch", "tables"],
-        ["pointwise", "fields", "depthwise", "embedding", "encoding", "tiles"],
-        ["quantize", "patches", "large", "few"],
-        ["prologues", "convolution", "products", "routed"],
-        ["variants", "experts"],
+        ["replay"],
+        ["pointwise", "fields", "depthwise", "embedding", "encoding", "large", "few"],
+        ["quantize", "patches", "products", "routed"],
+        ["prologues", "convolution", "variants", "experts"],
     ],
     "graphs": [
         ["matching"],

@@ -92,7 +92,7 @@ def _watched(model: nn.Module) -> Iterator[dict[str, _Seen]]:
 
 def _multiply(seen: _Seen, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     codes = weight.float() * weight_scale
-    exact = F.linear(x.float(), codes)
+    exact = F.linear(_exactly(x), _exactly(codes)).float()
     work = x.shape[:-1].numel() * weight.numel()
     seen.take(
         _crest(x.float().abs().amax(-1), x.float().square().sum(-1), x.shape[-1]),
@@ -115,7 +115,7 @@ def _convolve(
     groups: int,
 ) -> Tensor:
     codes = weight.float() * weight_scale.view(-1, 1, 1, 1)
-    exact = F.conv2d(x.float(), codes, None, stride, padding, dilation, groups)
+    exact = F.conv2d(_exactly(x), _exactly(codes), None, stride, padding, dilation, groups).float()
     work = exact.numel() * weight.shape[1:].numel()
     # the largest value and the energy of each receptive field, from those of its pixels
     pixels = x.float().view(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
@@ -132,6 +132,11 @@ def _convolve(
         lambda scheme: kernels.int8_conv(x.float(), weight, weight_scale, None, *how, scheme),
     )
     return (exact if bias is None else exact + bias.float().view(-1, 1, 1)).to(x.dtype)
+
+
+def _exactly(x: Tensor) -> Tensor:
+    """Return floats in a dtype in which the device multiplies them as they are: on CUDA float32 may be cut to 10 bits (TF32)."""
+    return x.double() if x.device.type == "cuda" else x.float()
 
 
 def _crest(largest: Tensor, energy: Tensor, size: int) -> Tensor:

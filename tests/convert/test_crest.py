@@ -6,10 +6,12 @@ import pytest
 import torch
 from models import FAMILIES, is_plain, seeded
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import mono_quant as mq
 from mono_quant import kernels
+from mono_quant.convert import crest
 from mono_quant.convert.crest import measure_layers
 from mono_quant.convert.int8_layers import layers_with_schemes
 from mono_quant.convert.probes import ProbeError, given_probe
@@ -118,3 +120,10 @@ def test_a_model_that_does_not_run_is_put_back_and_told():
     with pytest.raises(ProbeError, match="the model did not run on the given inputs"):
         measure_layers(model, given_probe(torch.zeros(2, 3)))
     assert "multiply" not in vars(model[0]) and "convolve" not in vars(model[0])
+
+
+def test_a_gpu_that_cuts_float32_to_ten_bits_does_not_measure_that():
+    # a convolution is computed in TF32 there unless somebody says otherwise
+    with FakeTensorMode():
+        assert crest._exactly(torch.empty(2, device="cuda", dtype=torch.float16)).dtype == torch.float64
+        assert crest._exactly(torch.empty(2, dtype=torch.float16)).dtype == torch.float32

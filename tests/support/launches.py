@@ -11,9 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mono_quant.kernels.gpu import features
 from mono_quant.kernels.gpu import launch as room
+from mono_quant.kernels.gpu.replay import Replays
 
 HERE, THERE = torch.device("cuda", 0), torch.device("cuda", 1)
 starts = []
@@ -42,7 +44,7 @@ class Launcher:
         launch_exit_hook,
         *args,
     ):
-        taken = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        taken = [arg.data_ptr() if isinstance(arg, torch.Tensor) else _told(arg) for arg in args]
         starts.append({
             "grid": [gridX, gridY, gridZ],
             "stream": stream,
@@ -51,6 +53,13 @@ class Launcher:
             "overlaps": self.metadata.launch_pdl,
             "args": taken,
         })
+
+
+def _told(arg):
+    if not isinstance(arg, TensorDescriptor):
+        return arg
+    rest = [list(arg.shape), list(arg.strides), list(arg.block_shape), arg.padding, arg.round_f32_to_tf32]
+    return {"place": arg.base.data_ptr(), "rest": rest}
 
 
 class Driver:
@@ -92,6 +101,43 @@ class Module:
         before, Driver.current = Driver.current, place.index
         yield
         Driver.current = before
+
+
+@triton.jit
+def copy_tiles(x_desc, y_ptr, n, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    at = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(y_ptr + at, x_desc.load([0, 0]), mask=at < n)
+
+
+def two_launches(x, y):
+    """Launch through scratch memory, and of tiles."""
+    middle, out = torch.empty(64, dtype=torch.int8), torch.empty(4, 16)
+    room.launch(add, (1,), (y[16:], middle, 48), {"WIDTH": 64}, device=HERE, warps=2)
+    tiles = TensorDescriptor.from_tensor(x, [4, 16])
+    room.launch(copy_tiles, (1, 2), (tiles, out, x.numel()), {"ROWS": 4, "WIDTH": 16}, device=HERE)
+    return out
+
+
+def replayed():
+    """Return the starts of a call that is replayed, with distances in place of addresses, and of one that is not."""
+    replays, answers = Replays(HERE), []
+    for _ in range(4):
+        x, y = torch.randn(4, 16), torch.zeros(64, dtype=torch.int8)
+        starts.clear()
+        out = replays.run((two_launches,), lambda: two_launches(x, y), x, y)  # noqa: B023
+        (first, second), bases = starts, [x, y, out]
+        tiles = second["args"][0]
+        told = [
+            first["args"][0] - y.data_ptr(),
+            first["args"][2],
+            tiles["place"] - x.data_ptr(),
+            tiles["rest"],
+        ]
+        told += [second["args"][1] - out.data_ptr(), second["args"][2], first["args"][1] % 64]
+        is_apart = all(not 0 <= first["args"][1] - b.data_ptr() < b.nbytes for b in bases)
+        same = [{k: v for k, v in start.items() if k != "args"} for start in starts]
+        answers.append([told, is_apart, same])
+    return answers
 
 
 @contextmanager
@@ -140,6 +186,7 @@ def main():
         "warps": compared(*plain, warps=8),
         "overlap": compared((3, 1, 4), *plain[1:], overlap=True),
     }
+    answers["replayed"] = replayed()
     seen = []
     triton.knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(1))
     with counted() as asked:

@@ -7,13 +7,16 @@ of an argument, whether a pointer or an integer is a multiple of 16, an integer 
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mono_quant.kernels.gpu.features import INTERPRETED, features_of
@@ -26,7 +29,7 @@ _FIRST = ("gridX", "gridY", "gridZ", "stream", "function")
 _SECOND = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
 
 
-class _Compiled(NamedTuple):
+class Compiled(NamedTuple):
     """A kernel that Triton compiled for arguments of one kind.
 
     Attributes:
@@ -43,10 +46,32 @@ class _Compiled(NamedTuple):
     rest: tuple[None, ...]
     kernel: Any
 
+    def start(self, grid: tuple[int, int, int], stream: int, values: Sequence[Any]) -> None:
+        """Start it on the current device, with arguments as `kinds_of` returns them."""
+        self.run(*grid, stream, self.function, self.packed, None, None, None, *values, *self.rest)
+
+
+class Started(NamedTuple):
+    """A launch that was made; `compiled` is None where Triton has to make it."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: Sequence[Any]
+    constants: Mapping[str, Any]
+    compiled: Compiled | None
+
+
+class _Tape(threading.local):
+    """The launches of this thread while somebody writes them down, else None."""
+
+    launches: list[Started] | None = None
+
 
 # By function, device, options, constants and the kinds of the arguments. Operations on a dict are atomic: two threads that
 # meet at the first call compile twice at worst, as they do in Triton's own cache.
-_compiled: dict[tuple[Any, ...], _Compiled] = {}
+_compiled: dict[tuple[Any, ...], Compiled] = {}
+_tape = _Tape()
+_NOTHING = nullcontext()
 
 
 def launch(
@@ -73,45 +98,83 @@ def launch(
         overlap: let it start before the kernel in front of it has ended, where the device can (`Features.overlap`): it must call
             `gdc_wait` before it reads what that one wrote.
     """
+    x, y, z = (*grid, 1, 1)[:3]
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    if _tape.launches is not None:
+        with _disable_current_modes():
+            compiled = _started(kernel, (x, y, z), args, constants, options, device, overlap)
+        _tape.launches.append(Started(kernel, (x, y, z), args, constants, compiled))
+    else:
+        _started(kernel, (x, y, z), args, constants, options, device, overlap)
+
+
+def _started(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    args: Sequence[Any],
+    constants: Mapping[str, Any],
+    options: dict[str, Any],
+    device: torch.device,
+    overlap: bool,
+) -> Compiled | None:
+    """Run a kernel; return it if it can be started directly the next time."""
     if INTERPRETED:
         # it computes with NumPy, which warns where a GPU gives NaN or infinity
         with numpy.errstate(all="ignore"):
-            kernel[tuple(grid)](*args, **constants)
-        return
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+            kernel[grid](*args, **constants)
+        return None
     if overlap and features_of(device).overlap:
         options["launch_pdl"] = True
-    if triton.runtime.driver.active.get_current_device() == device.index:
-        _start(kernel, grid, args, constants, options, device.index)
-    else:
-        with torch.get_device_module(device.type).device(device):
-            _start(kernel, grid, args, constants, options, device.index)
+    with on_device(device):
+        return _start(kernel, grid, args, constants, options, device)
 
 
 def _start(
     kernel: Any,
-    grid: Sequence[int],
+    grid: tuple[int, int, int],
     args: Sequence[Any],
     constants: Mapping[str, Any],
     options: dict[str, Any],
-    device: int,
-) -> None:
-    """Run a kernel on the current device."""
+    device: torch.device,
+) -> Compiled | None:
     values, kinds = kinds_of(args)
-    if kinds is None or _is_observed():
-        kernel[tuple(grid)](*args, **constants, **options)
-        return
-    key = (kernel.fn, device, *options.values(), *_kind_of_constants(constants), *kinds)
+    if kinds is None or is_observed():
+        kernel[grid](*args, **constants, **options)
+        return None
+    key = (kernel.fn, device.index, *options.values(), *_kind_of_constants(constants), *kinds)
     known = _compiled.get(key)
-    if known is None:
-        found = kernel[tuple(grid)](*args, **constants, **options)
-        if _is_startable(found):
-            rest = (None,) * (len(kernel.params) - len(args))
-            _compiled[key] = _Compiled(found.run, found.function, found.packed_metadata, rest, found)
-        return
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    x, y, z = (*grid, 1, 1)[:3]
-    known.run(x, y, z, stream, known.function, known.packed, None, None, None, *values, *known.rest)
+    if known is not None:
+        known.start(grid, current_stream(device), values)
+        return known
+    found = kernel[grid](*args, **constants, **options)
+    if not _is_startable(found):
+        return None
+    rest = (None,) * (len(kernel.params) - len(args))
+    return _compiled.setdefault(key, Compiled(found.run, found.function, found.packed_metadata, rest, found))
+
+
+@contextmanager
+def started_by() -> Iterator[list[Started]]:
+    """Write down what this thread launches while the context lasts."""
+    before, _tape.launches = _tape.launches, []
+    try:
+        yield _tape.launches
+    finally:
+        _tape.launches = before
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one; nothing is done where it is that, or the interpreter runs."""
+    if INTERPRETED or triton.runtime.driver.active.get_current_device() == device.index:
+        return _NOTHING
+    found: AbstractContextManager[object] = torch.get_device_module(device.type).device(device)
+    return found
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the handle of the current stream of a device."""
+    stream: int = triton.runtime.driver.active.get_current_stream(device.index)
+    return stream
 
 
 def kinds_of(args: Sequence[Any]) -> tuple[list[Any], list[Any] | None]:
@@ -157,7 +220,7 @@ def _kind_of_constants(constants: Mapping[str, Any]) -> tuple[Any, ...]:
     return (str(constants) if float in types else tuple(constants.items()), types)
 
 
-def _is_observed() -> bool:
+def is_observed() -> bool:
     """Say whether somebody, a profiler, wants to be told of every launch."""
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

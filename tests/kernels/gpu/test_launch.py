@@ -140,6 +140,15 @@ def test_a_direct_start_is_the_start_that_triton_would_make(driven):
     assert [name for name in cases if driven[name]["overlaps"]] == ["overlap"]
 
 
+def test_a_call_that_is_replayed_starts_what_it_started_before(driven):
+    first, *others = driven["replayed"]
+    told, is_apart, (add, copy) = first
+    assert told == [16, 48, 0, [[4, 16], [16, 1], [4, 16], "zero", False], 0, 64, 0] and is_apart
+    assert (add["grid"], copy["grid"]) == ([1, 1, 1], [1, 2, 1]) and add["function"] != copy["function"]
+    # by Triton, by `launch` while it is written down, and twice from the script
+    assert others == [first] * 3
+
+
 def test_a_profiler_sees_every_launch(driven):
     assert driven["observed"] == 1
 
