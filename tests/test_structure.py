@@ -55,8 +55,8 @@ ROOMS = {
         ["numerics", "launch", "tables"],
         ["replay"],
         ["pointwise", "fields", "depthwise", "embedding", "encoding", "large", "few"],
-        ["quantize", "patches", "products"],
-        ["prologues", "convolution", "variants"],
+        ["quantize", "patches", "products", "routed"],
+        ["prologues", "convolution", "variants", "experts"],
         ["path"],
     ],
     "graphs": [

@@ -16,7 +16,7 @@ _EMULATED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def _dot4(w, x, total):
+def dot4(w, x, total):
     """Return total + the products of the four int8 values that lie in each int32 of `w` and `x`."""
     if _EMULATED:
         total += ((w << 24) >> 24) * ((x << 24) >> 24)
@@ -32,7 +32,7 @@ def _dot4(w, x, total):
 
 @triton.jit
 def _add_row(total, w, row_ptrs, inside):
-    return _dot4(w, tl.load(row_ptrs, mask=inside, other=0)[None, :], total)
+    return dot4(w, tl.load(row_ptrs, mask=inside, other=0)[None, :], total)
 
 
 @triton.jit
