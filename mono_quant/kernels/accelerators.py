@@ -75,6 +75,19 @@ class DeviceKernels(Protocol):
         scheme: ActivationScheme,
     ) -> Tensor | None: ...
 
+    def experts(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        gate_up: Tensor,
+        gate_up_scale: Tensor,
+        down: Tensor,
+        down_scale: Tensor,
+        act: str,
+        scheme: ActivationScheme,
+    ) -> Tensor | None: ...
+
     def encode_rows(self, matrix: Tensor, into: tuple[Tensor, Tensor] | None) -> EncodedRows | None: ...
 
 

@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 from mono_quant.errors import InputError
 from mono_quant.kernels import paths
+from mono_quant.kernels.accelerators import path_of
 from mono_quant.kernels.activations import AUTO, check_activations
+from mono_quant.kernels.choice import scheme_of
 from mono_quant.kernels.inputs import check_codes
 from mono_quant.kernels.transforms import is_transformed
-from mono_quant.kernels.watching import is_watched, wants_gradient
+from mono_quant.kernels.watching import is_followed, is_watched, wants_gradient
 
 _LAYER = "an int8 layer of experts"
 _ACTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -60,13 +62,13 @@ def mix_experts(
 
 
 def has_experts(hidden_states: Tensor, top_k_weights: Tensor) -> bool:
-    """Say whether `int8_experts` takes this call: a compiler or a mode looks that can take an op of ours.
+    """Say whether `int8_experts` takes this call: the device has kernels for it, or a compiler or a mode looks that can take an op.
 
     Gradients and the transforms of `torch.func` go through the products one by one.
     """
     if wants_gradient(hidden_states, top_k_weights) or is_transformed():
         return False
-    return is_watched() or hidden_states.is_meta
+    return is_watched() or hidden_states.is_meta or path_of(hidden_states) is not None
 
 
 def int8_experts(
@@ -101,10 +103,29 @@ def int8_experts(
         FrozenWeightError: a weight is not int8.
         ValueError: there is no such activation or activation scheme.
     """
-    run = torch.ops.mono_quant.int8_experts
-    weights = (gate_up, gate_up_scale, down, down_scale)
-    out: Tensor = run(hidden_states, top_k_index, top_k_weights, *weights, act, activations)
+    args = (hidden_states, top_k_index, top_k_weights, gate_up, gate_up_scale, down, down_scale)
+    if type(hidden_states) is Tensor and not hidden_states.is_meta and not is_followed():
+        return _mixed(*args, act, activations)
+    out: Tensor = torch.ops.mono_quant.int8_experts(*args, act, activations)
     return out
+
+
+def _mixed(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    act: str,
+    activations: str,
+) -> Tensor:
+    _check(hidden_states, top_k_index, top_k_weights, gate_up, down, act, activations)
+    args = (hidden_states, top_k_index, top_k_weights, gate_up, gate_up_scale, down, down_scale)
+    device = path_of(hidden_states)
+    out = None if device is None else device.experts(*args, act, scheme_of(activations, hidden_states))
+    return by_products(*args, act, activations) if out is None else out
 
 
 def by_products(
@@ -142,8 +163,7 @@ def _experts_op(
     activations: str = AUTO,
 ) -> Tensor:
     weights = (gate_up, gate_up_scale, down, down_scale)
-    _check(hidden_states, top_k_index, top_k_weights, gate_up, down, act, activations)
-    return by_products(hidden_states, top_k_index, top_k_weights, *weights, act, activations)
+    return _mixed(hidden_states, top_k_index, top_k_weights, *weights, act, activations)
 
 
 @_experts_op.register_fake

@@ -17,6 +17,7 @@ from mono_quant.kernels.cpu import EncodedRows
 from mono_quant.kernels.gpu.convolution import conv
 from mono_quant.kernels.gpu.embedding import embedding
 from mono_quant.kernels.gpu.encoding import encode_rows
+from mono_quant.kernels.gpu.experts import experts
 from mono_quant.kernels.gpu.features import INTERPRETED, INTERPRETER, Features, features_of, refusal
 from mono_quant.kernels.gpu.products import multiply
 from mono_quant.kernels.gpu.quantize import quantize
@@ -110,6 +111,25 @@ class Gpu:
         tensors, how = (x, weight, weight_scale, bias), (stride, padding, dilation)
         what = (conv, *stride, *padding, *dilation, groups, scheme.name)
         return self._one(what, lambda: conv(*tensors, *how, groups, scheme), *tensors)
+
+    @_unless_failed
+    def experts(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        gate_up: Tensor,
+        gate_up_scale: Tensor,
+        down: Tensor,
+        down_scale: Tensor,
+        act: str,
+        scheme: ActivationScheme,
+    ) -> Tensor | None:
+        """Mix the outputs of gated experts; see `mono_quant.kernels.int8_experts`."""
+        tensors = (hidden_states, top_k_index, top_k_weights, gate_up, gate_up_scale, down, down_scale)
+        if any(tensor.device != hidden_states.device or tensor.is_neg() for tensor in tensors):
+            return None
+        return self._one((experts, act, scheme.name), lambda: experts(*tensors, act, scheme), *tensors)
 
     @_unless_failed
     def encode_rows(self, matrix: Tensor, into: tuple[Tensor, Tensor] | None) -> EncodedRows | None:

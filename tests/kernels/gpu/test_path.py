@@ -40,7 +40,7 @@ def answers(monkeypatch):
 
         monkeypatch.setattr(room.Gpu, name, run)
 
-    for name in ("linear", "embedding", "conv", "encode_rows"):
+    for name in ("linear", "embedding", "conv", "experts", "encode_rows"):
         listening(name)
     return seen
 
@@ -160,6 +160,24 @@ def test_weights_become_int8_with_the_bits_of_the_definition(answers):
         pytest.raises(NonFiniteWeightError, match="1 of 280 values are NaN or infinite"),
     ):
         kernels.encode_rows(matrix)
+
+
+def test_experts_are_one_call(answers):
+    experts, hidden, inner, tokens = 3, 32, 16, 5
+    x, index = torch.randn(tokens, hidden), torch.rand(tokens, experts).argsort(1)[:, :2]
+    gate_up, gate_up_scale, _ = layer(experts * 2 * inner, hidden)
+    down, down_scale, _ = layer(experts * hidden, inner)
+    weights = (gate_up.view(experts, 2 * inner, hidden), gate_up_scale.view(experts, 2 * inner, 1) / 100)
+    weights += (down.view(experts, hidden, inner), down_scale.view(experts, hidden, 1) / 100)
+    assert not kernels.has_experts(x, x)
+    # of ReLU both have the same bits
+    args = (x, index, torch.rand(tokens, 2), *weights, "relu", "int8")
+    assert same(*both(lambda: kernels.int8_experts(*args)))
+    assert answers == [("experts", True)]
+    with kernels.using("triton"):
+        assert kernels.has_experts(x, x) and not kernels.has_experts(x.clone().requires_grad_(), x)
+        with pytest.raises(ValueError, match="unknown activation 'tanh'; choose from 'gelu'"):
+            kernels.int8_experts(*args[:7], "tanh", "int8")
 
 
 # Each scheme in each model: of four kinds of layers.
