@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mono_quant.kernels import reference
+from mono_quant.kernels import reference, weight_only
 from mono_quant.kernels.activations import ActivationScheme
 from mono_quant.kernels.cpu import EncodedRows
 
@@ -225,6 +225,8 @@ def int_mm_is_exact(device: torch.device | str) -> bool:
 
 def describe(device: torch.device) -> str:
     """Name what multiplies int8 on a device, the current one of its kind where it has no number; for reports."""
+    if weight_only.serves(device):
+        return weight_only.DESCRIPTION
     if device.index is None and _is_here(device):
         device = torch.device(device.type, torch.accelerator.current_device_index())
     road = road_on(device)
@@ -256,7 +258,7 @@ def listing() -> list[dict[str, str | None]]:
     """Say of each device what runs int8 products there, and why: see `choice.environment`.
 
     Returns:
-        `device`, `name`, `path` (one of `ROADS`), `reason` (why no better one), `note` (what nobody has tried).
+        `device`, `name`, `path` (one of `ROADS`, or "weight_only"), `reason` (why no better one), `note` (what nobody has tried).
     """
     return [_line(device) for device in devices()]
 
@@ -270,7 +272,7 @@ def devices() -> list[torch.device]:
 
 
 def _line(device: torch.device) -> dict[str, str | None]:
-    found, road = found_on(device), road_on(device)
+    found, road = found_on(device), "weight_only" if weight_only.serves(device) else road_on(device)
     failure = found.reason if found.kernels is None else found.kernels.failure
     if wanted.road != TRITON:
         failure = f"{wanted.road} was asked for"

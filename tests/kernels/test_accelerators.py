@@ -123,6 +123,15 @@ def test_other_kinds_of_devices_have_no_kernels(kind):
     assert found == accelerators.Found(None, f"Triton has no backend for {kind}")
 
 
+def test_apples_devices_compute_with_the_weights_alone(one_device, monkeypatch):
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps")
+    )
+    (line,) = kernels.environment()["accelerators"]
+    assert (line["device"], line["path"], line["note"][:10]) == ("mps:0", "weight_only", "unverified")
+    assert kernels.describe("mps").startswith("int8 weights, arithmetic of the input (unverified")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_device_that_is_not_here_has_none_and_fake_tensors_may_ask():
     assert accelerators.found_on(CUDA) == accelerators.Found(None, "there is no such device here")
