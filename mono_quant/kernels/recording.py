@@ -7,6 +7,7 @@ program, but not the run.
 """
 
 import struct
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,11 +70,10 @@ class Recorder:
         """Listen to steps that begin with `inputs`: plain tensors on CPU, none of them twice."""
         self._cpu, self._conditions = _Listener(cpu), Conditions.now(cpu)
         self._inputs = inputs
+        # by the id of each tensor that is still there: what is held here would be there until the end
         self._homes = {id(tensor): i for i, tensor in enumerate(inputs)}
-        # by home, what its offsets are counted from
-        self._roots: dict[int, Tensor] = dict(enumerate(inputs))
-        # so that no other tensor gets the id of one
-        self._seen: list[Tensor] = []
+        # by home, the address that its offsets are counted from
+        self._roots: dict[int, int] = {i: tensor.data_ptr() for i, tensor in enumerate(inputs)}
         self._steps: list[Step] = []
         self._made: list[Made] = []
         self._held: list[Tensor] = []
@@ -187,7 +187,7 @@ class Recorder:
         """Keep a tensor that is the same at every run."""
         self._held.append(value)
         self._homes[id(value)] = len(self._inputs) + len(self._held) - 1
-        self._roots[self._homes[id(value)]] = value
+        self._roots[self._homes[id(value)]] = value.data_ptr()
         return value
 
     def views(self, found: Any, source: Tensor) -> Any:
@@ -202,8 +202,7 @@ class Recorder:
             ):
                 self._whole = False
             elif view.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
-                self._homes[id(view)] = home
-                self._seen.append(view)
+                self._find(view, home)
             else:
                 self._make(view)
                 self._copy(source, None, view)
@@ -223,19 +222,22 @@ class Recorder:
         home = self._homes.get(id(output)) if isinstance(output, Tensor) else None
         if home is None or len(self._inputs) <= home:
             return None
-        root = self._roots[home]
-        if output is root and home >= 0:
+        if home >= 0 and output is self._inputs[home]:
             return Given(home)
-        offset = output.data_ptr() - root.data_ptr()
+        offset = output.data_ptr() - self._roots[home]
         return Given(home, tuple(output.shape), output.stride(), offset // output.element_size())
 
     def _make(self, tensor: Tensor) -> None:
         if tensor.numel() == 0:
             self._whole = False
         self._made.append(Made(tensor.nbytes, tensor.dtype))
-        self._homes[id(tensor)] = -len(self._made)
-        self._roots[-len(self._made)] = tensor
-        self._seen.append(tensor)
+        self._roots[-len(self._made)] = tensor.data_ptr()
+        self._find(tensor, -len(self._made))
+
+    def _find(self, tensor: Tensor, home: int) -> None:
+        """Know a tensor by its home as long as it is there: another one may get its id then."""
+        self._homes[id(tensor)] = home
+        weakref.finalize(tensor, self._homes.pop, id(tensor), None).atexit = False
 
     def _dense(self, x: Tensor) -> Tensor:
         """Return what steps would make of an input by themselves, as a step of its own."""
@@ -290,7 +292,7 @@ class Recorder:
             self._whole = False
             return []
         is_packed = _WORD.unpack_from(record, 8 * word)[0] != 0
-        offset = weight.data_ptr() - self._roots[home].data_ptr()
+        offset = weight.data_ptr() - self._roots[home]
         self._weights.append(Weight(home, offset, weight.shape[0], weight.shape[1], is_packed))
         return [Place(word, None, len(self._weights) - 1)] if is_packed else []
 
@@ -310,7 +312,7 @@ class Recorder:
             if home is None or address != tensor.data_ptr():
                 self._whole = False
             elif home < len(self._inputs):
-                places.append(Place(word, home, address - self._roots[home].data_ptr()))
+                places.append(Place(word, home, address - self._roots[home]))
         self._steps.append(Step(kind, record, tuple(places)))
 
 

@@ -1,6 +1,7 @@
 """Programs do again what was done before them, with the bits of single calls, and only under the same conditions."""
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -218,3 +219,20 @@ def test_memory_is_shared_only_by_what_is_not_needed_at_once():
                 together = spans[one][0] <= spans[other][-1] and spans[other][0] <= spans[one][-1]
                 apart = at + made[-1 - one].size <= there or there + made[-1 - other].size <= at
                 assert one == other or not together or apart
+
+
+def test_what_lies_between_steps_goes_while_they_are_written_down():
+    x = torch.randn(4, 64)
+    how = ("layer", None, None, 1e-5)
+    recorder = Recorder(choice.active.cpu, [x])
+    y, gone = x, []
+    for _ in range(4):
+        y = recorder.norm(y, how)
+        gone.append(weakref.ref(y))
+    assert [one() is None for one in gone] == [True, True, True, False]
+    program = recorder.finish([y])
+    other = torch.randn(4, 64)
+    expected = other
+    for _ in range(4):
+        expected = kernels.norm(expected, how)
+    assert torch.equal(program.run([other])[0], expected)
