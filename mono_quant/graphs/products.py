@@ -150,7 +150,8 @@ def _join_second(node: Node) -> None:
     if not _is_bare(node):
         return
     first, second = node.args
-    if not is_call(first, kernels.chain) or "act" not in first.kwargs or not has_one_user(first):
+    ready = is_call(first, kernels.chain) and "act" in first.kwargs and "second" not in first.kwargs
+    if not ready or not has_one_user(first):
         return
     if undisturbed(first, node):
         replace(node, kernels.chain, first.args, {**first.kwargs, "second": second})
