@@ -38,7 +38,7 @@ ROOMS = {
         ["branch"],
     ],
     "kernels": [
-        ["activations"],
+        ["activations", "steps"],
         ["reference", "weights", "build", "inputs", "pool", "starvation", "watching"],
         ["cpu", "weight_only"],
         ["accelerators"],
@@ -47,6 +47,8 @@ ROOMS = {
         ["library"],
         ["transforms"],
         ["ops", "experts"],
+        ["composed"],
+        ["device_chains"],
         ["captured", "fused", "fused_conv", "recurrent", "program"],
         ["recording"],
     ],
@@ -57,6 +59,7 @@ ROOMS = {
         ["pointwise", "fields", "depthwise", "embedding", "encoding", "large", "few"],
         ["quantize", "patches", "products", "routed"],
         ["prologues", "convolution", "variants", "experts"],
+        ["chains"],
         ["path"],
     ],
     "graphs": [
