@@ -7,7 +7,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
-from mono_quant.graphs.matching import is_call, is_float32, is_method, named, replace, with_number
+from mono_quant.graphs.matching import is_call, is_fusable, is_method, named, replace, with_number
 
 _TIMES, _PLUS = (operator.mul, torch.mul), (operator.add, torch.add)
 
@@ -33,7 +33,7 @@ def join_written_out_gelus(graph: Graph) -> None:
     """Replace GELU written out with a hyperbolic tangent (`gelu_new` of GPT-2 and T5) by torch's own."""
     for node in graph.nodes:
         source = _written_out(node)
-        if source is not None and is_float32(source, node):
+        if source is not None and is_fusable(source, node):
             replace(node, F.gelu, (source,), {"approximate": "tanh"})
 
 

@@ -10,7 +10,7 @@ from mono_quant import kernels
 from mono_quant.graphs.layouts import keeps_heads_apart
 from mono_quant.graphs.matching import (
     is_call,
-    is_float32,
+    is_fusable,
     is_method,
     named,
     replace,
@@ -72,7 +72,7 @@ def _call_directly(node: Node) -> None:
 
 def _is_ours(node: Node, given: dict[str, Any]) -> bool:
     q, k, v = given["query"], given["key"], given["value"]
-    if not is_float32(node, q, k, v) or not all(_dims(t) == 4 for t in (q, k, v)):
+    if not is_fusable(node, q, k, v) or not all(_dims(t) == 4 for t in (q, k, v)):
         return False
     if (
         given["dropout_p"] != 0.0

@@ -12,7 +12,7 @@ from mono_quant.graphs.activations import activation
 from mono_quant.graphs.matching import (
     has_one_user,
     is_call,
-    is_float32,
+    is_fusable,
     named,
     pair,
     replace,
@@ -37,7 +37,7 @@ def _start(node: Node) -> None:
         if is_call(node, *kernels.CONV_OPS)
         else None
     )
-    if given is not None and is_float32(node, given["x"]):
+    if given is not None and is_fusable(node, given["x"]):
         scheme = given["activations"]
         kwargs = {} if scheme == "auto" else {"activations": scheme}
         replace(node, kernels.conv, tuple(given[name] for name in _GEOMETRY), kwargs)
@@ -57,7 +57,7 @@ def _join_batch_norm(node: Node) -> None:
     made, values = given["input"], [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
     if (
         _open(made, "batch_norm")
-        and is_float32(node, *(t for t in values if t is not None))
+        and is_fusable(node, *(t for t in values if t is not None))
         and undisturbed(made, node)
     ):
         replace(node, kernels.conv, made.args, {**made.kwargs, "batch_norm": (*values, given["eps"])})
@@ -69,7 +69,7 @@ def _join_residual(node: Node) -> None:
         # what is written into has to be the convolution's own
         if node.target is operator.iadd and made is not node.args[0]:
             continue
-        ready = _open(made, "residual", "relu") and residual is not made and is_float32(node, residual)
+        ready = _open(made, "residual", "relu") and residual is not made and is_fusable(node, residual)
         if ready and same_shape(made, residual) and same_shape(made, node) and undisturbed(made, node):
             replace(node, kernels.conv, made.args, {**made.kwargs, "residual": residual})
             return

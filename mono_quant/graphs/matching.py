@@ -10,10 +10,11 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
+
+from mono_quant import kernels
 
 _IN_PLACE = (
     "add",
@@ -41,10 +42,11 @@ def value(node: Any) -> Tensor | None:
     return seen if isinstance(seen, Tensor) else None
 
 
-def is_float32(*nodes: Any) -> bool:
-    """Say whether all of them are fp32 tensors in main memory."""
+def is_fusable(*nodes: Any) -> bool:
+    """Say whether all of them are tensors that fused calls take: of one dtype, on one device."""
     seen = [value(node) for node in nodes]
-    return all(t is not None and t.dtype == torch.float32 and t.device.type == "cpu" for t in seen)
+    kinds = {None if t is None else (t.dtype, t.device) for t in seen}
+    return len(kinds) == 1 and all(t is not None and kernels.is_fusable(t) for t in seen)
 
 
 def is_call(node: Any, *functions: Any) -> bool:
@@ -55,6 +57,14 @@ def is_call(node: Any, *functions: Any) -> bool:
 def is_method(node: Any, *names: str) -> bool:
     """Say whether a node calls a method of one of these names."""
     return isinstance(node, Node) and node.op == "call_method" and node.target in names
+
+
+def is_cast(node: Any) -> bool:
+    """Say whether a node gives its first argument in another dtype and nothing else."""
+    if not is_method(node, "to", "float", "half", "bfloat16", "type_as") or node.kwargs.keys() - {"dtype"}:
+        return False
+    before, after = value(node.args[0]), value(node)
+    return before is not None and after is not None and before.device == after.device
 
 
 def has_one_user(node: Node) -> bool:
@@ -204,6 +214,20 @@ def replace(
     old.replace_all_uses_with(new)
     erase(old)
     return new
+
+
+def insert(
+    before: Node,
+    function: Callable[..., Any] | str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> Node:
+    """Put a call of a function, or of a method by its name, in front of a node."""
+    graph = before.graph
+    make: Any = graph.call_method if isinstance(function, str) else graph.call_function
+    with graph.inserting_before(before):
+        made: Node = make(function, args, kwargs or {})
+    return made
 
 
 def skip(node: Node, instead: Node) -> None:

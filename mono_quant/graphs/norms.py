@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from mono_quant import kernels
 from mono_quant.graphs.matching import (
     has_one_user,
+    insert,
     is_call,
-    is_float32,
+    is_cast,
+    is_fusable,
     is_method,
     last_size,
     named,
@@ -28,9 +30,9 @@ _TIMES = (operator.mul, torch.mul)
 
 
 def join_norms(graph: Graph) -> None:
-    """Replace every norm over the last dimension of an fp32 tensor by `kernels.norm`."""
+    """Replace every norm over the last dimension of a tensor by `kernels.norm`."""
     for node in graph.nodes:
-        if not is_float32(node):
+        if not is_fusable(node):
             continue
         if is_call(node, F.layer_norm, torch.layer_norm):
             _join_layer_norm(node)
@@ -56,7 +58,7 @@ def add_in_norms(graph: Graph) -> None:
         if (
             parts is None
             or not all(same_shape(part, total) for part in parts)
-            or not is_float32(total, *parts)
+            or not is_fusable(total, *parts)
         ):
             continue
         if not undisturbed(total, node) or any(isinstance(part, Node) and total < part for part in norm):
@@ -83,16 +85,24 @@ def _join_layer_norm(node: Node) -> None:
 def _join_rms_norm(node: Node) -> None:
     defaults = {"weight": None, "eps": None}
     given = named(node, ("input", "normalized_shape", *defaults), defaults)
-    if given is not None and _is_over_last(given):
-        eps = torch.finfo(torch.float32).eps if given["eps"] is None else given["eps"]
-        replace(node, kernels.norm, (given["input"], ("rms", given["weight"], None, eps)))
+    if given is None or not _is_over_last(given):
+        return
+    x, weight, eps = given["input"], given["weight"], given["eps"]
+    if not is_wide(x):
+        # which epsilon is meant is an affair of torch's versions
+        if eps is None:
+            return
+        # torch rounds once, behind the weight
+        weight = None if weight is None else insert(node, "float", (weight,))
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    replace(node, kernels.norm, (x, ("rms", weight, None, eps)))
 
 
 def _is_over_last(given: dict[str, Any]) -> bool:
     shape, floats = given["normalized_shape"], [given.get("weight"), given.get("bias")]
     one = isinstance(shape, tuple | list) and len(shape) == 1 and isinstance(shape[0], int)
     plain = isinstance(given["eps"], float | None)
-    return one and plain and is_float32(given["input"], *(t for t in floats if t is not None))
+    return one and plain and is_fusable(given["input"], *(t for t in floats if t is not None))
 
 
 def _join_written_out(node: Node) -> None:
@@ -101,24 +111,46 @@ def _join_written_out(node: Node) -> None:
     if found is None:
         return
     x, eps = found
+    end, weight = _end_of_wide(node) if is_wide(x) else _end_of_rounded(node, x)
+    if end is not None and undisturbed(node, end):
+        replace(end, kernels.norm, (x, ("rms", weight, None, eps)))
+
+
+def _end_of_wide(node: Node) -> tuple[Node, Node | None]:
+    return _weighted(node) or (node, None)
+
+
+def _end_of_rounded(node: Node, x: Node) -> tuple[Node | None, Node | None]:
+    """Return the last node of a norm of half-precision values, and its weight.
+
+    It is applied to values that were rounded already (Llama) or, in fp32, before they are (Gemma).
+    """
+    weighted = _weighted(node)
+    rounded = only_user(node if weighted is None else weighted[0])
+    if rounded is None or not is_cast(rounded) or not is_fusable(rounded, x):
+        return None, None
+    if weighted is not None:
+        return rounded, weighted[1]
+    return _weighted(rounded) or (rounded, None)
+
+
+def _weighted(node: Node) -> tuple[Node, Node] | None:
+    """Return the product with a weight of each place in the last dimension that alone uses a node, and the weight."""
     user = only_user(node)
-    if user is not None and is_call(user, *_TIMES) and is_float32(user):
-        parts = pair(user)
-        weight = None if parts is None else parts[1] if parts[0] is node else parts[0]
-        seen = value(weight)
-        if (
-            seen is not None
-            and seen.dim() == 1
-            and same_size(seen.shape[0], last_size(x))
-            and is_float32(weight)
-        ):
-            if undisturbed(node, user):
-                replace(user, kernels.norm, (x, ("rms", weight, None, eps)))
-            return
-    replace(node, kernels.norm, (x, ("rms", None, None, eps)))
+    parts = pair(user) if user is not None and is_call(user, *_TIMES) else None
+    if user is None or parts is None:
+        return None
+    weight = parts[1] if parts[0] is node else parts[0]
+    seen = value(weight)
+    if seen is None or seen.dim() != 1 or not same_size(seen.shape[0], last_size(node)):
+        return None
+    return (user, weight) if is_fusable(user, node, weight) else None
 
 
 def _root_mean_square(node: Node) -> tuple[Node, float] | None:
+    """Return the values that a node divides by the root of their mean square, in the dtype in which they came, and the epsilon."""
+    if not is_wide(node):
+        return None
     for x, root in filter(None, (pair(node), (pair(node) or ())[::-1])):
         if not (is_call(root, torch.rsqrt) or is_method(root, "rsqrt")) or not has_one_user(root):
             continue
@@ -130,24 +162,39 @@ def _root_mean_square(node: Node) -> tuple[Node, float] | None:
         ):
             continue
         mean, eps = shifted.args if isinstance(shifted.args[1], float) else shifted.args[::-1]
-        if (
-            isinstance(eps, float)
-            and _is_mean_of_squares(mean, x)
-            and is_float32(x)
-            and undisturbed(node, mean)
-        ):
-            return x, eps
+        square = _square_under(mean)
+        if not isinstance(eps, float) or square is None or not is_wide(square.args[0]):
+            continue
+        source = _unwidened(x)
+        if source is _unwidened(square.args[0]) and is_fusable(source):
+            casts = {one for one in (x, square.args[0]) if one is not source}
+            if undisturbed(node, square, *casts):
+                return source, eps
     return None
 
 
-def _is_mean_of_squares(mean: Any, x: Node) -> bool:
+def is_wide(node: Any) -> bool:
+    """Say whether a node is an fp32 tensor."""
+    seen = value(node)
+    return seen is not None and seen.dtype == torch.float32
+
+
+def _unwidened(node: Any) -> Any:
+    """Return the half-precision values that a node is in fp32, where fused calls take those; else the node."""
+    source = node.args[0] if is_cast(node) and is_wide(node) else None
+    return source if isinstance(source, Node) and is_fusable(source) else node
+
+
+def _square_under(mean: Any) -> Node | None:
+    """Return the squares that a node is the mean of, along the last dimension."""
     if not (is_method(mean, "mean") or is_call(mean, torch.mean)) or not has_one_user(mean):
-        return False
+        return None
     given = named(mean, ("input", "dim", "keepdim"), {"keepdim": False})
     if given is None or given["dim"] not in (-1, (-1,), [-1]) or given["keepdim"] is not True:
-        return False
+        return None
     square = given["input"]
-    if not isinstance(square, Node) or not has_one_user(square) or not undisturbed(square, mean):
-        return False
+    if not isinstance(square, Node) or not has_one_user(square):
+        return None
     power = is_method(square, "pow") or is_call(square, torch.pow, operator.pow)
-    return (power and square.args == (x, 2)) or (is_method(square, "square") and square.args == (x,))
+    plain = (power and square.args[1:] == (2,)) or (is_method(square, "square") and len(square.args) == 1)
+    return square if plain and not square.kwargs else None

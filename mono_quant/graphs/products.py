@@ -17,7 +17,7 @@ from mono_quant.graphs.matching import (
     has_one_user,
     is_barrier,
     is_call,
-    is_float32,
+    is_fusable,
     is_method,
     last_size,
     named,
@@ -33,13 +33,13 @@ _ARGUMENTS = ("x", "weight", "weight_scale", "bias", "activations")
 
 
 def join_products(graph: Graph) -> None:
-    """Replace int8 linear layers over fp32 tensors, and what stands around them, by chains."""
+    """Replace int8 linear layers in main memory, and what stands around them, by chains."""
     for step in (
-        _start,
-        _join_gate,
-        _join_activation,
-        _join_second,
-        _join_parallel,
+        start,
+        join_gate,
+        join_activation,
+        join_second,
+        join_parallel,
         _join_residual,
         _join_norm_behind,
         _join_norm_before,
@@ -61,11 +61,12 @@ def call_alone(graph: Graph) -> None:
             replace(node, kernels.half_linear, node.args, dict(node.kwargs))
 
 
-def _start(node: Node) -> None:
+def start(node: Node) -> None:
+    """Make a layer a chain of one product."""
     if not is_call(node, *kernels.LINEAR_OPS):
         return
     given = named(node, _ARGUMENTS, {"activations": "auto"})
-    if given is not None and is_float32(node, given["x"]):
+    if given is not None and is_fusable(node, given["x"]):
         product = ((given["weight"],), (given["weight_scale"],), (given["bias"],), given["activations"])
         replace(node, kernels.chain, (given["x"], product))
 
@@ -75,7 +76,7 @@ def _is_bare(node: Any) -> bool:
     return is_call(node, kernels.chain) and not node.kwargs
 
 
-def _join_activation(node: Node) -> None:
+def join_activation(node: Node) -> None:
     """Join an activation with the layer that makes its input."""
     found = activation(node)
     if found is not None and _is_bare(found[1]) and has_one_user(found[1]) and undisturbed(found[1], node):
@@ -83,12 +84,12 @@ def _join_activation(node: Node) -> None:
         replace(node, kernels.chain, source.args, {"act": act})
 
 
-def _join_gate(node: Node) -> None:
+def join_gate(node: Node) -> None:
     """Join act(gate) * up, in either order, where both are layers of one input or halves of one layer."""
     factors = pair(node) if is_call(node, *_TIMES) else None
     for activated, up in (factors, factors[::-1]) if factors else ():
         found = activation(activated)
-        if found is None or not has_one_user(activated) or not has_one_user(up) or not is_float32(node):
+        if found is None or not has_one_user(activated) or not has_one_user(up) or not is_fusable(node):
             continue
         act, gate = found
         if not has_one_user(gate) or is_barrier(activated) or not undisturbed(gate, up, node):
@@ -145,18 +146,19 @@ def _rows_of(whole: Node, before: Node) -> tuple[Any, Any]:
     return products[0], products[1]
 
 
-def _join_second(node: Node) -> None:
+def join_second(node: Node) -> None:
     """Join a layer with the activated one that makes its input."""
     if not _is_bare(node):
         return
     first, second = node.args
-    if not is_call(first, kernels.chain) or "act" not in first.kwargs or not has_one_user(first):
+    ready = is_call(first, kernels.chain) and "act" in first.kwargs and "second" not in first.kwargs
+    if not ready or not has_one_user(first):
         return
     if undisturbed(first, node):
         replace(node, kernels.chain, first.args, {**first.kwargs, "second": second})
 
 
-def _join_parallel(node: Node) -> None:
+def join_parallel(node: Node) -> None:
     """Join layers of one input into one product with its outputs side by side."""
     if not _is_bare(node):
         return
@@ -214,7 +216,7 @@ def _join_residual(node: Node) -> None:
         if node.target is operator.iadd and made is not node.args[0]:
             continue
         ready = is_call(made, kernels.chain) and has_one_user(made) and "residual" not in made.kwargs
-        if not ready or residual is made or not is_float32(node, residual):
+        if not ready or residual is made or not is_fusable(node, residual):
             continue
         if same_shape(made, residual) and same_shape(made, node) and undisturbed(made, node):
             replace(node, kernels.chain, made.args, {**made.kwargs, "residual": residual})

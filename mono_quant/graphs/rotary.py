@@ -9,7 +9,7 @@ from mono_quant import kernels
 from mono_quant.graphs.matching import (
     has_one_user,
     is_call,
-    is_float32,
+    is_fusable,
     is_method,
     last_size,
     named,
@@ -31,7 +31,7 @@ def join_rotary(graph: Graph) -> None:
             continue
         for plain, turned in (terms, terms[::-1]):
             found = _turned(plain, turned)
-            if found is not None and is_float32(node, *found) and undisturbed(min(plain, turned), node):
+            if found is not None and is_fusable(node, *found) and undisturbed(min(plain, turned), node):
                 replace(node, kernels.rotary, found)
                 break
 

@@ -8,9 +8,10 @@ from mono_quant.kernels.activations import ACTIVATIONS, AUTO, SCHEMES, Activatio
 from mono_quant.kernels.attention import attention, try_attention
 from mono_quant.kernels.captured import ATTENTION_OPS, CONV_OPS, HALF_OPS, LINEAR_OPS
 from mono_quant.kernels.choice import activation_scheme, active, describe, describe_half, environment, using
+from mono_quant.kernels.device_chains import runs_on_device
 from mono_quant.kernels.encoding import cast_half, encode_rows
 from mono_quant.kernels.experts import has_experts, int8_experts, mix_experts
-from mono_quant.kernels.fused import Norm, Product, chain, chain_parts, norm, rotary
+from mono_quant.kernels.fused import chain, chain_kept, chain_parts, is_fusable, norm, rotary
 from mono_quant.kernels.fused_conv import BatchNorm, conv
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
 from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear
@@ -20,6 +21,7 @@ from mono_quant.kernels.recording import Recorder
 from mono_quant.kernels.recurrent import run_recurrent
 from mono_quant.kernels.reference import MAX_IN_FEATURES
 from mono_quant.kernels.starvation import processors, starved
+from mono_quant.kernels.steps import Norm, Product
 from mono_quant.kernels.watching import is_followed, is_watched
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "bytes_held",
     "cast_half",
     "chain",
+    "chain_kept",
     "chain_parts",
     "check_activations",
     "check_indices",
@@ -60,12 +63,14 @@ __all__ = [
     "int8_experts",
     "int8_linear",
     "is_followed",
+    "is_fusable",
     "is_watched",
     "mix_experts",
     "norm",
     "processors",
     "rotary",
     "run_recurrent",
+    "runs_on_device",
     "starved",
     "try_attention",
     "using",

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from mono_quant.kernels import reference, weight_only
 from mono_quant.kernels.activations import ActivationScheme
 from mono_quant.kernels.cpu import EncodedRows
+from mono_quant.kernels.steps import Steps
 
 # What MONO_QUANT_GPU and `choice.using` take: the best there is, or not beyond one of the others.
 TRITON, INT_MM, REFERENCE = "triton", "int_mm", "reference"
@@ -57,6 +58,10 @@ class DeviceKernels(Protocol):
         bias: Tensor | None,
         scheme: ActivationScheme,
     ) -> Tensor | None: ...
+
+    def chain(
+        self, x: Tensor, added: Tensor | None, steps: Steps, keep_sum: bool, keep_normed: bool
+    ) -> tuple[Tensor, ...] | None: ...
 
     def embedding(
         self, indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype

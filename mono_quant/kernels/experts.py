@@ -163,7 +163,9 @@ def _experts_op(
     activations: str = AUTO,
 ) -> Tensor:
     weights = (gate_up, gate_up_scale, down, down_scale)
-    return _mixed(hidden_states, top_k_index, top_k_weights, *weights, act, activations)
+    out = _mixed(hidden_states, top_k_index, top_k_weights, *weights, act, activations)
+    # one layout for every input, as the fake tensor has it
+    return out.contiguous()
 
 
 @_experts_op.register_fake

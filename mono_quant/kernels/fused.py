@@ -1,42 +1,29 @@
 """Products with what lies around them in a model, as one call each: what graphs call.
 
 Plain functions on tensors. Where the native library can do it, a whole chain runs in blocks of tokens whose intermediate
-values never leave the caches; anywhere else (gradients, other dtypes and devices, transforms, no library) the same call is
-the composition of torch's operations and `int8_linear`. A single product has the bits of `int8_linear`; a chain gives the
+values never leave the caches; on a device that has kernels of ours it is `device_chains`; anywhere else (gradients, other dtypes,
+transforms, no library) the same call is the composition of torch's operations and `int8_linear`. A single product has the bits of `int8_linear`; a chain gives the
 same bits on every path, for any number of threads and any batch. From the composition it differs by what float arithmetic in
 another order does, and by one code of an activation where a value lies next to a tie of rounding.
 """
 
 import struct
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mono_quant.kernels import packs, pool
 from mono_quant.kernels.activations import ActivationScheme
 from mono_quant.kernels.choice import active, scheme_of
+from mono_quant.kernels.composed import check_act, composed_chain, composed_norm
 from mono_quant.kernels.cpu import Cpu, Packed
-from mono_quant.kernels.ops import int8_linear
+from mono_quant.kernels.device_chains import run_chain, runs_on_device
+from mono_quant.kernels.steps import Norm, Product, Steps
 from mono_quant.kernels.watching import is_followed, wants_gradient
 
-# Weights int8 [N_i, K], their scales fp32 [N_i, 1], biases float [N_i] or None, and an activation scheme: several weights are
-# one product, their outputs side by side.
-Product: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], str]
-# "layer" or "rms", weight [N] or None, bias [N] or None, epsilon.
-Norm: TypeAlias = tuple[str, Tensor | None, Tensor | None, float]
-
-# Each with the number by which the library knows it.
-_ACTS: dict[str | None, tuple[int, Callable[[Tensor], Tensor]]] = {
-    None: (0, lambda x: x),
-    "gelu": (1, F.gelu),
-    "gelu_tanh": (2, partial(F.gelu, approximate="tanh")),
-    "silu": (3, F.silu),
-    "relu": (4, F.relu),
-}
+# The numbers by which the library knows them.
+_ACT_NUMBERS: dict[str | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 _NORMS = {"layer": 1, "rms": 2}
 _NO_NORM = (0, 0, 0, 0.0)
 _NO_PRODUCT = (0, 0, 0, 0, 0)
@@ -79,22 +66,17 @@ def chain(
         InputError: `x` is not floating point, or has another width.
         FrozenWeightError: a weight is not int8.
     """
-    if act not in _ACTS:
-        raise ValueError(f"unknown activation {act!r}; choose from {', '.join(map(repr, _ACTS))}")
+    check_act(act)
     cpu = active.cpu
     if cpu is not None and _is_plain(x):
         out = native_chain(cpu, x, first, pre, act, gate, second, residual, post)
         if out is not None:
             return out
-    y = x if pre is None else _composed_norm(x, pre)
-    y, run = _composed_product(y, first), _ACTS[act][1]
-    if gate is not None:
-        y = run(_composed_product(x if pre is None else _composed_norm(x, pre), gate)) * y
-    else:
-        y = run(y)
-    y = y if second is None else _composed_product(y, second)
+    steps = Steps(first, pre, act, gate, second)
+    found = run_chain(x, steps)
+    y = composed_chain(x, None, steps)[-1] if found is None else found[-1]
     y = y if residual is None else y + residual
-    return y if post is None else _composed_norm(y, post)
+    return y if post is None else composed_norm(y, post)
 
 
 def chain_parts(x: Tensor, first: Product, *, pre: Norm | None = None) -> tuple[Tensor, ...]:
@@ -112,6 +94,46 @@ def chain_parts(x: Tensor, first: Product, *, pre: Norm | None = None) -> tuple[
         see `chain`.
     """
     return torch.split(chain(x, first, pre=pre), [weight.shape[0] for weight in first[0]], -1)
+
+
+def chain_kept(
+    x: Tensor,
+    first: Product,
+    *,
+    pre: Norm,
+    added: Tensor | None = None,
+    keep: Sequence[str] = (),
+    act: str | None = None,
+    gate: Product | None = None,
+    second: Product | None = None,
+) -> tuple[Tensor, ...]:
+    """Apply a chain to `x` or its sum with another tensor, and return with it what others need of its beginning.
+
+    Args:
+        x: float [..., K].
+        first: a product of the normed sum.
+        pre: a norm of the sum.
+        added: like `x`.
+        keep: "sum" (which takes something that is added), "normed", both or none.
+        act, gate, second: as in `chain`.
+
+    Returns:
+        The sum and the normed values where they are kept, and the result: where nothing is done to the outputs of `first`,
+        one for each of its weights.
+
+    Raises:
+        see `chain`.
+    """
+    check_act(act)
+    steps = Steps(first, pre, act, gate, second)
+    wanted = ["sum" in keep, "normed" in keep]
+    found = run_chain(x, steps, added, *wanted)
+    if found is None:
+        *begun, out = composed_chain(x, added, steps)
+        found = *(values for values, kept in zip(begun, wanted, strict=True) if kept), out
+    if act is not None or gate is not None or second is not None:
+        return found
+    return *found[:-1], *torch.split(found[-1], [weight.shape[0] for weight in first[0]], -1)
 
 
 def norm(x: Tensor, how: Norm, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -134,9 +156,9 @@ def norm(x: Tensor, how: Norm, residual: Tensor | None = None) -> Tensor | tuple
         if found is not None:
             return found
     if residual is None:
-        return _composed_norm(x, how)
+        return composed_norm(x, how)
     total = x + residual
-    return _composed_norm(total, how), total
+    return composed_norm(total, how), total
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -156,6 +178,13 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             return out
     low, high = x.chunk(2, -1)
     return x * cos.unsqueeze(1) + torch.cat((-high, low), -1) * sin.unsqueeze(1)
+
+
+def is_fusable(x: Tensor) -> bool:
+    """Say whether calls of this room are more than compositions for such a tensor, which may stand for one."""
+    if runs_on_device(x):
+        return x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -211,7 +240,7 @@ def native_chain(
     record = _records.get(len(parts)) or _record(len(parts))
     words = record.pack(
         cpu.isa, torch.get_num_threads(), tokens, x.data_ptr(), term, out.data_ptr(),
-        *before, *after, _ACTS[act][0], *one, *other, *two, 0, *parts,
+        *before, *after, _ACT_NUMBERS[act], *one, *other, *two, 0, *parts,
     )  # fmt: skip
     return None if cpu.chain(words) else out
 
@@ -357,24 +386,3 @@ def native_rotary(cpu: Cpu, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | Non
         out.data_ptr(),
     )
     return None if failed else out.transpose(1, 2)
-
-
-def _composed_product(x: Tensor, product: Product) -> Tensor:
-    weights, scales, biases, activations = product
-    outs = [
-        int8_linear(x, weight, scale, bias, activations)
-        for weight, scale, bias in zip(weights, scales, biases, strict=True)
-    ]
-    return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
-
-
-def _composed_norm(x: Tensor, how: Norm) -> Tensor:
-    kind, weight, bias, epsilon = how
-    if kind == "layer":
-        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
-    if kind != "rms":
-        raise ValueError(f"unknown norm {kind!r}; choose 'layer' or 'rms'")
-    wide = x.float()
-    y = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
-    y = y if weight is None else weight * y
-    return y if bias is None else y + bias

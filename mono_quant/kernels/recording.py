@@ -19,8 +19,8 @@ from mono_quant.kernels.activations import AUTO
 from mono_quant.kernels.attention import attention, native_attention
 from mono_quant.kernels.choice import scheme_of
 from mono_quant.kernels.cpu import Cpu
-from mono_quant.kernels.fused import Norm, Product
 from mono_quant.kernels.program import Conditions, Given, Made, Place, Program, Step, Weight
+from mono_quant.kernels.steps import Norm, Product
 
 # `StepKind` of csrc/program.h.
 _CHAIN, _ATTENTION, _NORM, _ROTARY, _COPY_ROWS, _ADD_LONGS = range(6)

@@ -11,6 +11,7 @@ import torch
 from captured import CLASSIFIER, GENERATOR, Captured
 from models import relative_error, run, seeded, text
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import mono_quant as mq
 from mono_quant import dynamic_quantize
@@ -85,6 +86,16 @@ def test_three_shapes_are_compiled_and_no_more():
     for rows, length in [(5, 20), (2, 7), (9, 8), (4, 31)]:
         near(run(model, batch(rows, length)), run(eager, batch(rows, length)))
     assert counted.graphs == before <= 3
+
+
+def test_the_compiler_of_torch_takes_layers_as_they_are_for_three_shapes_and_no_more():
+    model = int8(CLASSIFIER.build())
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    fast = torch.compile(model, backend=counter, fullgraph=True)
+    for rows, length in [(2, 7), (2, 12), (3, 9), (5, 20), (4, 31)]:
+        near(run(fast, batch(rows, length)), run(model, batch(rows, length)))
+    assert counter.frame_count <= 3
 
 
 def test_a_graph_holds_no_weights():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from captured import capture
+from captured import Captured, capture
 from torch.nn import functional as F
 
 torch.manual_seed(0)
@@ -52,6 +52,54 @@ def test_each_spelling_is_one_call():
         torch.testing.assert_close(out, function(x), rtol=1e-6, atol=1e-6)
     for one, other in zip(captured.fused[0], composed, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_spelled_with_casts_where_kernels_for_a_device_are(dtype):
+    pytest.importorskip("triton")
+    x, w = torch.randn(2, 3, 16).to(dtype), WEIGHT.to(dtype)
+
+    def llama(x):
+        h = x.to(torch.float32)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return w * h.to(x.dtype)
+
+    def t5(x):
+        h = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + 1e-6)
+        return w * h.to(w.dtype)
+
+    functions = [
+        llama,
+        gemma,
+        t5,
+        lambda x: without_weight(x.float()).to(x.dtype),
+        lambda x: F.rms_norm(x, (16,), w, 1e-6),
+        lambda x: F.layer_norm(x, (16,), w, w, 1e-5),
+    ]
+    torch.compiler.reset()
+    captured = Captured(path="triton")
+    composed = torch.compile(lambda x: [f(x) for f in functions], backend=captured)(x)
+    assert captured.calls == {"norm": 6}
+    for function, one, fused in zip(functions, composed, captured.fused[0], strict=True):
+        assert torch.equal(one, function(x)) and torch.equal(fused, one)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        # squares in half precision, a result that stays wide, and another dtype than came in
+        lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+        lambda x: x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6) * 2.5,
+        lambda x: (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).half(),
+        lambda x: F.rms_norm(x, (16,), WEIGHT.bfloat16()),
+    ],
+)
+def test_what_rounds_elsewhere_in_half_precision_stays(function):
+    pytest.importorskip("triton")
+    torch.compiler.reset()
+    captured, x = Captured(path="triton"), torch.randn(2, 3, 16).bfloat16()
+    torch.testing.assert_close(torch.compile(function, backend=captured)(x), function(x), rtol=0, atol=0)
+    assert captured.calls == {}
 
 
 def other_mean(x):

@@ -58,6 +58,8 @@ def flat(out):
         (lambda m, x: (m.a(m.norm(x)), m.b(m.norm(x))), {"chain pre": 2}),
         (lambda m, x: (m.a(x), m.b(x), m.same(x)), {"chain_parts": 1}),
         (lambda m, x: m.a(x).relu() + 1, {"chain act": 1}),
+        (lambda m, x: m.same(m.down(F.gelu(m.a(x)))), {"chain act second": 1, "int8_linear": 1}),
+        (lambda m, x: m.a(m.down(F.silu(m.a(x)) * m.b(x))), {"chain gate act second": 1, "int8_linear": 1}),
     ],
 )  # fmt: skip
 def test_what_stands_around_a_layer_joins_it(forward, calls):

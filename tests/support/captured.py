@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mono_quant import kernels
 from mono_quant.graphs.backend import rewrite_
 
-ORDER = ("pre", "gate", "act", "second", "batch_norm", "residual", "relu", "post")
+ORDER = ("added", "pre", "gate", "act", "second", "batch_norm", "residual", "relu", "post")
 
 
 class Composed(Interpreter):
@@ -59,6 +59,14 @@ class Composed(Interpreter):
         y = y if residual is None else y + residual
         return self.as_norm(y, post) if post else y
 
+    def as_chain_kept(
+        self, x: Tensor, first: Any, *, pre: Any, added: Any = None, keep: Any = (), **steps: Any
+    ) -> Any:
+        total = x if added is None else x + added
+        normed = self.as_norm(total, pre)
+        parts = [self.as_chain(normed, first, **steps)] if steps else self.as_chain_parts(normed, first)
+        return *({"sum": total, "normed": normed}[name] for name in keep), *parts
+
     @staticmethod
     def as_norm(x: Tensor, how: Any, residual: Tensor | None = None) -> Any:
         kind, weight, bias, eps = how
@@ -66,8 +74,12 @@ class Composed(Interpreter):
         if kind == "layer":
             normed = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
         else:
-            normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps)
-            normed = normed if weight is None else weight * normed
+            wide = total.float()
+            normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+            if weight is None or weight.dtype is total.dtype:
+                # Llama rounds in front of the weight, Gemma behind it
+                normed = normed.to(total.dtype)
+            normed = normed if weight is None else (weight * normed).to(total.dtype)
         return normed if residual is None else (normed, total)
 
     @staticmethod
@@ -101,18 +113,25 @@ def spelled(node: Node) -> str:
     """Return the name of a call of `kernels` with its parts, as `chain pre act second`."""
     if node.target is kernels.norm and len(node.args) == 3:
         return "norm residual"
-    return " ".join([node.target.__name__, *(part for part in ORDER if part in node.kwargs)])
+    kept = [f"and {name}" for name in node.kwargs.get("keep", ())]
+    return " ".join([node.target.__name__, *(part for part in ORDER if part in node.kwargs), *kept])
 
 
 @dataclass
 class Captured:
-    """A backend that keeps what it made, gives the composed result and remembers the fused one."""
+    """A backend that keeps what it made, gives the composed result and remembers the fused one.
 
+    Attributes:
+        path: that patterns are looked for on; what they became computes on the one that is there then.
+    """
+
+    path: str | None = None
     graphs: list[GraphModule] = field(default_factory=list)
     fused: list[Any] = field(default_factory=list)
 
     def __call__(self, graph: GraphModule, _inputs: Any) -> Callable[..., Any]:
-        self.graphs.append(rewrite_(graph))
+        with kernels.using(path=self.path):
+            self.graphs.append(rewrite_(graph))
 
         def run(*args: Any) -> Any:
             # tensors of its own, as a graph may write into them
@@ -286,4 +305,24 @@ GRAPHS: Mapping[str, tuple[Family, Mapping[str, int]]] = {
         Family(Bottleneck, lambda: {"x": torch.randn(2, 64, 8, 8)}),
         {"conv batch_norm relu": 2, "conv batch_norm residual relu": 1, "conv batch_norm": 1},
     ),
+}
+
+_GATED_THERE = {"chain_kept added pre gate act second and sum": 1}
+# What some become where kernels for a device are, in any dtype: attention, rotary embeddings and norms without a product behind them
+# are what torch's compiler makes of them.
+ON_DEVICE: Mapping[str, Mapping[str, int]] = {
+    "bert": {
+        "chain_kept pre and normed": 1,
+        "int8_linear": 1,
+        "chain_kept added pre act second and normed": 1,
+        "norm": 1,
+    },
+    "t5": {"chain_parts pre": 1, "int8_linear": 1, "chain_kept added pre act and sum": 1, "norm": 1},
+    "llama": {"chain_parts pre": 1, "int8_linear": 1, **_GATED_THERE, "norm": 1},
+    "qwen3": {"chain_parts pre": 1, "int8_linear": 1, **_GATED_THERE, "norm": 3},
+    "gemma3": {"chain_parts pre": 1, "int8_linear": 1, **_GATED_THERE, "norm": 5},
+    "phi3": {"chain pre": 1, "int8_linear": 1, **_GATED_THERE, "norm": 1},
+    "gpt2": {"chain pre": 1, "int8_linear": 1, "chain_kept added pre act second and sum": 1, "norm": 1},
+    # its experts are an op of their own
+    "mixtral": {"chain_parts pre": 1, "int8_linear": 1, "norm": 2},
 }

@@ -14,6 +14,7 @@ from triton.errors import TritonError
 from mono_quant.kernels import reference
 from mono_quant.kernels.activations import INT8, ActivationScheme
 from mono_quant.kernels.cpu import EncodedRows
+from mono_quant.kernels.gpu.chains import chain, described
 from mono_quant.kernels.gpu.convolution import conv
 from mono_quant.kernels.gpu.embedding import embedding
 from mono_quant.kernels.gpu.encoding import encode_rows
@@ -22,6 +23,7 @@ from mono_quant.kernels.gpu.features import INTERPRETED, INTERPRETER, Features, 
 from mono_quant.kernels.gpu.products import multiply
 from mono_quant.kernels.gpu.quantize import quantize
 from mono_quant.kernels.gpu.replay import Replays
+from mono_quant.kernels.steps import Steps
 
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 # Compute capabilities on which a prototype of these kernels was held against the reference (gpu.md).
@@ -85,6 +87,21 @@ class Gpu:
         """Apply an int8 linear layer; see `mono_quant.kernels.int8_linear`."""
         tensors = (x, weight, weight_scale, bias)
         return self._one((_linear, scheme.name), lambda: _linear(*tensors, scheme), *tensors)
+
+    @_unless_failed
+    def chain(
+        self, x: Tensor, added: Tensor | None, steps: Steps, keep_sum: bool, keep_normed: bool
+    ) -> tuple[Tensor, ...] | None:
+        """Apply products and what is in front of them; see `mono_quant.kernels.device_chains.run_chain`."""
+        what, tensors = described(steps)
+        found = self._replays.run(
+            (chain, keep_sum, keep_normed, *what),
+            lambda: chain(x, added, steps, keep_sum, keep_normed),
+            x,
+            added,
+            *tensors,
+        )
+        return cast(tuple[Tensor, ...] | None, found)
 
     @_unless_failed
     def embedding(

@@ -1,7 +1,7 @@
 """What lies before a product in a model, and its codes, in one kernel: norms, with an addition before them, and activations.
 
 Each operation is rounded to the dtype of its inputs as torch and transformers round their composition
-(`fused._composed_norm`), so that in half precision values are those of the composition wherever sums taken in another
+(`composed.composed_norm`), so that in half precision values are those of the composition wherever sums taken in another
 order round alike. Codes and scales are those of `reference.quantize_tokens` of exactly these values.
 """
 
@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mono_quant.kernels.activations import ActivationScheme
-from mono_quant.kernels.fused import Norm
 from mono_quant.kernels.gpu.codes import Codes
 from mono_quant.kernels.gpu.launch import launch
 from mono_quant.kernels.gpu.numerics import magnitude, narrow, scales_of, widen
@@ -31,6 +30,7 @@ from mono_quant.kernels.gpu.quantize import (
     store_codes,
     warps_of,
 )
+from mono_quant.kernels.steps import Norm, is_wider
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,7 @@ def norm_spans(
     WIDE: tl.constexpr,
     QMAX: tl.constexpr,
     RMS: tl.constexpr,
+    ROUNDED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """TALL rows a program, each as SPANS groups of up to WIDE values. Pointers to what is not there are None."""
@@ -104,8 +105,8 @@ def norm_spans(
         )
         tl.store(total_ptr + at, x, mask=inside)
     y = _normed(widen(x), inside, depth, epsilon, RMS)
-    # an rms norm rounds after each step, a layer norm once
-    if RMS:
+    # an rms norm rounds after each step, but not in front of a weight in fp32; a layer norm rounds once
+    if ROUNDED:
         y = widen(narrow(y, x.dtype))
     if weight_ptr is not None:
         y = y * widen(tl.load(weight_ptr + column, mask=column < depth, other=0.0))
@@ -129,7 +130,7 @@ def norm_quantize(
 
     Args:
         x: fp32, fp16 or bf16 [M, K].
-        norm: ("layer" or "rms", weight [K], bias [K], epsilon), as `fused.norm` takes it.
+        norm: ("layer" or "rms", weight [K], bias [K], epsilon), as `fused.norm` takes it; the weight of an rms norm may be fp32.
         scheme: what becomes of the values.
         residual: like `x`; the norm is of `x + residual`.
         keep: return the normed values, too.
@@ -146,7 +147,7 @@ def norm_quantize(
         return None
     if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
         return None
-    if any(term is not None and not _is_row_of(x, term) for term in (weight, bias)):
+    if not _is_row_of(x, bias) or not _is_row_of(x, weight, kind == "rms"):
         return None
     x, residual = dense_rows(x), None if residual is None else dense_rows(residual)
     codes = empty_codes(x, scheme, cut)
@@ -156,20 +157,25 @@ def norm_quantize(
         tall = max(1, TILE // width)
         steps = x.stride(0), 0 if residual is None else residual.stride(0), rows * depth
         shape = {"SPANS": spans, "GROUP": codes.group, "TALL": tall, "WIDE": cut.wide}
+        rms = kind == "rms"
+        rounded = rms and not (weight is not None and is_wider(weight, x))
         launch(
             norm_spans,
             (-(-rows // tall),),
             (x, residual, total, weight, bias, kept, codes.planes, codes.scale, rows, depth, *steps, epsilon),
-            {**shape, "QMAX": cut.qmax, "RMS": kind == "rms", "EARLY": is_early(x)},
+            {**shape, "QMAX": cut.qmax, "RMS": rms, "ROUNDED": rounded, "EARLY": is_early(x)},
             device=x.device,
             warps=warps_of(tall * width),
         )
     return Prepared(codes, kept, total)
 
 
-def _is_row_of(x: Tensor, term: Tensor) -> bool:
-    """Say whether this is a weight or bias of a norm of `x` that no operation would widen the result to."""
-    return term.dtype == x.dtype and term.shape == x.shape[1:] and term.is_contiguous() and not term.is_neg()
+def _is_row_of(x: Tensor, term: Tensor | None, may_be_wider: bool = False) -> bool:
+    """Say whether this is no term, or a weight or bias of a norm of `x` that no operation would widen the result to."""
+    if term is None:
+        return True
+    known = term.dtype == x.dtype or (may_be_wider and is_wider(term, x))
+    return known and term.shape == x.shape[1:] and term.is_contiguous() and not term.is_neg()
 
 
 def act_quantize(x: Tensor, act: str, scheme: ActivationScheme, *, keep: bool = False) -> Prepared | None:

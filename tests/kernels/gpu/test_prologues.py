@@ -157,7 +157,8 @@ def check_norm(x, norm, scheme, residual=None):
     exact, error = exact_norm(summed, *norm)
     roundings = 1
     if kind == "rms" and x.dtype != torch.float32:
-        roundings = 1 + (weight is not None) + (bias is not None)
+        is_rounded_first = weight is not None and weight.dtype == x.dtype
+        roundings = 1 + is_rounded_first + (bias is not None)
         # what bias takes off was rounded before
         error = error + (0 if bias is None else 2 * UNIT[x.dtype] * bias.double().abs())
     assert_close_and_coded(found, exact, error, composed_norm(summed, norm), scheme, roundings)
@@ -174,6 +175,10 @@ def test_norms_are_those_of_the_composition_and_codes_those_of_their_values(kind
         check_norm(x + 3, (kind, weight, bias, 1e-5), scheme)
     check_norm(x, (kind, None, None, 1e-5), scheme)
     check_norm(x, (kind, None, bias, 0.1), scheme, residual)
+    if kind == "rms":
+        # Gemma's, which no dtype but fp32 holds
+        check_norm(x, (kind, 1 + weight.float() / 3, None, 1e-6), scheme, residual)
+        check_norm(x, (kind, 1 + weight.float() / 3, bias, 1e-6), scheme)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -219,7 +224,7 @@ def test_what_the_kernels_do_not_compute_is_left_to_the_composition():
     assert norm_quantize(torch.ones(2, 0), plain, scheme) is None
     assert norm_quantize(x, ("group", None, None, 1e-5), scheme) is None
     # torch would widen the result, repeat the residual
-    assert norm_quantize(half, ("rms", x[0], None, 1e-5), scheme) is None
+    assert norm_quantize(half, ("layer", x[0], None, 1e-5), scheme) is None
     assert norm_quantize(half, ("rms", None, x[0], 1e-5), scheme) is None
     assert norm_quantize(half, plain, scheme, x) is None
     assert norm_quantize(x, plain, scheme, x[:1]) is None

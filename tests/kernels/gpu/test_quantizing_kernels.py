@@ -34,10 +34,10 @@ def test_every_kernel_compiles_in_arithmetic_that_rounds_each_operation():
     kinds = [
         (quantize.quantize_spans, "bf16", groups | {"QMAX": 127, "ACT": "silu"}),
         (quantize.quantize_long, "fp32", INT12 | {"BLOCK": 2048, "up_ptr": None, "ACT": "gelu_tanh"}),
-        (prologues.norm_spans, "bf16", rows | INT12 | {"RMS": True}),
+        (prologues.norm_spans, "bf16", rows | INT12 | {"RMS": True, "ROUNDED": True}),
     ]
     bare = groups | {"QMAX": 127, "residual_ptr": None, "total_ptr": None, "kept_ptr": None}
-    layer = job(prologues.norm_spans, "fp16", bare | {"RMS": False}, 90)
+    layer = job(prologues.norm_spans, "fp16", bare | {"RMS": False, "ROUNDED": False}, 90)
     # the error function is a library's, whose own arithmetic is fused
     erf = job(quantize.quantize_spans, "fp16", groups | {"QMAX": 127, "ACT": "gelu", "up_ptr": None}, 90)
     jobs = [job(*kind, capability, capability >= 90) for kind in kinds for capability in (75, 90, 100)]
