@@ -16,7 +16,7 @@ from torch import Tensor
 from mono_quant import kernels
 from mono_quant.convert.stored import StoredModule
 
-# What another call of the model costs, in tokens: measured with MiniLM on texts that people wrote (docs/measurements.md).
+# What another call of the model costs, in tokens: measured with MiniLM on texts that people wrote (scripts/benchmark.py sentences).
 _CALL_COST = 64
 # One text alone would be another graph to a compiler, and a sequence of one token is computed as a step of generation.
 _FEWEST_TEXTS, _FEWEST_TOKENS = 2, 2
