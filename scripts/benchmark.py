@@ -8,10 +8,12 @@
     python scripts/benchmark.py sentences
     python scripts/benchmark.py loading --gigabytes 2.2
     python scripts/benchmark.py stream --gigabytes 2 8 --wide --llmcompressor env/bin/python
+    python scripts/benchmark.py gpu --layers 32
 
 Competitors of one row run in turn, round after round, so that a disturbance hits all of them; the numbers are medians
 (`--best` takes minima, for a machine that is shared). `models` gives every stack a process of its own, or with `--rounds` several
-of which the fastest counts. `--cpu avx2` keeps the libraries from using AVX-512, so that a newer machine can stand in for an AVX2 one.
+of which the fastest counts. `gpu` is what scripts/check_gpu runs after the tests, each section in a
+process of its own; `--dry` walks through it on a CPU. `--cpu avx2` keeps the libraries from using AVX-512, so that a newer machine can stand in for an AVX2 one.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import torch
 from bench import plots
 from bench.cases import CASES
 from bench.conversion import run_convert
+from bench.gpu.sections import SECTIONS, Plan, run_gpu
 from bench.in_openvino import PEERS
 from bench.limits import processor
 from bench.loading import WAYS, run_loading
@@ -125,6 +128,22 @@ def parser() -> argparse.ArgumentParser:
         "--keep",
         type=Path,
         help="folder for the checkpoints, on the same disk, which a later run takes from there",
+    )
+    command = commands.add_parser("gpu", parents=[common])
+    command.set_defaults(run=run_gpu, plot=plots.plot_gpu)
+    command.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the results")
+    command.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    command.add_argument(
+        "--layers", type=count, default=Plan.layers, help="of the Llama-3-8B shape, which has 32"
+    )
+    command.add_argument("--limit", type=float, default=600, help="seconds for everything")
+    command.add_argument(
+        "--dry",
+        nargs="?",
+        const="triton",
+        default="",
+        metavar="PATH",
+        help="on a CPU, on this path of its kernels",
     )
     command = commands.add_parser("worker", parents=[common])
     command.set_defaults(run=run_worker)

@@ -208,3 +208,18 @@ def plot_stream(result: Row, file: Path) -> None:
             axis.invert_yaxis()
             axis.set(title=f"{rows[0]['gigabytes']:.1f} GB, {pair[1]}" if rows else "", xlabel=label)
     figure.savefig(file, dpi=130)
+
+
+def plot_gpu(result: Row, file: Path) -> None:
+    """Draw the gains of single layers on a GPU against the number of tokens, one line per shape."""
+    rows = [row for row in result["rows"] if row["kind"] == "layer" and row["section"] == "layers"]
+    device = next((row["name"] for row in result["rows"] if row["kind"] == "device"), "")
+    figure, axes = _figure(1, 1, (7, 4.5), f"{device}: int8 layers, times faster than bf16, in a graph")
+    axis = axes[0, 0]
+    for shape in dict.fromkeys((row["N"], row["K"]) for row in rows):
+        points = [(row["M"], row["ratio"]) for row in rows if (row["N"], row["K"]) == shape]
+        axis.plot(*zip(*points, strict=True), "o-", label=f"{shape[0]} x {shape[1]}")
+    axis.axhline(1, color=FLOAT)
+    axis.set(xscale="log", xlabel="tokens", ylim=(0, None))
+    axis.legend()
+    figure.savefig(file, dpi=130)
