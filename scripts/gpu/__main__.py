@@ -37,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
         help="on a CPU, on this path of its kernels",
     )
     top.add_argument("--offline", action="store_true")
+    top.add_argument(
+        "--kinds", type=int, nargs="+", help="--offline: compute capabilities, such as 90; all when not given"
+    )
     top.add_argument("--wheels", action="store_true")
     top.add_argument(
         "--bare", action="store_true", help="--wheels: for a machine with torch and Triton alone"
@@ -54,9 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_wheels()
     # what follows needs torch and transformers, which may have come just now
     if given.offline:
-        from gpu.offline import compile_all  # noqa: PLC0415
+        from gpu.offline import KINDS, compile_all  # noqa: PLC0415
 
-        return compile_all(given.out)
+        return compile_all(
+            given.out, [kind for kind in KINDS if not given.kinds or kind.capability in given.kinds]
+        )
     from gpu.checking import check  # noqa: PLC0415
 
     return check(given)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import mono_quant
 from mono_quant import kernels
+from mono_quant.convert import int8_layers
 from mono_quant.kernels import reference
 
 
@@ -23,6 +24,11 @@ def layers(shape: tuple[int, int], copies: int, device: torch.device, dtype: tor
     rows, depth = shape
     made = nn.ModuleList(nn.Linear(depth, rows, device=device, dtype=dtype) for _ in range(copies))
     return made.requires_grad_(False).eval()
+
+
+def put_scheme_(model: nn.Module, scheme: str) -> None:
+    """Let every int8 layer of a model make codes by a scheme."""
+    int8_layers.put_schemes_(model, scheme)
 
 
 def differing(layer: nn.Module, x: Tensor, out: Tensor) -> int:
