@@ -10,7 +10,10 @@ PYTHON names the interpreter that has torch, where it is not .venv/bin/python or
 """
 
 import argparse
+import atexit
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.wheels:
         return _fetch(given)
     given.out.mkdir(parents=True, exist_ok=True)
-    _add_wheels()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not given.dry and not given.offline:
+        _add_wheels()
     # what follows needs torch and transformers, which may have come just now
     if given.offline:
         from gpu.offline import KINDS, compile_all  # noqa: PLC0415
@@ -69,9 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_wheels() -> None:
     """Install what was carried along, for this process and those that it starts."""
-    target = wheels.install(wheels.FOLDER)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        target = wheels.install(wheels.FOLDER)
+    except subprocess.CalledProcessError as error:
+        # for another Python, say: what is here may do
+        print(
+            f"the wheels of {wheels.FOLDER} cannot be installed, this goes on without them: {error}",
+            flush=True,
+        )
+        return
     if target is not None:
+        atexit.register(shutil.rmtree, target, ignore_errors=True)
         os.environ["PYTHONPATH"] = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])
         sys.path.insert(0, str(target))
 

@@ -23,7 +23,7 @@ from bench.gpu.sizes import DRY, FULL, Sizes
 
 from mono_quant import kernels
 
-_MOST_WORKERS = 12
+_MOST_WORKERS = 10
 # What a process that compiles Triton kernels holds beside the GPU's memory is small; two processors are for the tests beside it.
 _LEFT_ALONE = 2
 

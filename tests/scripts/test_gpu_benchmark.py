@@ -109,9 +109,11 @@ def test_rows_before_a_cut_are_kept(tmp_path):
 def test_a_lost_device_ends_a_section_and_nothing_else_does(tmp_path):
     journal = Journal("model", tmp_path / JOURNAL, 60)
     journal.error("prefill", ValueError("a shape"))
+    journal.error("prefill", RuntimeError("CUDA error: operation not permitted when stream is capturing"))
     with pytest.raises(SystemExit, match="context is lost"):
         journal.error("decode", RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert [(row["kind"], row["where"]) for row in read(journal.path)] == [
+        (ERROR, "prefill"),
         (ERROR, "prefill"),
         (ERROR, "decode"),
     ]

@@ -11,7 +11,14 @@ from bench.timing import Row
 JOURNAL = "gpu.jsonl"
 ERROR, SKIPPED = "error", "skipped"
 # What no later measurement in this process could survive.
-_FATAL = ("CUDA error", "illegal memory access", "device-side assert", "unspecified launch failure")
+# A capture that fails is a "CUDA error", too, and is survived.
+_FATAL = (
+    "illegal memory access",
+    "device-side assert",
+    "unspecified launch failure",
+    "misaligned address",
+    "illegal instruction",
+)
 _LONGEST = 400
 
 
@@ -45,7 +52,10 @@ class Journal:
         Raises:
             SystemExit: it is.
         """
-        text = f"{type(problem).__name__}: {problem}"[:_LONGEST]
+        text = f"{type(problem).__name__}: {problem}"
+        if len(text) > _LONGEST:
+            # compilers say what they did first and what was wrong last
+            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
         frames = traceback.extract_tb(problem.__traceback__)[-4:]
         self.row(ERROR, where=where, what=text, at=[f"{Path(f.filename).name}:{f.lineno}" for f in frames])
         if any(sign in text for sign in _FATAL):

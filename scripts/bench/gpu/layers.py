@@ -38,6 +38,9 @@ def run_schemes(journal: Journal, clock: Clock, sizes: Sizes) -> None:
 
 def run_layer_peers(journal: Journal, clock: Clock, sizes: Sizes) -> None:
     """Time the peers where the schemes are timed."""
+    for shape in sizes.scheme_shapes:
+        if journal.enough(f"int_mm {shape}", _SHAPE):
+            _fallback(journal, clock, sizes, shape)
     found = [name for name in PEERS if importable(name)]
     for name in set(PEERS) - set(found):
         journal.row("absent", what=name)
@@ -73,6 +76,24 @@ def _shape(
             journal.row(
                 "layer", **values, bf16_us=1e6 * base, us=1e6 * seconds, ratio=base / seconds, wrong=wrong
             )
+
+
+def _fallback(journal: Journal, clock: Clock, sizes: Sizes, shape: Shape) -> None:
+    """Time the package's own layers as they run without Triton: `torch._int_mm` with the codes and the scales around it."""
+    device = clock.device
+    floats = ours.layers(shape, copies(shape, device, sizes.most_copies), device, sizes.dtype)
+    stack = ours.quantized(floats, "int8").model
+    for count in sizes.scheme_tokens:
+        x = _tokens(count, shape, sizes, device)
+        base = timed(clock, floats, x)
+        try:
+            with kernels.using(gpu="int_mm"):
+                seconds = timed(clock, stack, x)
+        except Exception as e:  # noqa: BLE001 - the others are measured
+            journal.error(f"{shape} M={count} without Triton", e)
+            continue
+        values = {"N": shape[0], "K": shape[1], "M": count, "what": "the package without Triton"}
+        journal.row("peer", **values, bf16_us=1e6 * base, us=1e6 * seconds, ratio=base / seconds)
 
 
 def _peer(journal: Journal, clock: Clock, sizes: Sizes, shape: Shape, name: str, compiled: bool) -> None:

@@ -34,25 +34,36 @@ _DRY_SECONDS = 300
 
 @dataclass(frozen=True)
 class Section:
-    """What is measured, and the seconds it may take."""
+    """What is measured.
+
+    Attributes:
+        run: measures it.
+        seconds: that it may take.
+        grows: with the layers of the model.
+    """
 
     run: Callable[[Journal, Clock, Sizes], None]
     seconds: float
+    grows: bool = False
+
+    def limit(self, layers: int) -> float:
+        """Return the seconds for a model of so many layers."""
+        return self.seconds * max(1, layers / FULL.layers) if self.grows else self.seconds
 
 
 SECTIONS: Mapping[str, Section] = {
     "facts": Section(run_facts, 15),
     "layers": Section(run_layers, 45),
-    "model": Section(run_model, 60),
+    "model": Section(run_model, 75, grows=True),
     "experts": Section(run_experts, 25),
     "steps": Section(run_steps, 30),
     "host": Section(run_host, 12),
     "outliers": Section(run_outliers, 30),
     "schemes": Section(run_schemes, 15),
-    "model_peers": Section(run_model_peers, 45),
+    "model_peers": Section(run_model_peers, 45, grows=True),
     "layer_peers": Section(run_layer_peers, 30),
     "capture": Section(run_capture, 60),
-    "inductor": Section(run_inductor, 60),
+    "inductor": Section(run_inductor, 60, grows=True),
 }
 
 
@@ -81,7 +92,9 @@ def run_plan(plan: Plan) -> Row:
     for name in SECTIONS:
         if name not in plan.names:
             continue
-        seconds = min(_DRY_SECONDS if plan.dry else SECTIONS[name].seconds, end - time.monotonic() - _GRACE)
+        seconds = min(
+            _DRY_SECONDS if plan.dry else SECTIONS[name].limit(plan.layers), end - time.monotonic() - _GRACE
+        )
         journal = Journal(name, plan.folder / JOURNAL, seconds)
         if not journal.enough(name, 5):
             continue
