@@ -175,32 +175,33 @@ def _without_answer(method: Callable[..., Any]) -> Callable[..., None]:
 
 def ask_for_everything(compiler: Compiler, known: features.Features) -> None:
     """Ask for every row of the table, and for what layers and models ask for, on the CPU; their results are what memory held."""
+    for row in tables.TABLE:
+        _ask_for_row(compiler, row, _DTYPES[0], known)
     for dtype in _DTYPES:
-        for row in tables.TABLE:
-            _ask_for_row(compiler, row, dtype, known)
-        _ask_for_layers(dtype)
-        _ask_for_tables_and_convolutions(dtype)
-        # converting a model on a CPU takes longer than compiling for it: one is large
-        _ask_for_model(_LARGE if dtype == _DTYPES[0] else _SMALL, dtype)
-        _ask_for_experts(dtype)
+        # dtypes differ at the ends of a kernel alone
+        schemes = list(SCHEMES) if dtype == _DTYPES[0] else ["int8"]
+        _ask_for_layers(dtype, schemes)
+        _ask_for_tables_and_convolutions(dtype, schemes)
+        _ask_for_model(_LARGE if dtype == _DTYPES[0] else _SMALL, dtype, schemes)
+        _ask_for_experts(dtype, schemes)
 
 
-def _ask_for_layers(dtype: torch.dtype) -> None:
-    """Ask for every shape and scheme in one dtype; in the others, which differ at a kernel's ends alone, for some."""
+def _ask_for_layers(dtype: torch.dtype, schemes: Sequence[str]) -> None:
+    """Ask for every shape in one dtype, for some in the others."""
     is_first = dtype == _DTYPES[0]
     for rows, depth in (*FULL.shapes, _ODD) if is_first else (FULL.shapes[0], _ODD):
         weight, scale = torch.empty(rows, depth, dtype=torch.int8), torch.empty(rows, 1)
         for count in FULL.tokens if is_first else (1, 16, 256):
             x, bias = torch.empty(count, depth, dtype=dtype), torch.empty(rows, dtype=dtype)
-            for scheme in SCHEMES:
+            for scheme in schemes:
                 kernels.int8_linear(x, weight, scale, bias, scheme)
 
 
-def _ask_for_model(decoder: Decoder, dtype: torch.dtype) -> None:
+def _ask_for_model(decoder: Decoder, dtype: torch.dtype, schemes: Sequence[str]) -> None:
     """Ask for norms, activations and products in one, as the backend of `torch.compile` does."""
     sizes = replace(FULL, decoder=decoder, dtype=dtype)
     model = ours.quantized(new_llama(sizes, 1, torch.device("cpu")), inplace=True).model
-    for scheme in SCHEMES:
+    for scheme in schemes:
         ours.put_scheme_(model, scheme)
         torch._dynamo.reset()  # noqa: SLF001
         forward = torch.compile(model.forward, backend="mono_quant", dynamic=False)
@@ -208,11 +209,11 @@ def _ask_for_model(decoder: Decoder, dtype: torch.dtype) -> None:
             prefill(model, forward, count)()
 
 
-def _ask_for_experts(dtype: torch.dtype) -> None:
+def _ask_for_experts(dtype: torch.dtype, schemes: Sequence[str]) -> None:
     for shape in _EXPERTS:
         floats = nn.ModuleDict({"experts": new_experts(shape, torch.device("cpu"), dtype)})
         model = ours.quantized(floats, inplace=True).model
-        for scheme in SCHEMES:
+        for scheme in schemes:
             ours.put_scheme_(model, scheme)
             # a kernel for every mean number of tokens of an expert
             for count in (1, 16, 32, 64, 128, 512):
@@ -235,12 +236,12 @@ def _ask_for_row(compiler: Compiler, row: tables.Row, dtype: torch.dtype, known:
     compiler.launch(call.kernel, call.grid, call.args, call.constants, device=out.device, **how)
 
 
-def _ask_for_tables_and_convolutions(dtype: torch.dtype) -> None:
+def _ask_for_tables_and_convolutions(dtype: torch.dtype, schemes: Sequence[str]) -> None:
     """Ask for convolutions that are plain, grouped, and of each channel by itself, too."""
     table = ours.quantized(nn.ModuleList([nn.Embedding(500, 768, dtype=dtype)]), embeddings=True).model[0]
     table(torch.zeros(3, 7, dtype=torch.int64))
     for channels, groups, side in ((64, 1, 20), (64, 4, 20), (64, 64, 20), (3, 1, 224)):
-        for scheme in SCHEMES:
+        for scheme in schemes:
             layer = nn.Conv2d(channels, 64, 3, padding=1, groups=groups, dtype=dtype)
             converted = ours.quantized(nn.Sequential(layer), scheme, inplace=True).model
             converted(torch.randn(1, channels, side, side, dtype=dtype))

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,14 +79,16 @@ class Made:
 
 def compile_all(folder: Path, kinds: Sequence[Kind] = KINDS) -> int:
     """Compile for every kind, a process each, as many at once as there are processors; return 0 only if all of it fits."""
-    start = time.monotonic()
+    start, made = time.monotonic(), []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        made = [one for some in pool.map(_in_process, kinds) for one in some]
-    rows = [asdict(one) for one in made]
-    (folder / JSON).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    text = markdown(made, kinds)
-    (folder / TABLE).write_text(text, encoding="utf-8")
-    print(f"{text}\n{len(made)} kernels in {time.monotonic() - start:.0f} s, written to {folder}")
+        for done in as_completed([pool.submit(_in_process, kind) for kind in kinds]):
+            made = sorted([*made, *done.result()], key=_order)
+            there = [kind for kind in kinds if any(one.capability == kind.capability for one in made)]
+            rows = json.dumps([asdict(one) for one in made], indent=1)
+            (folder / JSON).write_text(f"{rows}\n", encoding="utf-8")
+            (folder / TABLE).write_text(markdown(made, there), encoding="utf-8")
+    print((folder / TABLE).read_text(encoding="utf-8"))
+    print(f"{len(made)} kernels in {time.monotonic() - start:.0f} s, written to {folder}")
     by_capability = {kind.capability: kind for kind in kinds}
     return 0 if made and all(one.fits(by_capability[one.capability]) for one in made) else 1
 
