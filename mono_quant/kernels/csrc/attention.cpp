@@ -13,6 +13,8 @@ constexpr int64_t kSharedQueries = 48;
 // Multiplications below which another thread costs more than it brings.
 constexpr int64_t kThreadWork = 1 << 18;
 constexpr int64_t kLayingRows = 4;
+// Multiplications that are worth being asked for: tasks smaller than that are handed out several at a time.
+constexpr int64_t kTaskWork = 1 << 18;
 
 const AttentionKernels& kernels_of(Isa isa) {
 #ifdef MQ_X86
@@ -28,6 +30,8 @@ struct Plan {
   // Heads of one unit have the same keys; its rows are cut into chunks.
   int64_t heads, units, rows, chunks;
   bool by_block;
+  // Spans that a thread takes at a time.
+  int64_t at_once;
 
   Span span(const Attention& a, int64_t unit, int64_t chunk) const {
     const int64_t per_batch = a.heads / heads;
@@ -46,6 +50,9 @@ Plan plan_of(const Attention& a, int64_t threads) {
   plan.chunks = std::max(least, std::min(most, wanted));
   // a single token has few heads for many threads; its keys may be many
   plan.by_block = threads > plan.units * plan.chunks && a.blocks() > 1 && plan.most_rows() <= kLeastRows;
+  const int64_t spans = plan.units * plan.chunks;
+  const int64_t span_work = plan.most_rows() * std::max<int64_t>(1, a.keys) * (a.size + a.value_size);
+  plan.at_once = std::max<int64_t>(1, std::min(kTaskWork / span_work, spans / (4 * threads)));
   return plan;
 }
 
@@ -57,7 +64,7 @@ bool run_whole(const Attention& a, const AttentionKernels& kernels, const Plan& 
     static thread_local Scratch scratch;
     void* memory = scratch.reserve(bytes);
     ok = memory != nullptr;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, plan.at_once)
     for (int64_t task = 0; task < plan.units * plan.chunks; ++task) {
       if (memory != nullptr) kernels.attend(a, plan.span(a, task / plan.chunks, task % plan.chunks), memory);
     }
@@ -68,11 +75,12 @@ bool run_whole(const Attention& a, const AttentionKernels& kernels, const Plan& 
 bool run_by_block(const Attention& a, const AttentionKernels& kernels, const Plan& plan, int threads) {
   static thread_local Scratch shared;
   const int64_t bytes = kernels.scratch(a, plan.most_rows()), blocks = a.blocks();
-  const int64_t spans = plan.units * plan.chunks, width = round_up(a.value_size, 16) + 16;
-  float* parts = static_cast<float*>(shared.reserve(spans * blocks * plan.most_rows() * width * 4));
-  if (parts == nullptr) return false;
+  const int64_t spans = plan.units * plan.chunks;
+  Parts parts = {nullptr, plan.most_rows(), round_up(a.value_size, 16)};
+  parts.data = static_cast<float*>(shared.reserve(spans * blocks * parts.floats() * 4));
+  if (parts.data == nullptr) return false;
   const auto parts_of = [&](int64_t i) {
-    return Parts{parts + i * blocks * plan.most_rows() * width, plan.most_rows(), width};
+    return Parts{parts.data + i * blocks * parts.floats(), parts.rows, parts.stride};
   };
   bool ok = true;
 #pragma omp parallel num_threads(threads) reduction(&& : ok) if (threads > 1)

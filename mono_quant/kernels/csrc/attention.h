@@ -41,9 +41,9 @@ struct Attention {
   int64_t out_batch, out_head, out_row, out_element;
 
   DType type() const { return static_cast<DType>(dtype); }
+  int64_t mask_bytes() const { return mask_kind == MaskKind::added ? 4 : 1; }
   const char* mask_at(int64_t b, int64_t h, int64_t i) const {
-    const int64_t bytes = mask_kind == MaskKind::added ? 4 : 1;
-    return static_cast<const char*>(mask) + (b * mask_batch + h * mask_head + i * mask_row) * bytes;
+    return static_cast<const char*>(mask) + (b * mask_batch + h * mask_head + i * mask_row) * mask_bytes();
   }
   // The keys that a query may see: [first_key, end_key), empty where the second is not larger.
   int64_t first_key(int64_t query) const {
@@ -62,12 +62,25 @@ struct Span {
   int64_t batch, head, first, end;
 };
 
-// Results of one block of keys each: sums of value_size floats, then the largest score and the sum of the weights.
+// What rows have of some keys: sums of values `stride` floats apart, the largest score and the sum of the weights.
+struct Results {
+  float* sums;
+  int64_t stride;
+  float *top, *sum;
+
+  Results from(int64_t row) const { return {sums + row * stride, stride, top + row, sum + row}; }
+};
+
+// Results of one block of keys each, for up to so many rows.
 struct Parts {
   float* data;
-  int64_t rows, width;
+  int64_t rows, stride;
 
-  float* at(int64_t block, int64_t row) const { return data + (block * rows + row) * width; }
+  int64_t floats() const { return round_up(rows * (stride + 2), 16); }
+  Results at(int64_t block) const {
+    float* sums = data + block * floats();
+    return {sums, stride, sums + rows * stride, sums + rows * (stride + 1)};
+  }
 };
 
 struct AttentionKernels {

@@ -4,14 +4,13 @@
 namespace mq {
 namespace {
 
-// e^x within 1.2e-7 of it, relatively; 0 below -86.6, where the result would come near subnormal numbers, and e^88 above
-// 88. NaN stays NaN. The polynomial is that of Cephes' expf.
-MQ_LANE Lanes exponential(Lanes x) {
-  const Lanes lowest = all(-86.6f);
-  // NaN passes both: they return their second operand
-  const Lanes bounded = minimum(all(88.0f), maximum(lowest, x));
-  const Lanes n = nearest(mul(bounded, all(1.44269504f)));
-  Lanes r = fnma(n, all(0.693359375f), bounded);
+// Below this e^x comes near subnormal numbers.
+constexpr float kLowestExponent = -86.6f;
+
+// e^x where that is a normal number; anything elsewhere, but NaN stays NaN. The polynomial is that of Cephes' expf.
+MQ_LANE Lanes normal_exponential(Lanes x) {
+  const Lanes n = nearest(mul(x, all(1.44269504f)));
+  Lanes r = fnma(n, all(0.693359375f), x);
   r = fnma(n, all(-2.12194440e-4f), r);
   Lanes p = fma(all(1.9875691500e-4f), r, all(1.3981999507e-3f));
   p = fma(p, r, all(8.3334519073e-3f));
@@ -19,8 +18,20 @@ MQ_LANE Lanes exponential(Lanes x) {
   p = fma(p, r, all(1.6666665459e-1f));
   p = fma(p, r, all(5.0000001201e-1f));
   p = fma(p, mul(r, r), add(r, all(1.0f)));
-  const Lanes scaled = lanes_of(add_ints(bits_of(p), shift_left<23>(to_ints(n))));
-  return choose(less(x, lowest), zeros(), scaled);
+  return lanes_of(add_ints(bits_of(p), shift_left<23>(to_ints(n))));
+}
+
+// e^x within 1.2e-7 of it, relatively; 0 below -86.6, and e^88 above 88. NaN stays NaN.
+MQ_LANE Lanes exponential(Lanes x) {
+  const Lanes lowest = all(kLowestExponent);
+  // NaN passes both: they return their second operand
+  const Lanes bounded = minimum(all(88.0f), maximum(lowest, x));
+  return choose(less(x, lowest), zeros(), normal_exponential(bounded));
+}
+
+// The same where no x is above 88.
+MQ_LANE Lanes bounded_exponential(Lanes x) {
+  return choose(less(x, all(kLowestExponent)), zeros(), normal_exponential(x));
 }
 
 // 1 / (1 + e^-x), within 2e-7 of it, relatively, down to -87; 6e-39 below -88.

@@ -458,6 +458,55 @@ MQ_LANE int32_t total_ints(Ints a) {
 
 #endif
 
+#if defined(MQ_LANES_512)
+
+// Rows whose sums over lanes are taken together in fewer steps.
+constexpr int kRowsAtOnce = 4;
+
+struct Sum {
+  static MQ_LANE Lanes of(Lanes a, Lanes b) { return add(a, b); }
+};
+struct Largest {
+  static MQ_LANE Lanes of(Lanes a, Lanes b) { return maximum(a, b); }
+};
+
+template <typename Join, int N>
+MQ_LANE __m512 join_within(__m512 v) {
+  return Join::of({v}, {_mm512_permute_ps(v, N)}).v;
+}
+
+template <typename Join>
+MQ_LANE void join_each(const Lanes a[4], float* out) {
+  const __m512 v[4] = {a[0].v, a[1].v, a[2].v, a[3].v};
+  const Lanes low = Join::of({_mm512_shuffle_f32x4(v[0], v[1], 0x44)}, {_mm512_shuffle_f32x4(v[0], v[1], 0xee)});
+  const Lanes high = Join::of({_mm512_shuffle_f32x4(v[2], v[3], 0x44)}, {_mm512_shuffle_f32x4(v[2], v[3], 0xee)});
+  const Lanes four = Join::of({_mm512_shuffle_f32x4(low.v, high.v, 0x88)}, {_mm512_shuffle_f32x4(low.v, high.v, 0xdd)});
+  const __m512 one = join_within<Join, 0xb1>(join_within<Join, 0x4e>(four.v));
+  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, one)));
+}
+
+#else
+
+constexpr int kRowsAtOnce = 1;
+
+#endif
+
+template <int R>
+MQ_LANE void total_of_each(const Lanes* a, float* out) {
+#if defined(MQ_LANES_512)
+  if constexpr (R == 4) return join_each<Sum>(a, out);
+#endif
+  for (int i = 0; i < R; ++i) out[i] = total(a[i]);
+}
+template <int R>
+MQ_LANE void largest_of_each(const Lanes* a, float* out) {
+#if defined(MQ_LANES_512)
+  if constexpr (R == 4) return join_each<Largest>(a, out);
+#endif
+  for (int i = 0; i < R; ++i) out[i] = largest(a[i]);
+}
+
 MQ_LANE Lanes zeros() { return all(0.0f); }
 MQ_LANE Lanes magnitude(Lanes a) { return lanes_of(and_ints(bits_of(a), all_ints(0x7fffffff))); }
 
