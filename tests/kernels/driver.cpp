@@ -163,7 +163,8 @@ void dense(int64_t heads, int64_t length, int64_t size, int64_t* strides) {
 }
 
 void attentions(int isa, int dtype, int64_t queries, int64_t keys, int64_t size, int kind, int threads) {
-  const int64_t batch = 2, heads = 4, key_heads = 1 + queries % 2, value_size = size % 7 + 3;
+  // many heads of 49 queries: a thread takes several then, and fetches the next one's rows
+  const int64_t batch = queries == 49 ? 9 : 2, heads = 4, key_heads = 1 + queries % 2, value_size = size % 7 + 3;
   const auto q = floats(batch * heads * queries * size, dtype), k = floats(batch * key_heads * keys * size, dtype);
   const auto v = floats(batch * key_heads * keys * value_size, dtype);
   const auto mask = floats(batch * queries * keys, 0);

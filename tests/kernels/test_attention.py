@@ -178,6 +178,40 @@ def test_decoding_gives_the_bits_of_prefill(key_heads, window):
 
 
 @native_only
+@pytest.mark.parametrize(("queries", "keys"), [(1, 300), (13, 40), (60, 300), (200, 200)])
+def test_what_the_mask_hides_behind_the_last_key_of_all_queries_is_not_read(path, queries, keys):
+    q, k, v = made(4, 2, queries, keys, 24)
+    for end in (0, 1, 16, keys - 17, keys - 1):
+        spoilt = [t.clone() for t in (k, v)]
+        for t in spoilt:
+            t[:, :, end:] = math.nan
+        mask = (torch.arange(keys) < end).expand(queries, keys).contiguous()
+        assert torch.equal(
+            kernels.attention(q, *spoilt, mask), kernels.attention(q, k[:, :, :end], v[:, :, :end])
+        ), end
+
+
+@native_only
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [(1, 9), (5, 5), (50, 50), (49, 70), (100, 33), (197, 197)])
+def test_many_short_sequences_have_the_bits_of_each(key_heads, lengths):
+    q, k, v = made(4, key_heads, *lengths, 16, 24, batch=17)
+    mask = torch.arange(lengths[1]) <= torch.arange(17)[:, None, None, None]
+    expected = torch.cat([
+        kernels.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], mask[b : b + 1]) for b in range(17)
+    ])
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert torch.equal(kernels.attention(q, k, v, mask), expected), n
+    finally:
+        torch.set_num_threads(threads)
+    exactly, bound = exact(q, k, v, mask)
+    assert (expected - exactly).abs().max() <= bound
+
+
+@native_only
 @pytest.mark.parametrize("queries", [1, 20, 60])
 def test_who_may_see_nothing_gets_what_torch_gives(path, queries):
     q, k, v = made(2, 1, queries, 300, 16)

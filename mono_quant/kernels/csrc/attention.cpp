@@ -14,7 +14,7 @@ constexpr int64_t kSharedQueries = 48;
 constexpr int64_t kThreadWork = 1 << 18;
 constexpr int64_t kLayingRows = 4;
 // Multiplications that are worth being asked for: tasks smaller than that are handed out several at a time.
-constexpr int64_t kTaskWork = 1 << 18;
+constexpr int64_t kTaskWork = 1 << 23;
 
 const AttentionKernels& kernels_of(Isa isa) {
 #ifdef MQ_X86
@@ -33,8 +33,8 @@ struct Plan {
   // Spans that a thread takes at a time.
   int64_t at_once;
 
-  Span span(const Attention& a, int64_t unit, int64_t chunk) const {
-    const int64_t per_batch = a.heads / heads;
+  Span span(const Attention& a, int64_t task) const {
+    const int64_t unit = task / chunks, chunk = task % chunks, per_batch = a.heads / heads;
     return {unit / per_batch, unit % per_batch * heads, rows * chunk / chunks, rows * (chunk + 1) / chunks};
   }
   int64_t most_rows() const { return (rows + chunks - 1) / chunks; }
@@ -52,12 +52,12 @@ Plan plan_of(const Attention& a, int64_t threads) {
   plan.by_block = threads > plan.units * plan.chunks && a.blocks() > 1 && plan.most_rows() <= kLeastRows;
   const int64_t spans = plan.units * plan.chunks;
   const int64_t span_work = plan.most_rows() * std::max<int64_t>(1, a.keys) * (a.size + a.value_size);
-  plan.at_once = std::max<int64_t>(1, std::min(kTaskWork / span_work, spans / (4 * threads)));
+  plan.at_once = std::max<int64_t>(1, std::min(kTaskWork / span_work, spans / (8 * threads)));
   return plan;
 }
 
 bool run_whole(const Attention& a, const AttentionKernels& kernels, const Plan& plan, int threads) {
-  const int64_t bytes = kernels.scratch(a, plan.most_rows());
+  const int64_t bytes = kernels.scratch(a, plan.most_rows()), tasks = plan.units * plan.chunks;
   bool ok = true;
 #pragma omp parallel num_threads(threads) reduction(&& : ok) if (threads > 1)
   {
@@ -65,8 +65,11 @@ bool run_whole(const Attention& a, const AttentionKernels& kernels, const Plan& 
     void* memory = scratch.reserve(bytes);
     ok = memory != nullptr;
 #pragma omp for schedule(dynamic, plan.at_once)
-    for (int64_t task = 0; task < plan.units * plan.chunks; ++task) {
-      if (memory != nullptr) kernels.attend(a, plan.span(a, task / plan.chunks, task % plan.chunks), memory);
+    for (int64_t task = 0; task < tasks; ++task) {
+      if (memory == nullptr) continue;
+      const bool has_next = plan.heads == 1 && task + 1 < tasks && (task + 1) % plan.at_once != 0;
+      const Span span = plan.span(a, task), next = plan.span(a, task + 1);
+      kernels.attend(a, span, has_next ? &next : nullptr, memory);
     }
   }
   return ok;
@@ -92,11 +95,11 @@ bool run_by_block(const Attention& a, const AttentionKernels& kernels, const Pla
     for (int64_t task = 0; task < spans * blocks; ++task) {
       const int64_t i = task / blocks;
       if (memory == nullptr) continue;
-      kernels.attend_block(a, plan.span(a, i / plan.chunks, i % plan.chunks), task % blocks, parts_of(i), memory);
+      kernels.attend_block(a, plan.span(a, i), task % blocks, parts_of(i), memory);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < spans; ++i) {
-      if (memory != nullptr) kernels.join(a, plan.span(a, i / plan.chunks, i % plan.chunks), parts_of(i), memory);
+      if (memory != nullptr) kernels.join(a, plan.span(a, i), parts_of(i), memory);
     }
   }
   return ok;
