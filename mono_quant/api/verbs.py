@@ -43,6 +43,7 @@ class _Unset:
 UNSET: Any = _Unset()
 
 
+@torch.inference_mode(False)
 def quantize(
     source: nn.Module | str | Path,
     dtype: str | torch.dtype = UNSET,
@@ -86,6 +87,7 @@ def quantize(
     return convert_source(opened, request, inplace=inplace or opened.owned, probe=probe)
 
 
+@torch.inference_mode(False)
 def dynamic_quantize(
     model: nn.Module,
     dtype: str | torch.dtype = UNSET,
@@ -343,6 +345,7 @@ def suggest(
     return convert_source(opened, request, inplace=opened.owned, probe=None).suggest(probe)
 
 
+@torch.inference_mode(False)
 def load(
     folder: str | Path,
     model: nn.Module | Callable[[], nn.Module] | None = None,
