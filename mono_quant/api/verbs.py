@@ -43,7 +43,6 @@ class _Unset:
 UNSET: Any = _Unset()
 
 
-@torch.inference_mode(False)
 def quantize(
     source: nn.Module | str | Path,
     dtype: str | torch.dtype = UNSET,
@@ -87,7 +86,6 @@ def quantize(
     return convert_source(opened, request, inplace=inplace or opened.owned, probe=probe)
 
 
-@torch.inference_mode(False)
 def dynamic_quantize(
     model: nn.Module,
     dtype: str | torch.dtype = UNSET,
