@@ -28,6 +28,8 @@ _TRANSFORMER = "Transformer"
 _BY_TOKEN = frozenset({
     "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout", "Router", "SpladePooling", "SparseAutoEncoder", "LogitScore", "TiedTranspose",
 })  # fmt: skip
+# Whose modules may lie within those.
+_PLAIN = frozenset({"torch", "mono_quant", "transformers"})
 
 Part = tuple[Tensor, int]
 
@@ -90,7 +92,7 @@ def _parts_for(model: Any, features: Any) -> list[Part] | None:
         return None
     if any(isinstance(v, Tensor) and v.shape != mask.shape for v in features.values()) or len(mask) < 2:
         return None
-    lengths = mask.sum(1)
+    lengths = mask.sum(1, dtype=torch.long)
     order = lengths.argsort(descending=True, stable=True)
     ranked = [max(length, _FEWEST_TOKENS) for length in lengths[order].tolist()]
     parts = parts_of(ranked)
@@ -114,11 +116,17 @@ def _hides_padding(model: Any) -> bool:
     if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
         return False
     library = type(first).__module__.partition(".")[0]
-    known = (type(m) for part in behind for m in part.modules() if type(m).__module__.startswith(library))
-    if any(kind.__name__ not in _BY_TOKEN for kind in known):
+    kinds = [type(m) for part in behind for m in part.modules()]
+    if any(_sees_others(kind, library) for kind in kinds):
         return False
     hides = getattr(core, "_supports_sdpa", False) or config.model_type in _WRITTEN_OUT
     return bool(hides) and any(isinstance(layer, StoredModule) for layer in core.modules())
+
+
+def _sees_others(kind: type, library: str) -> bool:
+    """Say whether a module of this class behind the transformer may look beside its own text: of somebody's own, nobody knows."""
+    origin = kind.__module__.partition(".")[0]
+    return kind.__name__ not in _BY_TOKEN if origin == library else origin not in _PLAIN
 
 
 def _cut(features: Mapping[str, Any], texts: Tensor, length: int) -> dict[str, Any]:

@@ -143,6 +143,36 @@ def test_a_batch_stays_whole_where_parts_would_differ(calls):
     assert len(calls) == 1, "FNet mixes padding into every token"
 
 
+class LessTheirMean(torch.nn.Module):
+    """Somebody's own module behind an encoder, which looks at all texts of a batch."""
+
+    def forward(self, features, **_):
+        given = features["sentence_embedding"]
+        return {**features, "sentence_embedding": given - given.mean(0)}
+
+
+@torch.no_grad()
+def test_a_batch_stays_whole_for_modules_that_nobody_knows(calls):
+    model = converted(SentenceTransformer(modules=[*embedder(FAMILIES["bert"]), LessTheirMean()]).eval())
+    features = model.preprocess(TEXTS)
+    found = model(dict(features))["sentence_embedding"]
+    assert len(calls) == 1
+    torch.testing.assert_close(found.mean(0), torch.zeros(64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bool])
+@torch.no_grad()
+def test_a_mask_may_have_another_dtype(dtype, calls):
+    model = converted(embedder(FAMILIES["bert"]))
+    features = model.preprocess(TEXTS)
+    expected = model(dict(features))["sentence_embedding"]
+    assert len(calls) > 1
+    calls.clear()
+    found = model({**features, "attention_mask": features["attention_mask"].to(dtype)})
+    assert len(calls) > 1
+    torch.testing.assert_close(found["sentence_embedding"].float(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_copies_pickles_and_compiled_encoders_do_it_too(calls):
     model = converted(encoders._embedder(Pooling(64)))
     expected = model.encode(TEXTS, convert_to_tensor=True)
