@@ -129,6 +129,10 @@ class ConfigError(MonoQuantError):
     """An argument or option is wrong."""
 
 
+class SettingError(ConfigError, ValueError):
+    """An environment variable of ours has a value that means nothing here."""
+
+
 class PatternError(ConfigError):
     """A skip pattern matches no module."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from mono_quant.errors import SettingError
 from mono_quant.kernels import reference, weight_only
 from mono_quant.kernels.activations import ActivationScheme
 from mono_quant.kernels.cpu import EncodedRows
@@ -119,9 +120,12 @@ def road_from_environment() -> str:
     """Return the best road that MONO_QUANT_GPU allows on devices.
 
     Raises:
-        ValueError: it names none.
+        SettingError: it names none.
     """
-    return check_road(os.environ.get("MONO_QUANT_GPU") or TRITON, "MONO_QUANT_GPU is")
+    try:
+        return check_road(os.environ.get("MONO_QUANT_GPU") or TRITON, "MONO_QUANT_GPU is")
+    except ValueError as e:
+        raise SettingError(str(e)) from e
 
 
 def check_road(name: str, what: str = "there is no road") -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from mono_quant.errors import SettingError
 from mono_quant.kernels import pool, reference
 from mono_quant.kernels.activations import ACTIVATIONS, AUTO, SCHEMES, ActivationScheme
 from mono_quant.kernels.inputs import INDICES
@@ -659,19 +660,26 @@ def choose(loaded: Loaded, path: str | None = None) -> tuple[Cpu | None, str | N
 
 
 def from_environment(loaded: Loaded) -> tuple[Cpu | None, str | None]:
-    """Choose by MONO_QUANT_ISA; see `choose`."""
-    return choose(loaded, os.environ.get("MONO_QUANT_ISA") or None)
+    """Choose by MONO_QUANT_ISA; see `choose`.
+
+    Raises:
+        SettingError: it names no path, or one that this machine does not have.
+    """
+    try:
+        return choose(loaded, os.environ.get("MONO_QUANT_ISA") or None)
+    except ValueError as e:
+        raise SettingError(f"MONO_QUANT_ISA: {e}") from e
 
 
 def activations_from_environment() -> str:
     """Return the scheme that MONO_QUANT_ACTIVATIONS gives to layers whose own is "auto".
 
     Raises:
-        ValueError: there is no such scheme.
+        SettingError: there is no such scheme.
     """
     name = os.environ.get("MONO_QUANT_ACTIVATIONS") or AUTO
     if name not in ACTIVATIONS:
-        raise ValueError(f"MONO_QUANT_ACTIVATIONS is {name!r}; choose from {', '.join(ACTIVATIONS)}")
+        raise SettingError(f"MONO_QUANT_ACTIVATIONS is {name!r}; choose from {', '.join(ACTIVATIONS)}")
     return name
 
 

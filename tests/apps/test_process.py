@@ -228,3 +228,11 @@ def test_a_terminal_gets_colours_in_its_width(saved, tmp_path):
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).partition("\r")[2]
     assert max(map(len, plain.splitlines())) <= 60
     assert "model.layers.0.mlp.down_proj.weight" in plain
+
+
+def test_a_setting_that_means_nothing_is_one_line_and_no_traceback(tmp_path: Path) -> None:
+    with started("-m", "mono_quant", "env", cwd=tmp_path, env={"MONO_QUANT_ISA": "fast"}) as process:
+        out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("mono-quant: MONO_QUANT_ISA: unknown kernel path 'fast'; choose from")
+    assert err.count("\n") == 1
