@@ -99,7 +99,9 @@ struct Step {
     const Range range = seen(a, part.first, part.end);
     const int64_t low = larger(begin, range.begin - start);
     int64_t high = smaller(end, range.end - start);
-    if (a.mask_kind == MaskKind::visible && low < high) high = end_of_visible(a, part, start + low, start + high) - start;
+    if (a.mask_kind == MaskKind::visible && low < high) {
+      high = end_of_visible(a, part, start + low, start + high) - start;
+    }
     if (low >= high) {
       for (int64_t t = 0; t < n; ++t) out.top[t] = kHidden, out.sum[t] = 0;
       return;
@@ -123,7 +125,7 @@ struct Step {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t low = smaller(larger(a.first_key(query + i) - start, scores.begin), high);
         views[row - first + i] = {low, larger(low, smaller(high, a.end_key(query + i) - start)), mask};
-        mask += a.mask_row * a.mask_bytes();
+        if (mask != nullptr) mask += a.mask_row * a.mask_bytes();
       }
     });
     const auto soften_as = a.mask_kind == MaskKind::none    ? soften<MaskKind::none>
@@ -186,15 +188,17 @@ Results begin_total(const Span& span, int64_t value_size, const Buffers& b) {
   return {b.total, value_size, b.top, b.sum};
 }
 
-MQ_INLINE void fetch(const Rows& rows, DType dtype, int64_t batch, int64_t head, int64_t first, int64_t end, int64_t size) {
+// Inlined, as a function that does nothing but this is taken for one that does nothing.
+MQ_INLINE void fetch(const Rows& rows, DType dtype, int64_t batch, int64_t head, int64_t first, int64_t end,
+                     int64_t size) {
   for (int64_t i = first; i < end; ++i) {
     const char* row = static_cast<const char*>(rows.at(batch, head, i, dtype));
     for (int64_t d = 0; d < size * size_of(dtype); d += 64) __builtin_prefetch(row + d, 0, 2);
   }
 }
 
-// Has a share of what the next span reads brought near, while the rows [first, first + n) of this one are computed, and
-// where their results go: short rows that lie apart, in an order that no processor foresees.
+// Fetches a share of what the next span reads while the rows [first, first + n) of this one are computed, and where
+// their results go: short rows that lie a page from each other, in an order that no processor foresees.
 MQ_INLINE void fetch_ahead(const Attention& a, const Span& span, const Span& next, int64_t first, int64_t n) {
   const int64_t rows = span.end - span.first, sharing = a.heads / a.key_heads, key_head = next.head / sharing;
   const int64_t query = next.first + first;

@@ -1,4 +1,4 @@
-// Products of float tiles over sixteen lanes, and how keys, values and queries are laid out for them; see attention_lanes.h.
+// Products of float tiles over sixteen lanes, and how rows are laid out for them; see attention_lanes.h.
 #include "attention.h"
 #include "functions.h"
 

@@ -18,8 +18,8 @@ struct View {
   int64_t high() const { return (end + kLaneCount - 1) & -kLaneCount; }
 };
 
-// Scores of some rows, `stride` floats apart, in the keys [begin, end), multiples of sixteen that no view goes beyond; so
-// many keys have a mask from the block's beginning.
+// Scores of some rows, `stride` floats apart, in the keys [begin, end), multiples of sixteen that no view goes beyond.
+// `masked` keys from the block's beginning have a mask, where there is one.
 struct Scores {
   float* data;
   int64_t stride, begin, end, masked;
@@ -117,7 +117,7 @@ MQ_LANE float exponential_of(float x) {
   return e[0];
 }
 
-// Adds the results of a further block to those of the blocks before it, which are none where the sum of weights is zero.
+// Adds the results of a further block to those of the blocks before it; there are none where the sum is zero.
 MQ_TARGET void fold(const Results& part, int64_t rows, int64_t size, const Results& total) {
   for (int64_t t = 0; t < rows; ++t) {
     const float part_top = part.top[t], part_sum = part.sum[t], top = total.top[t], sum = total.sum[t];

@@ -460,7 +460,7 @@ MQ_LANE int32_t total_ints(Ints a) {
 
 #if defined(MQ_LANES_512)
 
-// Rows whose sums over lanes are taken together in fewer steps.
+// Rows whose sums over lanes are taken together, in fewer steps and by the same tree.
 constexpr int kRowsAtOnce = 4;
 
 struct Sum {
