@@ -60,6 +60,8 @@ def test_pages_of_packed_codes_go_back(folder):
     if kernels.environment()["path"] not in ("avx512vnni", "avxvnni"):
         pytest.skip("this processor reads weights as they are")
     model = mq.load(folder, mmap=True)
+    if file_bytes(folder) > (folder / "model.safetensors").stat().st_size / 4:
+        pytest.skip("this system or file system keeps pages that it is asked to take back")
     ids = torch.arange(1000, 1040).view(2, 20)
     first = model(ids)[0]
     touched = file_bytes(folder)
