@@ -59,6 +59,7 @@ def _prepare(given: argparse.Namespace, folder: Path) -> None:
     if not given.no_warming:
         seconds = _DRY_SECONDS if given.dry else _WARMING
         command = [sys.executable, "-m", "gpu.warming", str(folder), str(seconds - 5)]
+        command += ["--layers", str(given.layers or FULL.layers)]
         if given.dry:
             command += ["--dry", given.dry]
         warming = Job(command, environment, folder / "warming.txt")

@@ -50,7 +50,6 @@ def tasks(sizes: Sizes) -> Iterator[Task]:
 def run_task(task: Task, sizes: Sizes, device: torch.device) -> None:
     """Run a task in this process."""
     kind, what = task
-    one_layer = replace(sizes, layers=1)
     if kind == "layer":
         shape, count, scheme = what
         layer = ours.quantized(ours.layers(shape, 1, device, sizes.dtype), scheme, inplace=True).model[0]
@@ -60,11 +59,13 @@ def run_task(task: Task, sizes: Sizes, device: torch.device) -> None:
         held = torch.nn.ModuleDict({"experts": new_experts(shape, device, sizes.dtype)})
         ours.quantized(held, inplace=True).model["experts"](*routed(shape, count, device, sizes.dtype))
     elif kind == "outliers":
-        model = ours.quantized(new_llama(one_layer, 1, device), what, inplace=True).model
+        model = ours.quantized(new_llama(sizes, 1, device), what, inplace=True).model
         model(input_ids=torch.zeros(1, sizes.measured_tokens, dtype=torch.int64, device=device))
     else:
         backend, reads, batch = what
-        model = ours.quantized(new_llama(one_layer, 1, device), inplace=True).model
+        # torch's compiler keeps whole graphs
+        count = sizes.layers if backend else 1
+        model = ours.quantized(new_llama(sizes, count, device), inplace=True).model
         forward = torch.compile(model.forward, backend=backend, dynamic=False) if backend else model
         if reads:
             prefill(model, forward, sizes.prefill)()
@@ -75,13 +76,15 @@ def run_task(task: Task, sizes: Sizes, device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _work(given: tuple[Task, str]) -> tuple[Task, float, str]:
-    task, dry = given
+def _work(given: tuple[Task, str, int]) -> tuple[Task, float, str]:
+    task, dry, layers = given
     start = time.perf_counter()
     problem = ""
     try:
         with ours.path(dry), torch.no_grad():
-            run_task(task, DRY if dry else FULL, torch.device("cpu" if dry else "cuda"))
+            run_task(
+                task, DRY if dry else replace(FULL, layers=layers), torch.device("cpu" if dry else "cuda")
+            )
     except Exception as e:  # noqa: BLE001 - the benchmark will meet it again, and say so where it matters
         problem = f"{type(e).__name__}: {e}"[:300]
     return task, time.perf_counter() - start, problem
@@ -92,7 +95,7 @@ def _begin() -> None:
     torch.set_num_threads(1)
 
 
-def warm(folder: Path, seconds: float, dry: str) -> None:
+def warm(folder: Path, seconds: float, dry: str, layers: int) -> None:
     """Run all tasks, as far as the time goes, and write down how far it went."""
     journal = Journal("warming", folder / JOURNAL, seconds)
     todo = list(tasks(DRY if dry else FULL))
@@ -100,7 +103,7 @@ def warm(folder: Path, seconds: float, dry: str) -> None:
     done, slowest, start = 0, (0.0, ""), time.perf_counter()
     pool = get_context("spawn").Pool(workers, _begin)
     try:
-        results = pool.imap_unordered(_work, [(task, dry) for task in todo])
+        results = pool.imap_unordered(_work, [(task, dry, layers) for task in todo])
         while done < len(todo):
             task, took, problem = results.next(timeout=max(0.1, journal.left()))
             done, slowest = done + 1, max(slowest, (took, str(task)))
@@ -126,5 +129,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("seconds", type=float)
     parser.add_argument("--dry", default="")
+    parser.add_argument("--layers", type=int, default=FULL.layers)
     chosen = parser.parse_args()
-    warm(chosen.folder, chosen.seconds, chosen.dry)
+    warm(chosen.folder, chosen.seconds, chosen.dry, chosen.layers)

@@ -1,5 +1,7 @@
 """What the host does for a call, whether a model is captured whole, and whether a graph gives the bits of eager mode."""
 
+from typing import Any
+
 import torch
 
 from bench.gpu import ours
@@ -39,6 +41,21 @@ def run_capture(journal: Journal, clock: Clock, sizes: Sizes) -> None:
             continue
         error = float((out - eager).norm() / eager.norm())
         journal.row("fullgraph", backend=backend, error=error, equal=torch.equal(out, eager))
+    if journal.enough("generate", _COMPILE):
+        try:
+            _generate(journal, model, sizes)
+        except Exception as e:  # noqa: BLE001 - as above
+            journal.error("generate", e)
+
+
+def _generate(journal: Journal, model: Any, sizes: Sizes) -> None:
+    """Let transformers generate with a static cache: on a device it compiles each step, with `mode="reduce-overhead"`."""
+    torch._dynamo.reset()  # noqa: SLF001
+    ids = torch.arange(sizes.filled, device=next(model.parameters()).device)[None]
+    asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    plain = model.generate(ids, **asked, disable_compile=True)
+    found = model.generate(ids, **asked)
+    journal.row("generate", tokens=found.shape[1] - ids.shape[1], equal=torch.equal(plain, found))
 
 
 def run_steps(journal: Journal, clock: Clock, sizes: Sizes) -> None:

@@ -54,7 +54,7 @@ class Section:
 SECTIONS: Mapping[str, Section] = {
     "facts": Section(run_facts, 15),
     "layers": Section(run_layers, 45),
-    "model": Section(run_model, 75, grows=True),
+    "model": Section(run_model, 90, grows=True),
     "experts": Section(run_experts, 25),
     "steps": Section(run_steps, 30),
     "host": Section(run_host, 12),
@@ -62,7 +62,7 @@ SECTIONS: Mapping[str, Section] = {
     "schemes": Section(run_schemes, 15),
     "model_peers": Section(run_model_peers, 45, grows=True),
     "layer_peers": Section(run_layer_peers, 30),
-    "capture": Section(run_capture, 60),
+    "capture": Section(run_capture, 90),
     "inductor": Section(run_inductor, 60, grows=True),
 }
 

@@ -173,6 +173,11 @@ _TABLES: list[tuple[str, str, list[Column]]] = [
     ),
     ("Captured whole", "fullgraph", [("backend", _of("backend")), ("error to eager", _of("error", ".1e")), ("equal", _of("equal"))]),
     (
+        "generate with a static cache, compiled by transformers where there is a device",
+        "generate",
+        [("tokens", _of("tokens")), ("equal to eager mode's", _of("equal"))],
+    ),
+    (
         "Decoding in a graph against eager mode",
         "steps",
         [("steps", _of("steps")), ("layers", _of("layers")), ("steps that differ", _of("differ"))],
