@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from coded import DEVICE
 from offline_triton import Job, compile_all
 
 from mono_quant.kernels import SCHEMES, mix_experts, reference
@@ -31,6 +32,12 @@ from mono_quant.kernels.gpu.tables import fitted
 ACTS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
+@pytest.fixture(autouse=True)
+def _on_device():
+    with DEVICE:
+        yield
+
+
 def weights_of(count, hidden, inner):
     return (
         torch.randint(-128, 128, (count, 2 * inner, hidden), dtype=torch.int8),
@@ -44,13 +51,18 @@ def routed(tokens, k, count):
     return torch.rand(tokens, count).argsort(1)[:, :k].contiguous(), torch.rand(tokens, k)
 
 
-def one_by_one(x, index, share, gate_up, gate_up_scale, down, down_scale, act, scheme):
+def one_by_one(x, index, share, *more):
+    """What the CPU gives."""
+    *parts, act, scheme = more
+    x, index, share, gate_up, gate_up_scale, down, down_scale = (t.cpu() for t in (x, index, share, *parts))
+
     def expert(tokens, number):
         both = reference.linear(tokens, gate_up[number], gate_up_scale[number], None, scheme)
         gate, up = both.chunk(2, dim=1)
         return reference.linear(ACTS[act](gate) * up, down[number], down_scale[number], None, scheme)
 
-    return mix_experts(x, index, share, len(down), expert)
+    with torch.device("cpu"):
+        return mix_experts(x, index, share, len(down), expert)
 
 
 def both_roads(x, index, share, parts, act, scheme):
@@ -61,6 +73,7 @@ def both_roads(x, index, share, parts, act, scheme):
 
 
 def same_bits(a, b):
+    a = a.cpu()
     return a.dtype == b.dtype and torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0))
 
 
@@ -139,8 +152,9 @@ def test_other_activations_are_those_of_torch_but_for_their_last_bits(act):
         gate, up = reference.linear(x, parts[0][number], parts[1][number], None, SCHEMES["int12"]).chunk(2, 1)
         values = (ACTS[act](gate) * up).abs().amax(1, keepdim=True) / 2047
         step = torch.maximum(step, values)
+    step, largest = step.cpu(), largest.cpu()
     for found in both_roads(x, index, share, parts, act, SCHEMES["int12"]):
-        assert ((found - expected).abs() <= 2 * step * largest + 1e-5 * expected.abs()).all()
+        assert ((found.cpu() - expected).abs() <= 2 * step * largest + 1e-5 * expected.abs()).all()
 
 
 def test_a_row_of_tokens_may_be_a_view():

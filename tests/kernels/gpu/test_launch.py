@@ -11,6 +11,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
+from coded import DEVICE
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -164,12 +165,12 @@ def test_another_device_has_its_own_code_and_stream(driven):
     assert driven["elsewhere"]["current"] == 0
 
 
-def test_the_interpreter_runs_a_kernel_as_it_is():
+def test_a_kernel_runs_as_it_is():
     @triton.jit
     def double(x_ptr, n, WIDTH: tl.constexpr):
         at = tl.arange(0, WIDTH)
         tl.store(x_ptr + at, 2 * tl.load(x_ptr + at, mask=at < n), mask=at < n)
 
-    x = torch.arange(5.0)
+    x = torch.arange(5.0, device=DEVICE)
     launch(double, (1,), (x, 3), {"WIDTH": 8}, device=x.device, warps=8, stages=3, overlap=True)
     assert x.tolist() == [0, 2, 4, 3, 4]

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+from coded import DEVICE
 
 from mono_quant.kernels import reference
 from mono_quant.kernels.gpu.launch import launch
@@ -51,17 +52,18 @@ def hostile_rows(depth=70):
 def test_codes_and_scales_have_the_bits_of_the_reference(qmax):
     x = hostile_rows()
     rows, depth = x.shape
-    code = torch.empty(rows, depth, dtype=torch.int16)
-    high, low = torch.empty(rows, depth, dtype=torch.int8), torch.empty(rows, depth, dtype=torch.int8)
-    scale = torch.empty(rows)
+    code = torch.empty(rows, depth, dtype=torch.int16, device=DEVICE)
+    high, low = (torch.empty(rows, depth, dtype=torch.int8, device=DEVICE) for _ in range(2))
+    scale = torch.empty(rows, device=DEVICE)
 
     launch(
         _quantize_row,
         (rows,),
-        (x, code, high, low, scale, depth),
+        (x.to(DEVICE), code, high, low, scale, depth),
         {"WIDTH": 128, "QMAX": qmax},
-        device=x.device,
+        device=scale.device,
     )
+    code, high, low, scale = (t.cpu() for t in (code, high, low, scale))
 
     codes, scales = reference.quantize_tokens(x, qmax)
     assert torch.equal(code, codes.to(torch.int16))
@@ -75,8 +77,9 @@ def test_codes_and_scales_have_the_bits_of_the_reference(qmax):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_widened_and_rounded_as_torch_does_it(dtype):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
-    wide = torch.empty(2**16)
-    launch(_convert, (1,), (every, wide), {"WIDTH": 2**16}, device=wide.device)
+    wide = torch.empty(2**16, device=DEVICE)
+    launch(_convert, (1,), (every.to(DEVICE), wide), {"WIDTH": 2**16}, device=wide.device)
+    wide = wide.cpu()
     assert torch.equal(wide.isnan(), every.isnan())
     assert torch.equal(wide.nan_to_num(0.0), every.float().nan_to_num(0.0))
 
@@ -84,7 +87,8 @@ def test_half_precision_is_widened_and_rounded_as_torch_does_it(dtype):
     step = 2 ** (15 if dtype == torch.bfloat16 else 12)
     bits = every.float().view(torch.int32)
     near = torch.stack([bits + by for by in (0, step, step - 1, step + 1)]).view(torch.float32)
-    back = torch.empty(near.shape, dtype=dtype)
-    launch(_convert, (4,), (near, back), {"WIDTH": 2**16}, device=near.device)
+    back = torch.empty(near.shape, dtype=dtype, device=DEVICE)
+    launch(_convert, (4,), (near.to(DEVICE), back), {"WIDTH": 2**16}, device=back.device)
+    back = back.cpu()
     assert torch.equal(back.isnan(), near.isnan())
     assert torch.equal(back.nan_to_num(0.0), near.to(dtype).nan_to_num(0.0))
