@@ -1,32 +1,11 @@
 """What chains stand for: torch's operations and `int8_linear` one after the other, on any device, with gradients."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mono_quant.kernels.ops import int8_linear
-from mono_quant.kernels.steps import Norm, Product, Steps, is_wider
-
-ACTS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda x: x,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
-
-
-def check_act(name: str | None) -> None:
-    """Refuse an activation that is none of ours.
-
-    Raises:
-        ValueError: there is no such activation.
-    """
-    if name not in ACTS:
-        raise ValueError(f"unknown activation {name!r}; choose from {', '.join(map(repr, ACTS))}")
+from mono_quant.kernels.steps import ACTS, Norm, Product, Steps, is_wider
 
 
 def composed_product(x: Tensor, product: Product) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mono_quant.kernels import accelerators, transforms
 from mono_quant.kernels.choice import scheme_of
-from mono_quant.kernels.composed import ACTS, composed_chain
-from mono_quant.kernels.steps import Product, Steps
+from mono_quant.kernels.composed import composed_chain
+from mono_quant.kernels.steps import ACTS, Product, Steps
 from mono_quant.kernels.watching import is_followed, wants_gradient
 
 _NOTHING: Product = ((), (), (), "")

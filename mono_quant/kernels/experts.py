@@ -5,11 +5,9 @@ tokens depends on the data, so that nothing else could be part of a whole graph.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mono_quant.errors import InputError
 from mono_quant.kernels import paths
@@ -17,16 +15,11 @@ from mono_quant.kernels.accelerators import path_of
 from mono_quant.kernels.activations import AUTO, check_activations
 from mono_quant.kernels.choice import scheme_of
 from mono_quant.kernels.inputs import check_codes
+from mono_quant.kernels.steps import ACTS, check_act
 from mono_quant.kernels.transforms import is_transformed
 from mono_quant.kernels.watching import is_followed, is_watched, wants_gradient
 
 _LAYER = "an int8 layer of experts"
-_ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
 
 
 def mix_experts(
@@ -140,7 +133,7 @@ def by_products(
     activations: str,
 ) -> Tensor:
     """Mix experts by one product after another; see `int8_experts`."""
-    run = _ACTS[act]
+    run = ACTS[act]
 
     def expert(x: Tensor, number: int) -> Tensor:
         both = paths.linear(x, gate_up[number], gate_up_scale[number], None, activations)
@@ -188,8 +181,7 @@ def _check(
     x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str, activations: str
 ) -> None:
     check_activations(activations)
-    if act not in _ACTS:
-        raise ValueError(f"unknown activation {act!r}; choose from {', '.join(map(repr, _ACTS))}")
+    check_act(act)
     check_codes(gate_up, _LAYER)
     check_codes(down, _LAYER)
     experts, hidden, inner = down.shape

@@ -1,10 +1,11 @@
 """Products with what lies around them in a model, as one call each: what graphs call.
 
 Plain functions on tensors. Where the native library can do it, a whole chain runs in blocks of tokens whose intermediate
-values never leave the caches; on a device that has kernels of ours it is `device_chains`; anywhere else (gradients, other dtypes,
-transforms, no library) the same call is the composition of torch's operations and `int8_linear`. A single product has the bits of `int8_linear`; a chain gives the
-same bits on every path, for any number of threads and any batch. From the composition it differs by what float arithmetic in
-another order does, and by one code of an activation where a value lies next to a tie of rounding.
+values never leave the caches; on a device that has kernels of ours it is `device_chains`; anywhere else (gradients, other
+dtypes, transforms, no library) the same call is the composition of torch's operations and `int8_linear`. A single product has the
+bits of `int8_linear`; on a CPU a chain gives the same bits on every path, for any number of threads and any batch. From the
+composition it differs by what float arithmetic in another order does, and by one code of an activation where a value lies next to
+a tie of rounding.
 """
 
 import struct
@@ -16,10 +17,11 @@ from torch import Tensor
 from mono_quant.kernels import packs, pool
 from mono_quant.kernels.activations import ActivationScheme
 from mono_quant.kernels.choice import active, scheme_of
-from mono_quant.kernels.composed import check_act, composed_chain, composed_norm
+from mono_quant.kernels.composed import composed_chain, composed_norm
 from mono_quant.kernels.cpu import Cpu, Packed
 from mono_quant.kernels.device_chains import run_chain, runs_on_device
-from mono_quant.kernels.steps import Norm, Product, Steps
+from mono_quant.kernels.inputs import FLOATS
+from mono_quant.kernels.steps import Norm, Product, Steps, check_act
 from mono_quant.kernels.watching import is_followed, wants_gradient
 
 # The numbers by which the library knows them.
@@ -183,7 +185,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def is_fusable(x: Tensor) -> bool:
     """Say whether calls of this room are more than compositions for such a tensor, which may stand for one."""
     if runs_on_device(x):
-        return x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        return x.dtype in FLOATS
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 

@@ -10,6 +10,20 @@ NO_GRADIENT = (
     ".requires_grad_(False) and train adapters, or convert the model after training"
 )
 INDICES = frozenset({torch.int64, torch.int32})
+# What kernels on a device take, and give.
+FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+def fits(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
+    """Say whether kernels on a device take a layer for an input: int8 weights [N, ...], N scales and no or N biases, all where `x` is."""
+    if x.dtype not in FLOATS or weight.dtype is not torch.int8 or weight_scale.dtype is not torch.float32:
+        return False
+    if bias is not None and bias.dtype not in FLOATS:
+        return False
+    rows = [weight_scale] if bias is None else [weight_scale, bias]
+    return weight.device == x.device and all(
+        row.numel() == weight.shape[0] and row.device == x.device and not row.is_neg() for row in rows
+    )
 
 
 def check_input(x: Tensor, layer: str, width: int, axis: int = -1, dims: tuple[int, ...] = ()) -> None:

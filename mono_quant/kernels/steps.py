@@ -1,16 +1,26 @@
 """What a chain is made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Weights int8 [N_i, K], their scales fp32 [N_i, 1], biases float [N_i] or None, and an activation scheme: several weights are
 # one product, their outputs side by side.
 Product: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], str]
 # "layer" or "rms", weight [N] or None, bias [N] or None, epsilon.
 Norm: TypeAlias = tuple[str, Tensor | None, Tensor | None, float]
+
+ACTS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
 
 
 class Steps(NamedTuple):
@@ -21,6 +31,16 @@ class Steps(NamedTuple):
     act: str | None = None
     gate: Product | None = None
     second: Product | None = None
+
+
+def check_act(name: str | None) -> None:
+    """Refuse an activation that is none of ours.
+
+    Raises:
+        ValueError: there is no such activation.
+    """
+    if name not in ACTS:
+        raise ValueError(f"unknown activation {name!r}; choose from {', '.join(map(repr, ACTS))}")
 
 
 def is_wider(weight: Tensor, x: Tensor) -> bool:

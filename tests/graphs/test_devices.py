@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from mono_quant import dynamic_quantize, kernels
 from mono_quant.graphs import backend
 from mono_quant.graphs.matching import is_call
-from mono_quant.kernels.gpu.launch import INTERPRETED
+from mono_quant.kernels.gpu.features import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled, for another device")
 

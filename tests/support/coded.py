@@ -6,7 +6,7 @@ from torch import Tensor
 from mono_quant.kernels import reference
 from mono_quant.kernels.activations import ActivationScheme
 from mono_quant.kernels.gpu.codes import Codes
-from mono_quant.kernels.gpu.launch import INTERPRETED
+from mono_quant.kernels.gpu.features import INTERPRETED
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 

@@ -11,11 +11,11 @@ from mono_quant.kernels.gpu.codes import Codes
 from mono_quant.kernels.gpu.products import multiply
 from mono_quant.kernels.gpu.prologues import Prepared, act_quantize, gate_quantize, norm_quantize
 from mono_quant.kernels.gpu.quantize import quantize
+from mono_quant.kernels.inputs import fits
 from mono_quant.kernels.steps import Product, Steps
 
 # What names a chain beside its tensors, and those.
 Described = tuple[tuple[Any, ...], list[Tensor | None]]
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def chain(
@@ -32,7 +32,7 @@ def chain(
     """
     parallel = [product for product in (steps.gate, steps.first) if product is not None]
     depth = x.shape[-1] if x.dim() else 0
-    if depth == 0 or x.dtype not in _FLOATS or not all(_takes(product, x, depth) for product in parallel):
+    if depth == 0 or not all(_takes(product, x, depth) for product in parallel):
         return None
     if len({product[3] for product in parallel}) > 1 or (added is not None and steps.pre is None):
         return None
@@ -43,11 +43,11 @@ def chain(
     if prepared is None:
         return None
     y = _products(prepared.codes, parallel, x.dtype)
-    if steps.second is not None:
+    if y is not None and steps.second is not None:
         codes = _codes_between(y, width, steps, SCHEMES[steps.second[3]])
-        if codes is None:
-            return None
-        y = _products(codes, [steps.second], x.dtype)
+        y = None if codes is None else _products(codes, [steps.second], x.dtype)
+    if y is None:
+        return None
     kept = [values for values, keep in ((prepared.total, keep_sum), (prepared.values, keep_normed)) if keep]
     if any(values is None for values in kept):
         return None
@@ -66,10 +66,8 @@ def described(steps: Steps) -> Described:
 
 
 def _takes(product: Product, x: Tensor, depth: int) -> bool:
-    return all(
-        weight.dtype is torch.int8 and weight.device == x.device and weight.shape[1] == depth
-        for weight in product[0]
-    )
+    layers = zip(*product[:3], strict=True)
+    return all(weight.shape[1] == depth and fits(x, weight, scale, bias) for weight, scale, bias in layers)
 
 
 def _prepared(x: Tensor, added: Tensor | None, steps: Steps, keep: bool) -> Prepared | None:
@@ -96,11 +94,12 @@ def _codes_between(y: Tensor, width: int, steps: Steps, scheme: ActivationScheme
     return None if found is None else found.codes
 
 
-def _products(codes: Codes, products: Sequence[Product], dtype: torch.dtype) -> Tensor:
-    """Return the outputs [M, N] of some products of the same codes, side by side."""
+def _products(codes: Codes, products: Sequence[Product], dtype: torch.dtype) -> Tensor | None:
+    """Return the outputs [M, N] of some products of the same codes, side by side; None where one has no kernel."""
     layers = [layer for product in products for layer in zip(*product[:3], strict=True)]
     sizes = [weight.shape[0] for weight, _, _ in layers]
     out = torch.empty(codes.planes.shape[1], sum(sizes), dtype=dtype, device=codes.planes.device)
     for (weight, scale, bias), own in zip(layers, out.split(sizes, 1), strict=True):
-        multiply(codes, weight, scale, bias, dtype, own)
+        if multiply(codes, weight, scale, bias, dtype, own) is None:
+            return None
     return out

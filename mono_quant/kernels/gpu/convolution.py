@@ -10,8 +10,8 @@ from mono_quant.kernels.gpu.depthwise import convolve_channels
 from mono_quant.kernels.gpu.fields import pixel_codes
 from mono_quant.kernels.gpu.geometry import Geometry, geometry_of, in_one_row
 from mono_quant.kernels.gpu.patches import multiply_fields, multiply_pixels
+from mono_quant.kernels.inputs import fits
 
-_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 # With fewer outputs to a group of one channel, a tile of a matrix product would be nearly empty.
 _MATRIX_ROWS = 8
 # What a grid holds beside its first dimension, and what kernels count in 32 bits.
@@ -40,7 +40,7 @@ def conv(
         other arguments than `int8_conv` takes, and for groups of values that share a scale and are no parts of a pixel.
     """
     geometry = geometry_of(x, weight, stride, padding, dilation, groups)
-    if geometry is None or not _are_known(x, weight, weight_scale, bias):
+    if geometry is None or not fits(x, weight, weight_scale, bias):
         return None
     span = scheme.group if len(scheme.spans(geometry.depth)) > 1 else 0
     is_direct = geometry.inner == 1 and (geometry.rows < _MATRIX_ROWS or span > 0)
@@ -72,15 +72,6 @@ def conv(
     else:
         multiply_fields(x, weight, weight_scale, bias, target, geometry, qmax)
     return out
-
-
-def _are_known(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
-    rows = weight.shape[0]
-    if x.dtype not in _FLOATS or weight.dtype is not torch.int8 or weight_scale.dtype is not torch.float32:
-        return False
-    if weight_scale.numel() != rows or not x.device == weight.device == weight_scale.device:
-        return False
-    return bias is None or (bias.dtype in _FLOATS and bias.numel() == rows and bias.device == x.device)
 
 
 def _like(x: Tensor, geometry: Geometry) -> Tensor:

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from mono_quant.kernels.gpu.launch import launch
 from mono_quant.kernels.gpu.numerics import narrow
-from mono_quant.kernels.inputs import INDICES
+from mono_quant.kernels.inputs import FLOATS, INDICES
 
-_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 # Values of a program. Not measured on a device.
 _MOST_VALUES = 4096
 
@@ -36,7 +35,7 @@ def embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torc
     Returns:
         `dtype` [*indices.shape, D], or None where there is no kernel for the arguments.
     """
-    if dtype not in _FLOATS or indices.dtype not in INDICES or weight.dim() != 2 or not weight.numel():
+    if dtype not in FLOATS or indices.dtype not in INDICES or weight.dim() != 2 or not weight.numel():
         return None
     if weight.dtype is not torch.int8 or weight_scale.dtype is not torch.float32:
         return None

@@ -15,9 +15,10 @@ from mono_quant.kernels.gpu.codes import Codes
 from mono_quant.kernels.gpu.features import Features, features_of
 from mono_quant.kernels.gpu.launch import launch
 from mono_quant.kernels.gpu.pointwise import ACTS
-from mono_quant.kernels.gpu.quantize import FLOATS, quantize, quantize_values
+from mono_quant.kernels.gpu.quantize import quantize, quantize_values
 from mono_quant.kernels.gpu.routed import add_routed, multiply_routed_tiles, multiply_routed_vectors
 from mono_quant.kernels.gpu.tables import ALIGNMENT, POINTERS, VECTORS, Config, fitted
+from mono_quant.kernels.inputs import FLOATS
 
 # So many may read weights by themselves. One was measured on an H200 (gpu.md), the others were not.
 FEW_TOKENS = 4
@@ -90,9 +91,9 @@ def experts(
     weights = (gate_up, gate_up_scale, down, down_scale)
     if act not in ACTS or x.dtype not in FLOATS or top_k_weights.dtype not in FLOATS:
         return None
-    if not all(weight.is_contiguous() and weight.numel() for weight in weights) or top_k_weights.is_neg():
+    if not all(weight.is_contiguous() and weight.numel() for weight in weights):
         return None
-    if any(given.device != x.device for given in (top_k_index, top_k_weights, *weights)):
+    if any(given.device != x.device or given.is_neg() for given in (x, top_k_index, top_k_weights, *weights)):
         return None
     if top_k_index.numel() == 0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)

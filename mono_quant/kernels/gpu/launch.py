@@ -21,8 +21,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mono_quant.kernels.gpu.features import INTERPRETED, features_of
 
-__all__ = ["INTERPRETED", "launch"]
-
 _TENSORS = (Tensor, torch.nn.Parameter)
 # What a compiled kernel is started with, before its own arguments; Triton 3.6 takes those of the second line with the rest.
 _FIRST = ("gridX", "gridY", "gridZ", "stream", "function")

@@ -23,9 +23,9 @@ from mono_quant.kernels.gpu.features import INTERPRETED, INTERPRETER, Features, 
 from mono_quant.kernels.gpu.products import multiply
 from mono_quant.kernels.gpu.quantize import quantize
 from mono_quant.kernels.gpu.replay import Replays
+from mono_quant.kernels.inputs import fits
 from mono_quant.kernels.steps import Steps
 
-_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 # Compute capabilities on which a prototype of these kernels was held against the reference (gpu.md).
 _PROTOTYPED = frozenset({(9, 0)})
 # What Triton raises where it cannot compile or load a kernel: no C compiler, no driver, a cache that cannot be written.
@@ -144,8 +144,6 @@ class Gpu:
     ) -> Tensor | None:
         """Mix the outputs of gated experts; see `mono_quant.kernels.int8_experts`."""
         tensors = (hidden_states, top_k_index, top_k_weights, gate_up, gate_up_scale, down, down_scale)
-        if any(tensor.device != hidden_states.device or tensor.is_neg() for tensor in tensors):
-            return None
         return self._one((experts, act, scheme.name), lambda: experts(*tensors, act, scheme), *tensors)
 
     @_unless_failed
@@ -164,22 +162,11 @@ def _linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, scheme: ActivationScheme
 ) -> Tensor | None:
     shape, (outputs, depth) = x.shape, weight.shape
-    if x.dtype not in _FLOATS or not shape or shape[-1] != depth or depth == 0:
-        return None
-    if weight.dtype is not torch.int8 or weight_scale.dtype is not torch.float32:
-        return None
-    place = x.device
-    if weight.device != place or not _is_row(weight_scale, outputs, place):
-        return None
-    if bias is not None and not (bias.dtype in _FLOATS and _is_row(bias, outputs, place)):
+    if not shape or shape[-1] != depth or depth == 0 or not fits(x, weight, weight_scale, bias):
         return None
     codes = quantize(x.reshape(x.numel() // depth, depth), scheme)
     out = multiply(codes, weight, weight_scale, bias, x.dtype)
     return None if out is None else out.view(*shape[:-1], outputs)
-
-
-def _is_row(values: Tensor, count: int, place: torch.device) -> bool:
-    return values.numel() == count and values.device == place and not values.is_neg()
 
 
 def kernels_for(device: torch.device) -> tuple[Gpu | None, str | None]:

@@ -9,14 +9,8 @@ ACTS = ("gelu", "gelu_tanh", "silu", "relu")
 
 
 @triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)): where the exponential overflows, 0."""
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
 def act_of(x, ACT: tl.constexpr):
-    """Return an activation of fp32 values as fp32; of NaN and infinities what torch returns."""
+    """Return an activation of fp32 values as fp32; of NaN and infinities what the formula gives."""
     if ACT == "gelu":
         y = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":

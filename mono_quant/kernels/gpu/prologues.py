@@ -17,7 +17,6 @@ from mono_quant.kernels.gpu.launch import launch
 from mono_quant.kernels.gpu.numerics import magnitude, narrow, scales_of, widen
 from mono_quant.kernels.gpu.pointwise import ACTS
 from mono_quant.kernels.gpu.quantize import (
-    FLOATS,
     TILE,
     WIDEST,
     cut_of,
@@ -30,6 +29,7 @@ from mono_quant.kernels.gpu.quantize import (
     store_codes,
     warps_of,
 )
+from mono_quant.kernels.inputs import FLOATS
 from mono_quant.kernels.steps import Norm, is_wider
 
 

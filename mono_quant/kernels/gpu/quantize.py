@@ -20,13 +20,13 @@ from mono_quant.kernels.gpu.features import features_of
 from mono_quant.kernels.gpu.launch import launch
 from mono_quant.kernels.gpu.numerics import code_of, digits_of, magnitude, scales_of, widen
 from mono_quant.kernels.gpu.pointwise import load_values
+from mono_quant.kernels.inputs import FLOATS
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents
 except ImportError:  # of some versions of Triton
     gdc_launch_dependents = None
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Values of a program: at least, and at most (64 a thread of 8 warps).
 TILE = 2048
 WIDEST = 16384

@@ -1,5 +1,7 @@
 """Chains of kernels against the reference: what they keep says which codes there have to be, and those give all bits."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,11 +14,12 @@ from coded import DEVICE
 from mono_quant import kernels
 from mono_quant.kernels import reference
 from mono_quant.kernels.activations import SCHEMES
-from mono_quant.kernels.composed import ACTS, composed_norm
+from mono_quant.kernels.composed import composed_norm
 from mono_quant.kernels.gpu import chains
+from mono_quant.kernels.gpu.features import features_of
 from mono_quant.kernels.gpu.launch import started_by
 from mono_quant.kernels.gpu.prologues import act_quantize, gate_quantize
-from mono_quant.kernels.steps import Steps
+from mono_quant.kernels.steps import ACTS, Steps
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -223,3 +226,28 @@ def test_a_thousand_steps_of_a_captured_graph_have_the_bits_of_eager_mode():
         graph.replay()
         x = step(x)
         assert torch.equal(captured, x)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_chain_with_a_product_that_has_no_kernel_has_no_answer(behind, monkeypatch):
+    # on Turing few tokens have one, and many have none
+    poor = dataclasses.replace(features_of(DEVICE), int8_dot=False, dp4a=True)
+    monkeypatch.setattr("mono_quant.kernels.gpu.products.features_of", lambda device: poor)
+    first, second = product(64, 32), product(16, 64, bias=False)
+    steps = Steps(first, act="silu", second=second) if behind else Steps(first)
+    few = chains.chain(torch.randn(2, 32), None, steps, False, False)
+    assert few is not None and few[0].isfinite().all()
+    assert chains.chain(torch.randn(40, 32), None, steps, False, False) is None
+
+
+@pytest.mark.parametrize("place", ["scale", "bias"])
+def test_a_chain_whose_layer_lies_elsewhere_has_no_answer(place):
+    (weight,), (scale,), (bias,), scheme = product(16, 32)
+    if place == "scale":
+        scale = scale.to("meta")
+    else:
+        bias = bias.to("meta")
+    steps = Steps(((weight,), (scale,), (bias,), scheme))
+    assert chains.chain(torch.randn(3, 32), None, steps, False, False) is None
+    steps = Steps(((weight,), (scale.new_ones(15, 1),), (None,), scheme))
+    assert chains.chain(torch.randn(3, 32), None, steps, False, False) is None

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from coded import DEVICE, assert_codes_of
 
 from mono_quant.kernels.activations import SCHEMES
-from mono_quant.kernels.gpu.launch import INTERPRETED
+from mono_quant.kernels.gpu.features import INTERPRETED
 from mono_quant.kernels.gpu.quantize import quantize
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
