@@ -58,7 +58,7 @@ ROOMS = {
         ["replay"],
         ["pointwise", "fields", "depthwise", "embedding", "encoding", "large", "few"],
         ["quantize", "patches", "products", "routed"],
-        ["prologues", "convolution", "variants", "experts"],
+        ["prologues", "convolution", "experts"],
         ["chains"],
         ["path"],
     ],

@@ -398,8 +398,7 @@ def load(
     keep_loaded_(path, loaded, manifest)
     if mmap:
         # a few values of each were looked at, and the system read what lies around them
-        for tensor in (*loaded.parameters(), *loaded.buffers()):
-            let_go(tensor.data_ptr(), tensor.nbytes)
+        let_go((t.data_ptr(), t.nbytes) for t in (*loaded.parameters(), *loaded.buffers()))
     placed = place_(loaded, cast, device, device_map, offload_folder)
     if compile:
         placed.compile(backend=mono_quant)

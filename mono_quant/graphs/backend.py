@@ -1,8 +1,9 @@
 """The backend `mono_quant` of `torch.compile`: dynamo captures, and patterns become fused calls.
 
 In main memory the graph runs as Python, and no compiler is needed. On a device that has kernels of ours it goes on to torch's own
-compiler, for which they are ops that it cannot open. What no pattern knows stays as it is, and a fused call looks at its tensors when it runs: gradients, other
-dtypes and devices take the way of plain torch inside `kernels`. Parameters are inputs of the graph, so nothing is held twice.
+compiler, for which they are ops that it cannot open. What no pattern knows stays as it is, and a fused call looks at its tensors
+when it runs: gradients, other dtypes and devices take the way of plain torch inside `kernels`. Parameters are inputs of the
+graph, so nothing is held twice.
 """
 
 from collections.abc import Callable, Mapping, Sequence

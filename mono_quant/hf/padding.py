@@ -63,7 +63,7 @@ def parts_of(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Return how to part a batch such that what is computed is least, padding and calls included.
 
     Args:
-        lengths: of the texts in tokens, the longest first.
+        lengths: of the texts in tokens, the longest first; of two texts at least.
 
     Returns:
         First text and the one behind the last, for each part.
@@ -72,7 +72,7 @@ def parts_of(lengths: Sequence[int]) -> list[tuple[int, int]]:
     least: list[float] = [0.0, *[float("inf")] * count]
     start = [0] * (count + 1)
     for end in range(1, count + 1):
-        for i in range(max(0, end - _FEWEST_TEXTS + 1)) if count >= _FEWEST_TEXTS else (0,):
+        for i in range(end - _FEWEST_TEXTS + 1):
             cost = least[i] + (end - i) * lengths[i] + _CALL_COST
             if cost < least[end]:
                 least[end], start[end] = cost, i
@@ -90,13 +90,15 @@ def _parts_for(model: Any, features: Any) -> list[Part] | None:
     mask, ids = features.get("attention_mask"), features.get("input_ids")
     if not isinstance(mask, Tensor) or not isinstance(ids, Tensor) or not mask.is_cpu or mask.dim() != 2:
         return None
-    if any(isinstance(v, Tensor) and v.shape != mask.shape for v in features.values()) or len(mask) < 2:
+    if any(isinstance(v, Tensor) and v.shape != mask.shape for v in features.values()):
+        return None
+    if len(mask) < 2 * _FEWEST_TEXTS or not _hides_padding(model):
         return None
     lengths = mask.sum(1, dtype=torch.long)
     order = lengths.argsort(descending=True, stable=True)
     ranked = [max(length, _FEWEST_TOKENS) for length in lengths[order].tolist()]
     parts = parts_of(ranked)
-    if len(parts) < 2 or not _is_padded_behind(mask, lengths) or not _hides_padding(model):
+    if len(parts) < 2 or not _is_padded_behind(mask, lengths):
         return None
     return [(order[first:end], ranked[first]) for first, end in parts]
 
@@ -108,7 +110,7 @@ def _is_padded_behind(mask: Tensor, lengths: Tensor) -> bool:
 
 def _hides_padding(model: Any) -> bool:
     """Say whether no text sees its padding in this converted encoder, and its transformer is asked for the last states alone."""
-    first, *behind = model.children()
+    first, *behind = [*model.children()] or [None]
     core = getattr(first, "auto_model", None)
     config = getattr(core, "config", None)
     if type(first).__name__ != _TRANSFORMER or core is None or config is None:

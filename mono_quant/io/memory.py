@@ -5,14 +5,15 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 # of Linux 5.4
 _MADV_PAGEOUT = 21
-# looking for what memory it is takes a millisecond
+# less is not worth a look at what memory it is
 _WORTH_A_LOOK = 1 << 16
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -43,29 +44,42 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def let_go(address: int, size: int) -> None:
-    """Let the system take back the pages of some memory that lies in a file, where it does; other memory stays as it is.
+def let_go(spans: Iterable[tuple[int, int]]) -> None:
+    """Let the system take back the pages of memory that lies in files; other memory stays as it is.
 
     What was written to stays, and what is read again comes back from the file. Where the system refuses, nothing happens.
+
+    Args:
+        spans: addresses and sizes in bytes. To find out what they are takes a millisecond, for all of them together.
     """
-    first = address + -address % _PAGE
-    whole = (address + size) // _PAGE * _PAGE - first
-    if _libc is not None and whole >= _WORTH_A_LOOK and _is_file(address):
-        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), _MADV_PAGEOUT)
+    if _libc is None:
+        return
+    files: list[tuple[int, int]] | None = None
+    for address, size in spans:
+        first = address + -address % _PAGE
+        whole = (address + size) // _PAGE * _PAGE - first
+        if whole < _WORTH_A_LOOK:
+            continue
+        if files is None:
+            files = _mapped_files()
+        at = bisect_right(files, (address, sys.maxsize)) - 1
+        if at >= 0 and address < files[at][1]:
+            _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), _MADV_PAGEOUT)
 
 
-def _is_file(address: int) -> bool:
-    """Say whether memory is a mapped file."""
+def _mapped_files() -> list[tuple[int, int]]:
+    """Return where this process has files in its memory: first address and the one behind, in ascending order."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return False
+        return []
+    files = []
     for line in lines:
         span, _, _, _, inode, *_ = line.split(None, 5)
-        first, _, end = span.partition("-")
-        if int(first, 16) <= address < int(end, 16):
-            return inode != "0"
-    return False
+        if inode != "0":
+            first, _, end = span.partition("-")
+            files.append((int(first, 16), int(end, 16)))
+    return files
 
 
 def _number(file: str, name: str | None = None) -> int | None:

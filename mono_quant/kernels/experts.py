@@ -181,7 +181,7 @@ def _check(
     x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str, activations: str
 ) -> None:
     check_activations(activations)
-    check_act(act)
+    check_act(act, needed=True)
     check_codes(gate_up, _LAYER)
     check_codes(down, _LAYER)
     experts, hidden, inner = down.shape

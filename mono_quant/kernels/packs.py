@@ -172,9 +172,9 @@ def _pack(cpu: Cpu, weight: Tensor, scheme: ActivationScheme, entry: _Entry) -> 
         if weight._version != entry.version:
             return None
         entry.packed[cpu.path] = packed
-        if packed is not None:
-            # from now on kernels read the packed ones
-            let_go(weight.data_ptr(), weight.nbytes)
+        # from now on kernels read the packed ones; what torch can resize is memory of its own, and no file's
+        if packed is not None and not weight.untyped_storage().resizable():
+            let_go([(weight.data_ptr(), weight.nbytes)])
         return packed
     finally:
         _packing.release()

@@ -33,14 +33,15 @@ class Steps(NamedTuple):
     second: Product | None = None
 
 
-def check_act(name: str | None) -> None:
-    """Refuse an activation that is none of ours.
+def check_act(name: str | None, *, needed: bool = False) -> None:
+    """Refuse an activation that is none of ours, and none at all where one is `needed`.
 
     Raises:
         ValueError: there is no such activation.
     """
-    if name not in ACTS:
-        raise ValueError(f"unknown activation {name!r}; choose from {', '.join(map(repr, ACTS))}")
+    known = [act for act in ACTS if not needed or act is not None]
+    if name not in known:
+        raise ValueError(f"unknown activation {name!r}; choose from {', '.join(map(repr, known))}")
 
 
 def is_wider(weight: Tensor, x: Tensor) -> bool:

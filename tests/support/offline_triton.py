@@ -44,13 +44,6 @@ class Compiled:
     cubin: int
 
 
-def compile_for(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, **options: Any
-) -> Compiled:
-    """Compile one kernel; see `Job`. Several jobs are cheaper in one `compile_all`."""
-    return compile_all([Job(kernel, signature, constants, capability, options)])[0]
-
-
 def compile_all(jobs: list[Job]) -> list[Compiled]:
     """Compile kernels in one new process, fused multiply-adds off as `launch` has them, ptxas included."""
     named = [

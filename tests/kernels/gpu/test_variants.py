@@ -10,8 +10,8 @@ from mono_quant.kernels.gpu.features import of_nvidia, of_others
 from mono_quant.kernels.gpu.few import multiply_few, multiply_vectors
 from mono_quant.kernels.gpu.large import multiply_tiles
 from mono_quant.kernels.gpu.tables import ALIGNMENT, DESCRIPTORS, TABLE
-from mono_quant.kernels.gpu.variants import everything_that_is_compiled, job_of
 from tests.support.offline_triton import Job, compile_all
+from tests.support.product_variants import everything_that_is_compiled, job_of
 
 AMPERE = of_nvidia((8, 0), 163 << 10, 100, False)
 HOPPER = of_nvidia((9, 0), 227 << 10, 100, True)
