@@ -4,6 +4,7 @@ Catch `MonoQuantError` for all of them, or a branch for one family::
 
     MonoQuantError
     ├── ConfigError                 an argument or option is wrong
+    │   ├── SettingError            an environment variable of ours means nothing
     │   └── PatternError            a skip pattern matches nothing
     ├── MissingDependencyError      an optional package is needed for this input
     ├── SourceNotFoundError         no such folder, file or object
