@@ -22,7 +22,6 @@ constexpr int64_t kBlocks = 8;
 void multiply_rows(const Chunk& chunk, int64_t n, int64_t rows) {
   const Linear& layer = chunk.layer;
   alignas(64) int32_t sums[kMaxTile * kDotRows];
-  const bool far = is_far(layer.rows, layer.weight_stride);
   const int64_t step = chunk.product.dot_tokens;
   for (int64_t first = 0; first < chunk.tokens; first += kMaxTile) {
     const int64_t last = std::min(first + kMaxTile, chunk.tokens);
@@ -31,7 +30,7 @@ void multiply_rows(const Chunk& chunk, int64_t n, int64_t rows) {
       for (int64_t i = 0; i < 4; ++i) weight[i] = layer.weight + (n + std::min(r + i, rows - 1)) * layer.weight_stride;
       // All tokens pass by four weight rows while these are in the first-level cache and the next four on their way.
       for (int64_t t = first; t < last; t += step) {
-        const int64_t ahead = far && t == 0 ? 4 * layer.weight_stride : 0;
+        const int64_t ahead = t == 0 ? 4 * layer.weight_stride : 0;
         const int tokens = static_cast<int>(std::min(step, last - t));
         int32_t* place = sums + (t - first) * kDotRows + r;
         if (layer.group == 0) {

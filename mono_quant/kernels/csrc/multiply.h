@@ -16,7 +16,7 @@ constexpr int64_t kMaxTile = 8;
 // Multiply-adds below which another thread costs more than it brings.
 constexpr int64_t kThreadWork = 1 << 17;
 
-// Weights that come from memory rather than from a cache near the core, and are fetched ahead.
+// Weights that come from memory even where a layer is called again and again.
 inline bool is_far(int64_t rows, int64_t row_bytes) { return rows * row_bytes > 2 << 20; }
 
 // How many panels `rows` weight rows fill, and the words of one.

@@ -130,14 +130,13 @@ void Stage::by_tiles(const Codes& codes, int64_t first, int64_t tokens, const St
 
 void Stage::by_dots(const Codes& codes, int64_t first, int64_t tokens, const Strip& strip, int32_t* sums) const {
   const int64_t depth = product_.depth, step = kernels_->dot_tokens;
-  const bool far = is_far(product_.rows, depth);
   for (int64_t r = 0; r < strip.rows; r += 4) {
     const int8_t* weight[4];
     for (int64_t i = 0; i < 4; ++i) {
       weight[i] = strip.part->weight + (strip.row + std::min(r + i, strip.rows - 1)) * depth;
     }
     for (int64_t t = 0; t < tokens; t += step) {
-      const int64_t ahead = far && t == 0 ? 4 * depth : 0;
+      const int64_t ahead = t == 0 ? 4 * depth : 0;
       const int count = static_cast<int>(std::min(step, tokens - t));
       const char* row = codes.data + code_bytes(first + t);
       int32_t* place = sums + t * kDotRows + r;
