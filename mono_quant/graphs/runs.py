@@ -20,6 +20,7 @@ _KERNELS = (
     kernels.chain,
     kernels.chain_parts,
     kernels.attention,
+    kernels.conv,
     kernels.norm,
     kernels.rotary,
     kernels.int8_linear,

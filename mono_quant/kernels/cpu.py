@@ -157,11 +157,12 @@ class Cpu:
         self._library = library
         self._linear, self._half_linear = library.mq_linear, library.mq_half_linear
         self._embedding = library.mq_embedding
-        # the C functions of `fused` and of `attention`, which return 0 where they ran
+        # the C functions of `fused`, `attention` and `fused_conv`, which return 0 where they ran
         self.chain: Callable[..., int] = library.mq_chain
         self.norm: Callable[..., int] = library.mq_norm
         self.rotary: Callable[..., int] = library.mq_rotary
         self.attention: Callable[..., int] = library.mq_attention
+        self.conv_and_norm: Callable[..., int] = library.mq_fused_conv
         # runs what `program` wrote down
         self.run: Callable[..., int] = library.mq_run
 
@@ -354,7 +355,7 @@ class Cpu:
         x, weight = self._channels_last(x), self._channels_last(weight)
         residual = None if residual is None else self._channels_last(residual)
         out = pool.empty(out_shape, x)
-        failed = self._library.mq_fused_conv(
+        failed = self.conv_and_norm(
             self.isa,
             qmax,
             scheme.group,

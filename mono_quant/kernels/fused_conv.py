@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from mono_quant.kernels import ops, packs, paths
 from mono_quant.kernels.activations import AUTO, ActivationScheme
 from mono_quant.kernels.choice import active, scheme_on
-from mono_quant.kernels.cpu import Cpu, Longs, Packed, longs
+from mono_quant.kernels.cpu import Cpu, Longs, longs
 from mono_quant.kernels.watching import is_plain
 
 # Weight, bias, running mean, running variance and epsilon of `nn.BatchNorm2d` in evaluation; the first two may be None.
@@ -72,9 +72,7 @@ def conv(
         InputError: `x` is not floating point, or has other channels.
     """
     how = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    norm = batch_norm or _NO_NORM
-    floats = (weight_scale, bias, *norm[:4])
-    if not is_plain((x, residual, *floats)):
+    if not _is_plain(x, weight_scale, bias, batch_norm, residual):
         out = ops.int8_conv(x, weight, weight_scale, bias, *how, activations)
         if batch_norm is not None:
             scale, offset, mean, variance, epsilon = batch_norm
@@ -82,13 +80,80 @@ def conv(
         return _finished(out, residual, relu)
     cpu = active.cpu
     if cpu is not None:
-        fused = _fused(cpu, x, weight, floats, norm[4], how, residual, relu, activations)
+        fused = _fused(
+            cpu, x, weight, weight_scale, bias, *how, batch_norm, residual, relu=relu, activations=activations
+        )
         if fused is not None:
             return fused
     if batch_norm is not None:
         weight_scale, bias = _folded(weight_scale, bias, batch_norm)
     lists = (list(how[0]), list(how[1]), list(how[2]), groups)
     return _finished(paths.conv(x, weight, weight_scale, bias, *lists, activations), residual, relu)
+
+
+def native_conv(
+    cpu: Cpu,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    batch_norm: BatchNorm | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    activations: str = AUTO,
+) -> Tensor | None:
+    """Return what `conv` returns where the library of a path computes it in one pass, and None where it does not."""
+    if not _is_plain(x, weight_scale, bias, batch_norm, residual):
+        return None
+    how = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    return _fused(
+        cpu, x, weight, weight_scale, bias, *how, batch_norm, residual, relu=relu, activations=activations
+    )
+
+
+def _fused(
+    cpu: Cpu,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    batch_norm: BatchNorm | None,
+    residual: Tensor | None,
+    *,
+    relu: bool,
+    activations: str,
+) -> Tensor | None:
+    geometry = _geometry(x.shape, weight.shape, (stride, padding, dilation, groups))
+    if geometry is None or weight.dtype is not torch.int8 or not weight.is_cpu:
+        return None
+    shape, sizes = geometry
+    *statistics, epsilon = batch_norm or _NO_NORM
+    floats = (weight_scale, bias, *statistics)
+    for part in floats:
+        if part is not None and (part.numel() != shape[3] or not part.is_contiguous() or part.is_neg()):
+            return None
+    if residual is not None and residual.shape != (shape[0], shape[3], *shape[1:3]):
+        return None
+    scheme = scheme_on(activations, True)
+    packed = None
+    if is_kept_packed(cpu, weight, groups, scheme):
+        matrix = weight.permute(0, 2, 3, 1).flatten(1)
+        packed = packs.find(cpu, matrix, (matrix.data_ptr(), *matrix.shape), scheme)
+    return cpu.fused_conv(x, weight, floats, epsilon, sizes, shape, residual, relu, scheme, packed)
+
+
+def is_kept_packed(cpu: Cpu, weight: Tensor, groups: int, scheme: ActivationScheme) -> bool:
+    """Say whether a weight [O, I, kh, kw] is read in its packed form: its channels have to be last in memory."""
+    return groups == 1 and packs.pays(cpu, scheme) and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @lru_cache(maxsize=4096)
@@ -120,37 +185,15 @@ def _geometry(
     return (given[0], size[0], size[1], rows), longs(sizes)
 
 
-def _fused(
-    cpu: Cpu,
+def _is_plain(
     x: Tensor,
-    weight: Tensor,
-    floats: Sequence[Tensor | None],
-    epsilon: float,
-    how: _How,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    batch_norm: BatchNorm | None,
     residual: Tensor | None,
-    relu: bool,
-    activations: str,
-) -> Tensor | None:
-    geometry = _geometry(x.shape, weight.shape, how)
-    if geometry is None or weight.dtype is not torch.int8 or not weight.is_cpu:
-        return None
-    shape, sizes = geometry
-    for part in floats:
-        if part is not None and (part.numel() != shape[3] or not part.is_contiguous() or part.is_neg()):
-            return None
-    if residual is not None and residual.shape != (shape[0], shape[3], *shape[1:3]):
-        return None
-    scheme = scheme_on(activations, True)
-    packed = _packed(cpu, weight, scheme) if how[3] == 1 else None
-    return cpu.fused_conv(x, weight, floats, epsilon, sizes, shape, residual, relu, scheme, packed)
-
-
-def _packed(cpu: Cpu, weight: Tensor, scheme: ActivationScheme) -> Packed | None:
-    """Return the packed form of a weight whose channels are last in memory, if it is kept."""
-    if not packs.pays(cpu, scheme) or not weight.is_contiguous(memory_format=torch.channels_last):
-        return None
-    matrix = weight.permute(0, 2, 3, 1).flatten(1)
-    return packs.find(cpu, matrix, (matrix.data_ptr(), *matrix.shape), scheme)
+) -> bool:
+    """Say whether the library may compute with these, where nobody but the CPU looks at the call."""
+    return is_plain((x, residual, weight_scale, bias, *(batch_norm or _NO_NORM)[:4]))
 
 
 def _folded(weight_scale: Tensor, bias: Tensor | None, batch_norm: BatchNorm) -> tuple[Tensor, Tensor]:

@@ -17,16 +17,18 @@ from torch import Tensor
 from mono_quant.kernels import fused, packs
 from mono_quant.kernels.activations import AUTO
 from mono_quant.kernels.attention import attention, native_attention
-from mono_quant.kernels.choice import scheme_of
-from mono_quant.kernels.cpu import Cpu
+from mono_quant.kernels.choice import scheme_of, scheme_on
+from mono_quant.kernels.cpu import Cpu, Longs
+from mono_quant.kernels.fused_conv import BatchNorm, conv, is_kept_packed, native_conv
 from mono_quant.kernels.program import Conditions, Given, Made, Place, Program, Step, Weight
 from mono_quant.kernels.steps import Norm, Product
 
 # `StepKind` of csrc/program.h.
-_CHAIN, _ATTENTION, _NORM, _ROTARY, _COPY_ROWS, _ADD_LONGS = range(6)
+_CHAIN, _ATTENTION, _NORM, _ROTARY, _COPY_ROWS, _ADD_LONGS, _CONV = range(7)
 _WORD = struct.Struct("=q")
-# `NormStep` and `RotaryStep` of csrc/api.cpp, `CopyRows` and `AddLongs` of csrc/program.h.
+# `NormStep`, `RotaryStep` and `ConvStep` of csrc/api.cpp, `CopyRows` and `AddLongs` of csrc/program.h.
 _NORM_STEP, _ROTARY_STEP = struct.Struct("=5q2qd4q"), struct.Struct("=9q3qqq")
+_CONV_STEP = struct.Struct("=4q16q" + "9q" + "dqqq")
 _COPY_STEP, _ADD_STEP = struct.Struct("=5q" + "4q" + "q" + "4q"), struct.Struct("=q2q3qq")
 # Words of `Chain` before its parts, and of a part.
 _HEADER_WORDS, _PART_WORDS = 31, 5
@@ -41,6 +43,7 @@ class _Listener(Cpu):
         self._cpu = cpu
         self.chain, self.attention = self._hear_chain, self._hear_attention
         self.norm, self.rotary = self._hear_norm, self._hear_rotary
+        self.conv_and_norm = self._hear_conv
 
     def take(self) -> tuple[int, bytes] | None:
         heard, self.heard = self.heard, None
@@ -61,6 +64,11 @@ class _Listener(Cpu):
     def _hear_rotary(self, isa: int, threads: int, sizes: bytes, *words: int) -> int:
         self.heard = _ROTARY, _ROTARY_STEP.pack(isa, threads, *struct.unpack("=7q", sizes), *words)
         return int(self._cpu.rotary(isa, threads, sizes, *words))
+
+    def _hear_conv(self, isa: int, qmax: int, group: int, threads: int, sizes: Longs, *words: Any) -> int:
+        given = [0 if word is None else word for word in words]
+        self.heard = _CONV, _CONV_STEP.pack(isa, qmax, group, threads, *sizes, *given)
+        return int(self._cpu.conv_and_norm(isa, qmax, group, threads, sizes, *words))
 
 
 class Recorder:
@@ -157,6 +165,35 @@ class Recorder:
             return fused.rotary(x, cos, sin)
         self._make(out)
         self._write(heard, {9: x, 10: cos, 11: sin, 13: out})
+        return out
+
+    def conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        *geometry: Any,
+        batch_norm: BatchNorm | None = None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        activations: str = AUTO,
+    ) -> Tensor:
+        """Do what `fused_conv.conv` does."""
+        given: Any = (x, weight, weight_scale, bias, *geometry)
+        how: Any = {"batch_norm": batch_norm, "residual": residual, "relu": relu, "activations": activations}
+        out = native_conv(self._cpu, *given, **how)
+        heard = self._cpu.take()
+        if out is None or heard is None:
+            self._whole = False
+            return conv(*given, **how)
+        self._make(out)
+        floats = (weight_scale, bias, *(batch_norm or (None,) * 4)[:4])
+        packed: list[Place] = []
+        if is_kept_packed(self._cpu, weight, geometry[3], scheme_on(activations, True)):
+            packed = self._packed(weight, 22, heard[1])
+        words = {20: x, 21: weight, 30: residual, 32: out, **dict(enumerate(floats, 23))}
+        self._write(heard, words, packed)
         return out
 
     def copy_rows(self, target: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
@@ -293,7 +330,7 @@ class Recorder:
             return []
         is_packed = _WORD.unpack_from(record, 8 * word)[0] != 0
         offset = weight.data_ptr() - self._roots[home]
-        self._weights.append(Weight(home, offset, weight.shape[0], weight.shape[1], is_packed))
+        self._weights.append(Weight(home, offset, weight.shape[0], weight[0].numel(), is_packed))
         return [Place(word, None, len(self._weights) - 1)] if is_packed else []
 
     def _write(

@@ -79,6 +79,18 @@ def test_families_have_the_bits_of_single_calls(name):
     assert backend.programs == len(backend.runs)
 
 
+def test_the_convolutions_of_a_cnn_are_one_run():
+    config = hf.ResNetConfig(
+        embedding_size=64, hidden_sizes=[256, 512], depths=[2, 1], layer_type="bottleneck"
+    )
+    model, backend = beside(int8(hf.ResNetModel(config).eval()))
+    settled(model, backend, {"pixel_values": torch.randn(2, 3, 33, 40)})
+    # what is in front of the pool runs alone
+    (only,) = backend.runs
+    assert backend.programs == 1
+    assert sum(node.target is kernels.conv for node in only._plain.graph.nodes) == 11
+
+
 def decode(model, cache, ids, prompt=5):
     with torch.no_grad():
         outs = [model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)[0]]

@@ -105,6 +105,78 @@ def test_norms_rotary_and_copies_run_again():
         assert torch.equal(found, one)
 
 
+def convolution(rows, inner, kernel, *, groups=1, last=True):
+    """Return an int8 weight [rows, inner / groups, kernel, kernel], its scales, a bias, and a batch norm."""
+    weight = torch.randint(-127, 128, (rows, inner // groups, kernel, kernel), dtype=torch.int8)
+    weight = weight.contiguous(memory_format=torch.channels_last) if last else weight
+    norm = (torch.randn(rows), torch.randn(rows), torch.randn(rows), torch.rand(rows) + 0.5, 1e-3)
+    return weight, torch.rand(rows, 1) / 100, torch.randn(rows), norm
+
+
+def images(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+def block_of_convolutions():
+    """Return what a block of a CNN does, with all that a convolution can have, and its tensors."""
+    first, grouped, narrow, wide = (
+        convolution(32, 16, 3), convolution(32, 32, 3, groups=4), convolution(150, 32, 1), convolution(150, 16, 1)
+    )  # fmt: skip
+
+    def block(do, x):
+        y = do.conv(x, *first[:3], (2, 1), (1, 1), (1, 1), 1, batch_norm=first[3], relu=True)
+        y = do.conv(y, *grouped[:3], (1, 1), (2, 2), (2, 2), 4, activations="int8", relu=True)
+        z = do.conv(
+            x,
+            *wide[:3],
+            (2, 1),
+            (0, 0),
+            (1, 1),
+            1,
+            batch_norm=(None, None, *wide[3][2:]),
+            activations="int12",
+        )
+        how = {"batch_norm": narrow[3], "residual": z, "relu": True, "activations": "int8-g64"}
+        return do.conv(y, narrow[0], narrow[1], None, (1, 1), (0, 0), (1, 1), 1, **how)
+
+    used = (*first[:3], *first[3][:4], *grouped[:3], *wide[:3], *wide[3][2:4], *narrow[:2], *narrow[3][:4])
+    return block, list(used)
+
+
+def test_convolutions_run_again_on_other_images():
+    block, constants = block_of_convolutions()
+    x = images(2, 16, 11, 7)
+    for _ in range(2):
+        block(kernels, x)
+    made, (first,) = recorded([x, *constants], lambda r: (block(r, x),))
+    assert made is not None and torch.equal(first, block(kernels, x))
+    for _ in range(2):
+        other = images(2, 16, 11, 7)
+        (found,) = made.run([other, *constants])
+        expected = block(kernels, other)
+        assert torch.equal(found, expected) and found.stride() == expected.stride()
+    # statistics as they are at each call
+    constants[5].add_(1)
+    (found,) = made.run([other, *constants])
+    assert torch.equal(found, block(kernels, other)) and not torch.equal(found, expected)
+    constants[0].neg_()
+    assert made.run([other, *constants]) is None
+
+
+def test_convolutions_of_copies_spoil_a_program_and_not_the_run():
+    block, constants = block_of_convolutions()
+    x, plain = images(2, 16, 11, 7), torch.randn(2, 16, 11, 7)
+    for _ in range(2):
+        block(kernels, x)
+    made, (found,) = recorded([plain, *constants], lambda r: (block(r, plain),))
+    assert made is None and torch.equal(found, block(kernels, plain))
+    rows = convolution(8, 16, 3, last=False)
+    made, (found,) = recorded([x, *rows[:3]], lambda r: (r.conv(x, *rows[:3], (1, 1), (1, 1), (1, 1), 1),))
+    assert made is None and torch.equal(found, kernels.conv(x, *rows[:3], (1, 1), (1, 1), (1, 1), 1))
+    made, (found,) = recorded([x, *constants], lambda r: (block(r, x.double().float().bfloat16()),))
+    assert made is None and found.dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_caches_are_written_at_their_places(dtype):
     def made_of(length, rows):

@@ -323,7 +323,7 @@ MQ_API int mq_attention(const void* a) {
 
 namespace {
 
-// The arguments of mq_norm and of mq_rotary, in eight-byte fields.
+// The arguments of mq_norm, of mq_rotary and of mq_fused_conv, in eight-byte fields.
 struct NormStep {
   int64_t isa, threads, rows, n, kind;
   const float *weight, *bias;
@@ -336,6 +336,18 @@ struct RotaryStep {
   int64_t isa, threads, sizes[7];
   const float *x, *cos, *sin;
   int64_t angle_stride;
+  float* out;
+};
+
+struct ConvStep {
+  int64_t isa, qmax, group, threads, sizes[16];
+  const float* x;
+  const int8_t* weight;
+  const int32_t* packed;
+  const float *weight_scale, *bias, *norm_weight, *norm_bias, *mean, *variance;
+  double eps;
+  const float* residual;
+  int64_t relu;
   float* out;
 };
 
@@ -360,6 +372,12 @@ int run_step(StepKind kind, const int64_t* record) {
     case StepKind::rotary: {
       const RotaryStep a = read_as<RotaryStep>(record);
       return mq_rotary(static_cast<int>(a.isa), static_cast<int>(a.threads), a.sizes, a.x, a.cos, a.sin, a.angle_stride, a.out);
+    }
+    case StepKind::conv: {
+      const ConvStep a = read_as<ConvStep>(record);
+      return mq_fused_conv(static_cast<int>(a.isa), static_cast<int>(a.qmax), a.group, static_cast<int>(a.threads), a.sizes, a.x,
+                           a.weight, a.packed, a.weight_scale, a.bias, a.norm_weight, a.norm_bias, a.mean, a.variance, a.eps,
+                           a.residual, static_cast<int>(a.relu), a.out);
     }
     case StepKind::copy_rows:
       return copy_rows(read_as<CopyRows>(record)) ? 0 : 3;

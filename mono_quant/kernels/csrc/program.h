@@ -6,7 +6,7 @@
 
 namespace mq {
 
-enum class StepKind : int64_t { chain = 0, attention = 1, norm = 2, rotary = 3, copy_rows = 4, add_longs = 5 };
+enum class StepKind : int64_t { chain = 0, attention = 1, norm = 2, rotary = 3, copy_rows = 4, add_longs = 5, conv = 6 };
 
 // Word `word` of a record is the address `bases[base] + bytes`.
 struct Place {
