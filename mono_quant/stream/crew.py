@@ -79,9 +79,10 @@ class Crew:
             yield ordered[turn]
 
     def arrive(self, name: str) -> None:
-        """Say that this worker looked at the target and is about to work."""
-        if self.store is not None:
-            _add(self.store, f"{self.prefix}/{name}/arrived")
+        """Say that this worker looked at the target and is about to work; who plans anew says so again, and counts once."""
+        key = f"{self.prefix}/{name}/arrived"
+        if self.store is not None and _add(self.store, f"{key}/{self.rank}") == 1:
+            _add(self.store, key)
 
     def wait_for_arrivals(self, name: str, seconds: float) -> bool:
         """Wait until all workers arrived: one that comes after the publication would find a finished target.

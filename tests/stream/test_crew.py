@@ -294,3 +294,13 @@ def test_a_store_that_nobody_serves_is_named(monkeypatch):
     given = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     with pytest.raises(OutputError, match=r"does not answer at '127\.0\.0\.1':9 .*unset them to share"):
         meet(given)
+
+
+def test_a_worker_that_plans_anew_does_not_arrive_for_another_one():
+    store = torch.distributed.HashStore()
+    first, second = (Crew(rank, 2, "run", store, "prefix") for rank in (0, 1))
+    for _ in range(3):
+        first.arrive("work")
+    assert not first.wait_for_arrivals("work", 0.1)
+    second.arrive("work")
+    assert first.wait_for_arrivals("work", 0.1) and second.wait_for_arrivals("work", 0.1)
