@@ -39,9 +39,9 @@ def check_act(name: str | None, *, needed: bool = False) -> None:
     Raises:
         ValueError: there is no such activation.
     """
-    known = [act for act in ACTS if not needed or act is not None]
-    if name not in known:
-        raise ValueError(f"unknown activation {name!r}; choose from {', '.join(map(repr, known))}")
+    if name not in ACTS or (needed and name is None):
+        known = [repr(act) for act in ACTS if act is not None or not needed]
+        raise ValueError(f"unknown activation {name!r}; choose from {', '.join(known)}")
 
 
 def is_wider(weight: Tensor, x: Tensor) -> bool:
