@@ -26,7 +26,7 @@ from mono_quant.kernels.watching import is_plain
 # Weight, bias, running mean, running variance and epsilon of `nn.BatchNorm2d` in evaluation; the first two may be None.
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
 # Stride, padding, dilation and groups.
-_How = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+How = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 _NO_NORM = (None, None, None, None, 0.0)
 
 
@@ -72,7 +72,7 @@ def conv(
         InputError: `x` is not floating point, or has other channels.
     """
     how = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    if not _is_plain(x, weight_scale, bias, batch_norm, residual):
+    if not is_plain_conv(x, weight_scale, bias, batch_norm, residual):
         out = ops.int8_conv(x, weight, weight_scale, bias, *how, activations)
         if batch_norm is not None:
             scale, offset, mean, variance, epsilon = batch_norm
@@ -80,9 +80,8 @@ def conv(
         return _finished(out, residual, relu)
     cpu = active.cpu
     if cpu is not None:
-        fused = _fused(
-            cpu, x, weight, weight_scale, bias, *how, batch_norm, residual, relu=relu, activations=activations
-        )
+        layer = (x, weight, weight_scale, bias)
+        fused = native_conv(cpu, layer, how, batch_norm, residual, relu, activations)
         if fused is not None:
             return fused
     if batch_norm is not None:
@@ -91,48 +90,36 @@ def conv(
     return _finished(paths.conv(x, weight, weight_scale, bias, *lists, activations), residual, relu)
 
 
-def native_conv(
-    cpu: Cpu,
+def is_plain_conv(
     x: Tensor,
-    weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    *,
-    batch_norm: BatchNorm | None = None,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    activations: str = AUTO,
-) -> Tensor | None:
-    """Return what `conv` returns where the library of a path computes it in one pass, and None where it does not."""
-    if not _is_plain(x, weight_scale, bias, batch_norm, residual):
-        return None
-    how = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    return _fused(
-        cpu, x, weight, weight_scale, bias, *how, batch_norm, residual, relu=relu, activations=activations
-    )
-
-
-def _fused(
-    cpu: Cpu,
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
     batch_norm: BatchNorm | None,
     residual: Tensor | None,
-    *,
+) -> bool:
+    """Say whether the library may compute with these, where nobody but the CPU looks at the call."""
+    return is_plain((x, residual, weight_scale, bias, *(batch_norm or _NO_NORM)[:4]))
+
+
+def native_conv(
+    cpu: Cpu,
+    layer: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    how: How,
+    batch_norm: BatchNorm | None,
+    residual: Tensor | None,
     relu: bool,
     activations: str,
 ) -> Tensor | None:
-    geometry = _geometry(x.shape, weight.shape, (stride, padding, dilation, groups))
+    """Return what `conv` returns where the library of a path computes it in one pass, and None where it does not.
+
+    Args:
+        cpu: the path.
+        layer: input, weight, its scale and bias, of a call that `is_plain_conv`.
+        how: stride, padding, dilation and groups.
+        batch_norm: see `conv`, as the rest.
+    """
+    x, weight, weight_scale, bias = layer
+    geometry = _geometry(x.shape, weight.shape, how)
     if geometry is None or weight.dtype is not torch.int8 or not weight.is_cpu:
         return None
     shape, sizes = geometry
@@ -145,7 +132,7 @@ def _fused(
         return None
     scheme = scheme_on(activations, True)
     packed = None
-    if is_kept_packed(cpu, weight, groups, scheme):
+    if is_kept_packed(cpu, weight, how[3], scheme):
         matrix = weight.permute(0, 2, 3, 1).flatten(1)
         packed = packs.find(cpu, matrix, (matrix.data_ptr(), *matrix.shape), scheme)
     return cpu.fused_conv(x, weight, floats, epsilon, sizes, shape, residual, relu, scheme, packed)
@@ -158,7 +145,7 @@ def is_kept_packed(cpu: Cpu, weight: Tensor, groups: int, scheme: ActivationSche
 
 @lru_cache(maxsize=4096)
 def _geometry(
-    given: tuple[int, ...], weight: tuple[int, ...], how: _How
+    given: tuple[int, ...], weight: tuple[int, ...], how: How
 ) -> tuple[tuple[int, int, int, int], Longs] | None:
     """Return the output's [B, H', W', O] and the sizes that the library is told, or None where these do not fit together."""
     (stride, padding, dilation, groups), (rows, inner, *kernel) = how, weight
@@ -183,17 +170,6 @@ def _geometry(
         *size,
     ]
     return (given[0], size[0], size[1], rows), longs(sizes)
-
-
-def _is_plain(
-    x: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    batch_norm: BatchNorm | None,
-    residual: Tensor | None,
-) -> bool:
-    """Say whether the library may compute with these, where nobody but the CPU looks at the call."""
-    return is_plain((x, residual, weight_scale, bias, *(batch_norm or _NO_NORM)[:4]))
 
 
 def _folded(weight_scale: Tensor, bias: Tensor | None, batch_norm: BatchNorm) -> tuple[Tensor, Tensor]:

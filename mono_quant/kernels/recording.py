@@ -6,6 +6,7 @@ of what they show. Whatever it cannot place (a copy that torch makes on the way,
 program, but not the run.
 """
 
+import math
 import struct
 import weakref
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from mono_quant.kernels.activations import AUTO
 from mono_quant.kernels.attention import attention, native_attention
 from mono_quant.kernels.choice import scheme_of, scheme_on
 from mono_quant.kernels.cpu import Cpu, Longs
-from mono_quant.kernels.fused_conv import BatchNorm, conv, is_kept_packed, native_conv
+from mono_quant.kernels.fused_conv import BatchNorm, conv, is_kept_packed, is_plain_conv, native_conv
 from mono_quant.kernels.program import Conditions, Given, Made, Place, Program, Step, Weight
 from mono_quant.kernels.steps import Norm, Product
 
@@ -173,24 +174,30 @@ class Recorder:
         weight: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None,
-        *geometry: Any,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        *,
         batch_norm: BatchNorm | None = None,
         residual: Tensor | None = None,
         relu: bool = False,
         activations: str = AUTO,
     ) -> Tensor:
         """Do what `fused_conv.conv` does."""
-        given: Any = (x, weight, weight_scale, bias, *geometry)
-        how: Any = {"batch_norm": batch_norm, "residual": residual, "relu": relu, "activations": activations}
-        out = native_conv(self._cpu, *given, **how)
+        layer, how = (x, weight, weight_scale, bias), (tuple(stride), tuple(padding), tuple(dilation), groups)
+        out = None
+        if is_plain_conv(x, weight_scale, bias, batch_norm, residual):
+            out = native_conv(self._cpu, layer, how, batch_norm, residual, relu, activations)
         heard = self._cpu.take()
         if out is None or heard is None:
             self._whole = False
-            return conv(*given, **how)
+            after: Any = {"batch_norm": batch_norm, "residual": residual, "relu": relu}
+            return conv(*layer, *how, **after, activations=activations)
         self._make(out)
         floats = (weight_scale, bias, *(batch_norm or (None,) * 4)[:4])
         packed: list[Place] = []
-        if is_kept_packed(self._cpu, weight, geometry[3], scheme_on(activations, True)):
+        if is_kept_packed(self._cpu, weight, groups, scheme_on(activations, True)):
             packed = self._packed(weight, 22, heard[1])
         words = {20: x, 21: weight, 30: residual, 32: out, **dict(enumerate(floats, 23))}
         self._write(heard, words, packed)
@@ -330,7 +337,7 @@ class Recorder:
             return []
         is_packed = _WORD.unpack_from(record, 8 * word)[0] != 0
         offset = weight.data_ptr() - self._roots[home]
-        self._weights.append(Weight(home, offset, weight.shape[0], weight[0].numel(), is_packed))
+        self._weights.append(Weight(home, offset, weight.shape[0], math.prod(weight.shape[1:]), is_packed))
         return [Place(word, None, len(self._weights) - 1)] if is_packed else []
 
     def _write(

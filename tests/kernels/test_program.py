@@ -173,6 +173,9 @@ def test_convolutions_of_copies_spoil_a_program_and_not_the_run():
     rows = convolution(8, 16, 3, last=False)
     made, (found,) = recorded([x, *rows[:3]], lambda r: (r.conv(x, *rows[:3], (1, 1), (1, 1), (1, 1), 1),))
     assert made is None and torch.equal(found, kernels.conv(x, *rows[:3], (1, 1), (1, 1), (1, 1), 1))
+    none = convolution(0, 16, 3)
+    made, (found,) = recorded([x, *none[:3]], lambda r: (r.conv(x, *none[:3], (1, 1), (1, 1), (1, 1), 1),))
+    assert made is None and found.shape == (2, 0, 11, 7)
     made, (found,) = recorded([x, *constants], lambda r: (block(r, x.double().float().bfloat16()),))
     assert made is None and found.dtype is torch.bfloat16
 
