@@ -23,18 +23,20 @@ from bench.gpu.sizes import FULL, Decoder, Experts
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 
+from gpu.variants import largest_product
 from mono_quant import kernels
 from mono_quant.kernels import SCHEMES
 from mono_quant.kernels import gpu as package
-from mono_quant.kernels.gpu import features, products, tables
+from mono_quant.kernels.gpu import features, tables
 from mono_quant.kernels.gpu import launch as launching
-from mono_quant.kernels.gpu.codes import Codes
 
 # Of an H100: how many programs run beside each other changes no kernel.
 _PROCESSORS = 132
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGE, _SMALL = Decoder(4096, 14336, 32, 8, 64), Decoder(1024, 3584, 8, 2, 64)
 _ODD = (70, 90)
+# Tokens, outputs and K where a row of the table leaves them open.
+_MOST = (1024, 8192, 4096)
 _EXPERTS = (Experts("Mixtral", 1024, 1536, 4, 2), Experts("Qwen3-MoE", 2048, 768, 8, 4))
 
 
@@ -222,18 +224,12 @@ def _ask_for_experts(dtype: torch.dtype, schemes: Sequence[str]) -> None:
 
 def _ask_for_row(compiler: Compiler, row: tables.Row, dtype: torch.dtype, known: features.Features) -> None:
     """Compile the kernel of a row for the largest product that it covers, as far as the device has what it takes."""
-    rows, outputs, depth = min(row.rows, 1024), min(row.outputs, 8192) // 16 * 16, min(row.depth, 4096)
     group = 128 if row.grouped else 0
-    config = tables.choose(rows, outputs, depth, row.planes, group, known)
-    if config is None:
+    call = largest_product(row, _MOST, known, dtype, group=group, device="cpu")
+    if call is None:
         return
-    groups = depth // group if group else 1
-    codes = Codes(torch.empty(row.planes, rows, depth, dtype=torch.int8), torch.empty(groups, rows), group)
-    weight, scale = torch.empty(outputs, depth, dtype=torch.int8), torch.empty(outputs, 1)
-    out, bias = torch.empty(rows, outputs, dtype=dtype), torch.empty(outputs, dtype=dtype)
-    call = products.call_of(config, codes, weight, scale, bias, out, known.overlap)
     how = {"warps": call.warps, "stages": call.stages, "overlap": known.overlap}
-    compiler.launch(call.kernel, call.grid, call.args, call.constants, device=out.device, **how)
+    compiler.launch(call.kernel, call.grid, call.args, call.constants, device=torch.device("cpu"), **how)
 
 
 def _ask_for_tables_and_convolutions(dtype: torch.dtype, schemes: Sequence[str]) -> None:

@@ -1,19 +1,18 @@
 """Every kernel that the table of products can ask for, without data: what an offline check compiles for a device."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from gpu.variants import largest_product
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mono_quant.kernels.gpu.codes import Codes
 from mono_quant.kernels.gpu.features import Features
-from mono_quant.kernels.gpu.products import Call, call_of
-from mono_quant.kernels.gpu.tables import TABLE, Row, choose
+from mono_quant.kernels.gpu.products import Call
+from mono_quant.kernels.gpu.tables import TABLE, Row
 
-# Stand for what a row leaves open.
-_ROWS, _OUTPUTS, _DEPTH = 2048, 12288, 16384
+# Tokens, outputs and K where a row leaves them open.
+_MOST = (2048, 12288, 16384)
 # The number of tokens differs from call to call: kernels do not look at it while they are compiled.
 _VARYING = "M"
 _NAMES = {
@@ -45,23 +44,10 @@ def everything_that_is_compiled(features: Features) -> list[Call]:
 
 def _calls(
     row: Row, group: int, features: Features, dtype: torch.dtype, missing: int, has_bias: bool
-) -> Iterator[Call]:
-    """Yield the launch for the largest product that a row covers, K less `missing`, if the device has one."""
-    rows, outputs = min(row.rows, _ROWS), min(row.outputs, _OUTPUTS) // 16 * 16
-    depth = min(row.depth, _DEPTH) - missing
-    config = choose(rows, outputs, depth, row.planes, group, features)
-    if config is None:
-        return
-    groups = -(-depth // group) if group else 1
-    codes = Codes(
-        torch.empty(row.planes, rows, depth, dtype=torch.int8, device="meta"),
-        torch.empty(groups, rows, device="meta"),
-        group,
-    )
-    weight = torch.empty(outputs, depth, dtype=torch.int8, device="meta")
-    scale, bias = torch.empty(outputs, 1, device="meta"), torch.empty(outputs, dtype=dtype, device="meta")
-    out = torch.empty(rows, outputs, dtype=dtype, device="meta")
-    yield call_of(config, codes, weight, scale, bias if has_bias else None, out, features.overlap)
+) -> list[Call]:
+    """Return the launch for the largest product that a row covers, if the device has one."""
+    call = largest_product(row, _MOST, features, dtype, group=group, missing=missing, has_bias=has_bias)
+    return [] if call is None else [call]
 
 
 def job_of(call: Call) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
