@@ -12,8 +12,9 @@
 
 Competitors of one row run in turn, round after round, so that a disturbance hits all of them; the numbers are medians
 (`--best` takes minima, for a machine that is shared). `models` gives every stack a process of its own, or with `--rounds` several
-of which the fastest counts. `gpu` is what scripts/check_gpu runs after the tests, each section in a
-process of its own; `--dry` walks through it on a CPU. `--cpu avx2` keeps the libraries from using AVX-512, so that a newer machine can stand in for an AVX2 one.
+of which the fastest counts. `gpu` is what scripts/check_gpu runs after the tests, each section in a process of its own; `--dry`
+walks through it on a CPU. `--cpu avx2` keeps the libraries from using AVX-512, so that a newer machine can stand in for an AVX2
+one.
 """
 
 import argparse

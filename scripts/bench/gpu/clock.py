@@ -73,25 +73,18 @@ class Clock:
 
     def eager(self, call: Callable[[], Any], calls: int = 3, rounds: int = 5) -> float:
         """Return the seconds of a call by the host's clock, the device's work included: the median of rounds of some calls in a row."""
-        if not self.real:
-            return _once(call)
-        for _ in range(2):
-            call()
-        times = []
-        for _ in range(rounds):
-            self.wait()
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            self.wait()
-            times.append((time.perf_counter() - start) / calls)
-        return statistics.median(times)
+        return self._by_host(call, 2, calls, rounds, self.wait)
 
     def on_host(self, call: Callable[[], Any], calls: int = 40, rounds: int = 15) -> float:
         """Return the seconds in which the host has asked for a call, which the device need not have begun."""
+        return self._by_host(call, 20, calls, rounds, lambda: None)
+
+    def _by_host(
+        self, call: Callable[[], Any], warm: int, calls: int, rounds: int, end: Callable[[], None]
+    ) -> float:
         if not self.real:
             return _once(call)
-        for _ in range(20):
+        for _ in range(warm):
             call()
         times = []
         for _ in range(rounds):
@@ -99,6 +92,7 @@ class Clock:
             start = time.perf_counter()
             for _ in range(calls):
                 call()
+            end()
             times.append((time.perf_counter() - start) / calls)
         self.wait()
         return statistics.median(times)

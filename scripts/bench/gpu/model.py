@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,57 +22,60 @@ _ROW, _COMPILE = 4, 25
 Forward = Callable[..., Any]
 
 
+class Stack(NamedTuple):
+    """A model, and what runs it: itself, or its compiled form."""
+
+    name: str
+    owner: Any
+    forward: Forward
+
+
 def run_model(journal: Journal, clock: Clock, sizes: Sizes) -> None:
     """Time bf16, int8 modules, and int8 through the package's backend of `torch.compile`."""
     floats, model = _pair(journal, clock, sizes)
     compiled = _compiled(model, "mono_quant")
-    stacks: list[tuple[str, Any, Forward]] = [
-        (BF16, floats, floats),
-        (INT8, model, model),
-        (BACKEND, model, compiled),
-    ]
-    bases: dict[Any, float] = {}
-    for name, owner, forward in stacks:
-        _guarded(
-            journal, f"prefill {name}", partial(_prefill, journal, clock, sizes, name, owner, forward, bases)
-        )
+    stacks = [Stack(BF16, floats, floats), Stack(INT8, model, model), Stack(BACKEND, model, compiled)]
+    race = _Race(journal, clock, sizes)
+    for stack in stacks:
+        race.prefill(stack)
     for batch in sizes.batches:
-        for name, owner, forward in stacks:
-            decode = partial(_decode, journal, clock, sizes, name, owner, forward, batch, bases)
-            _guarded(journal, f"decode {name} {batch}", decode)
+        for stack in stacks:
+            race.decode(stack, batch)
 
 
 def run_inductor(journal: Journal, clock: Clock, sizes: Sizes) -> None:
     """Time bf16 and int8 under `torch.compile` with its own backend, our products opaque to it."""
     floats, model = _pair(journal, clock, sizes)
-    bases: dict[Any, float] = {}
+    race = _Race(journal, clock, sizes)
     for name, owner in ((BF16, floats), (INT8, model)):
-        what, forward = f"{name}, {INDUCTOR}", _compiled(owner, "inductor")
-        if journal.enough(what, _COMPILE):
-            batch = sizes.batches[0]
-            decode = partial(_decode, journal, clock, sizes, what, owner, forward, batch, bases)
-            _guarded(journal, f"decode {what}", decode)
-        if journal.enough(what, _COMPILE):
-            read = partial(_prefill, journal, clock, sizes, what, owner, forward, bases)
-            _guarded(journal, f"prefill {what}", read)
+        stack = Stack(f"{name}, {INDUCTOR}", owner, _compiled(owner, "inductor"))
+        if journal.enough(stack.name, _COMPILE):
+            race.decode(stack, sizes.batches[0])
+        if journal.enough(stack.name, _COMPILE):
+            race.prefill(stack)
 
 
 def run_model_peers(journal: Journal, clock: Clock, sizes: Sizes) -> None:
     """Time the peers in the same model, the same weights, against bf16 beside them."""
-    bases: dict[Any, float] = {}
+    race = _Race(journal, clock, sizes)
     floats = new_llama(sizes, sizes.layers, clock.device)
-    _both(journal, clock, sizes, BF16, floats, floats, bases)
+    race.both(Stack(BF16, floats, floats))
     del floats
     ready = {}
     for name in PEERS:
         if not importable(name):
             journal.row("absent", what=name)
         elif journal.enough(name, 2 * _ROW):
-            ready[name] = _guarded(journal, name, partial(_peer, journal, clock, sizes, name, bases))
+            ready[name] = _guarded(journal, name, partial(_peer, race, name))
     for name, model in ready.items():
         if model is not None and name in COMPILED and journal.enough(f"{name} compiled", _COMPILE):
-            forward = _compiled(model, "inductor")
-            _both(journal, clock, sizes, f"{name} compiled", model, forward, bases)
+            race.both(Stack(f"{name} compiled", model, _compiled(model, "inductor")))
+
+
+def _peer(race: "_Race", name: str) -> Any:
+    model = swap_(new_llama(race.sizes, race.sizes.layers, race.clock.device), PEERS[name])
+    race.both(Stack(name, model, model))
+    return model
 
 
 def _pair(journal: Journal, clock: Clock, sizes: Sizes) -> tuple[Any, Any]:
@@ -96,70 +99,54 @@ def _pair(journal: Journal, clock: Clock, sizes: Sizes) -> tuple[Any, Any]:
     return floats, result.model
 
 
-def _peer(journal: Journal, clock: Clock, sizes: Sizes, name: str, bases: dict[Any, float]) -> Any:
-    model = swap_(new_llama(sizes, sizes.layers, clock.device), PEERS[name])
-    _both(journal, clock, sizes, name, model, model, bases)
-    return model
+class _Race:
+    """Times stacks against the first one, each as far as there is time; what fails is written down, and the others are measured."""
 
+    def __init__(self, journal: Journal, clock: Clock, sizes: Sizes) -> None:
+        self.journal, self.clock, self.sizes = journal, clock, sizes
+        self._bases: dict[Any, float] = {}
 
-def _both(
-    journal: Journal,
-    clock: Clock,
-    sizes: Sizes,
-    name: str,
-    owner: Any,
-    forward: Forward,
-    bases: dict[Any, float],
-) -> None:
-    read = partial(_prefill, journal, clock, sizes, name, owner, forward, bases)
-    _guarded(journal, f"prefill {name}", read)
-    for batch in sizes.batches[:1]:
-        decode = partial(_decode, journal, clock, sizes, name, owner, forward, batch, bases)
-        _guarded(journal, f"decode {name} {batch}", decode)
+    def both(self, stack: Stack) -> None:
+        self.prefill(stack)
+        for batch in self.sizes.batches[:1]:
+            self.decode(stack, batch)
 
+    def prefill(self, stack: Stack) -> None:
+        _guarded(self.journal, f"prefill {stack.name}", partial(self._prefill, stack))
 
-def _prefill(
-    journal: Journal,
-    clock: Clock,
-    sizes: Sizes,
-    name: str,
-    owner: Any,
-    forward: Forward,
-    bases: dict[Any, float],
-) -> None:
-    seconds = clock.eager(prefill(owner, forward, sizes.prefill), calls=2)
-    base = bases.setdefault("prefill", seconds)
-    ratio = base / seconds
-    journal.row(
-        "prefill", what=name, tokens=sizes.prefill, layers=sizes.layers, ms=1e3 * seconds, ratio=ratio
-    )
+    def decode(self, stack: Stack, batch: int) -> None:
+        _guarded(self.journal, f"decode {stack.name} {batch}", partial(self._decode, stack, batch))
 
+    def _prefill(self, stack: Stack) -> None:
+        sizes = self.sizes
+        seconds = self.clock.eager(prefill(stack.owner, stack.forward, sizes.prefill), calls=2)
+        ratio = self._bases.setdefault("prefill", seconds) / seconds
+        self.journal.row(
+            "prefill",
+            what=stack.name,
+            tokens=sizes.prefill,
+            layers=sizes.layers,
+            ms=1e3 * seconds,
+            ratio=ratio,
+        )
 
-def _decode(
-    journal: Journal,
-    clock: Clock,
-    sizes: Sizes,
-    name: str,
-    owner: Any,
-    forward: Forward,
-    batch: int,
-    bases: dict[Any, float],
-) -> None:
-    decoder = Decoder(owner, forward, batch, sizes.filled, sizes.room)
-    for _ in range(2):
-        decoder.step()
-    decoder.rewind()
-    seconds = clock.replays(decoder.step)
-    base = bases.setdefault(("decode", batch), seconds)
-    journal.row(
-        "decode",
-        what=name,
-        batch=batch,
-        layers=sizes.layers,
-        ms=1e3 * seconds,
-        tokens_per_s=batch / seconds,
-        ratio=base / seconds,
-    )
+    def _decode(self, stack: Stack, batch: int) -> None:
+        sizes = self.sizes
+        decoder = Decoder(stack.owner, stack.forward, batch, sizes.filled, sizes.room)
+        for _ in range(2):
+            decoder.step()
+        decoder.rewind()
+        seconds = self.clock.replays(decoder.step)
+        base = self._bases.setdefault(("decode", batch), seconds)
+        self.journal.row(
+            "decode",
+            what=stack.name,
+            batch=batch,
+            layers=sizes.layers,
+            ms=1e3 * seconds,
+            tokens_per_s=batch / seconds,
+            ratio=base / seconds,
+        )
 
 
 def _compiled(model: Any, backend: str) -> Forward:
