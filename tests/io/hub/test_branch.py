@@ -393,7 +393,8 @@ def test_ranks_that_write_at_once_are_settled_by_looking(
         thread.join()
     assert caught == []
     assert opened(hub).held().keys() == SHARDS.keys()
-    assert len(naps) == 4
+    # one failure is settled by a look where the other rank put the same file there meanwhile
+    assert len(naps) in (3, 4)
     assert len(repo.commits(BRANCH)) <= 1 + len(SHARDS) + 1
 
 
