@@ -178,6 +178,17 @@ def test_decoding_gives_the_bits_of_prefill(key_heads, window):
 
 
 @native_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [5, 40, 128])
+def test_a_few_rows_that_read_keys_where_they_lie_have_the_bits_of_many(path, size, dtype):
+    for rows, keys in ((1, 300), (2, 33), (3, 16), (5, 257), (8, 64), (9, 300)):
+        q, k, v = (t.to(dtype) for t in made(rows, 1, 60, keys, size))
+        whole = kernels.attention(q, k, v)
+        for at in (0, 31, 59):
+            assert torch.equal(kernels.attention(q[:, :, at : at + 1], k, v), whole[:, :, at : at + 1]), rows
+
+
+@native_only
 @pytest.mark.parametrize(("queries", "keys"), [(1, 300), (13, 40), (60, 300), (200, 200)])
 def test_what_the_mask_hides_behind_the_last_key_of_all_queries_is_not_read(path, queries, keys):
     q, k, v = made(4, 2, queries, keys, 24)

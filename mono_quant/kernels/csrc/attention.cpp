@@ -67,7 +67,7 @@ bool run_whole(const Attention& a, const AttentionKernels& kernels, const Plan& 
 #pragma omp for schedule(dynamic, plan.at_once)
     for (int64_t task = 0; task < tasks; ++task) {
       if (memory == nullptr) continue;
-      const bool has_next = plan.heads == 1 && task + 1 < tasks && (task + 1) % plan.at_once != 0;
+      const bool has_next = task + 1 < tasks && (task + 1) % plan.at_once != 0;
       const Span span = plan.span(a, task), next = plan.span(a, task + 1);
       kernels.attend(a, span, has_next ? &next : nullptr, memory);
     }

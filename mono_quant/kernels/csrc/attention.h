@@ -86,7 +86,7 @@ struct Parts {
 struct AttentionKernels {
   // Bytes of scratch that `attend` needs for spans of at most `rows` rows.
   int64_t (*scratch)(const Attention& a, int64_t rows);
-  // `next` is what comes next in the same thread, or null; both are of one head then.
+  // `next` is what comes next in the same thread, or null.
   void (*attend)(const Attention& a, const Span& span, const Span* next, void* memory);
   // The same in two steps: one block of keys, then all blocks joined.
   void (*attend_block)(const Attention& a, const Span& span, int64_t block, const Parts& parts, void* memory);

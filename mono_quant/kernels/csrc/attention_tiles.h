@@ -1,4 +1,6 @@
 // Products of float tiles over sixteen lanes, and how rows are laid out for them; see attention_lanes.h.
+#pragma once
+
 #include "attention.h"
 #include "functions.h"
 
@@ -113,6 +115,59 @@ MQ_TARGET void copy_rows(const void* source, int64_t stride, int64_t count, int6
   }
 }
 
+// c[t][i] = a[t] . keys[i] for R rows of floats and up to sixteen keys, the chains of fused multiply-adds those of `tile`:
+// where few rows meet a key, laying it out first costs more than the product.
+template <DType D, int R>
+MQ_TARGET void score_rows(const float* a, int64_t a_stride, const void* keys, int64_t stride, int64_t count, int64_t size,
+                          float* c, int64_t c_stride) {
+  const char* row = static_cast<const char*>(keys);
+  Lanes acc[R];
+#pragma GCC unroll 8
+  for (int t = 0; t < R; ++t) acc[t] = zeros();
+  for (int64_t d = 0; d < size; d += kLaneCount) {
+    Lanes r[kLaneCount];
+    if (count >= kLaneCount && size - d >= kLaneCount) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLaneCount; ++i) r[i] = load_as<D>(row + i * stride * size_of(D), d);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLaneCount; ++i) r[i] = i < count ? load_part<D>(row + i * stride * size_of(D), d, size) : zeros();
+    }
+    transpose(r);
+    const float* x = a + d;
+    if (size - d >= kLaneCount) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLaneCount; ++i) {
+#pragma GCC unroll 8
+        for (int t = 0; t < R; ++t) acc[t] = fma(all(x[t * a_stride + i]), r[i], acc[t]);
+      }
+    } else {
+      for (int64_t i = 0; i < size - d; ++i) {
+#pragma GCC unroll 8
+        for (int t = 0; t < R; ++t) acc[t] = fma(all(x[t * a_stride + i]), r[i], acc[t]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < R; ++t) store(c + t * c_stride, acc[t]);
+}
+
+// Rows that meet keys where these lie.
+constexpr int64_t kDirectRows = 8;
+
+template <DType D, int R = kDirectRows>
+void score_keys(int64_t rows, const float* a, int64_t a_stride, const void* keys, int64_t stride, int64_t count,
+                int64_t size, float* c, int64_t c_stride) {
+  if (rows == R) {
+    score_rows<D, R>(a, a_stride, keys, stride, count, size, c, c_stride);
+  } else if constexpr (R > 1) {
+    score_keys<D, R - 1>(rows, a, a_stride, keys, stride, count, size, c, c_stride);
+  }
+}
+
+using ScoreKeys = void (*)(int64_t rows, const float* a, int64_t a_stride, const void* keys, int64_t stride, int64_t count,
+                           int64_t size, float* c, int64_t c_stride);
+constexpr ScoreKeys kScoreKeys[] = {score_keys<DType::f32>, score_keys<DType::f16>, score_keys<DType::bf16>};
 using LayOut = void (*)(const void* source, int64_t stride, int64_t count, int64_t size, float* target);
 constexpr LayOut kPackKeys[] = {pack_keys<DType::f32>, pack_keys<DType::f16>, pack_keys<DType::bf16>};
 constexpr LayOut kCopyRows[] = {copy_rows<DType::f32>, copy_rows<DType::f16>, copy_rows<DType::bf16>};
