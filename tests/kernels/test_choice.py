@@ -177,7 +177,7 @@ def test_a_process_without_the_library_computes_the_same(tmp_path: Path, scheme:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_auto_is_wide_where_a_sequence_has_one_token_and_looks_at_nothing_else(path):
+def test_auto_is_wide_for_the_next_tokens_of_a_few_texts(path):
     if path == "reference":
         pytest.skip("the reference has one scheme")
     weight = torch.randint(-127, 128, (24, 300), dtype=torch.int8)
@@ -186,12 +186,17 @@ def test_auto_is_wide_where_a_sequence_has_one_token_and_looks_at_nothing_else(p
     with kernels.using(path):
         wide = kernels.int8_linear(x, weight, scale, bias, "int12")
         usual = kernels.int8_linear(x, weight, scale, bias, kernels.activation_scheme())
-        for one in (x[:, :1], x[2:3, 4:5], x.unsqueeze(2)):
+        for one in (x[:4, :1], x[2:3, 4:5], x[:2, :2].unsqueeze(2)):
             got = kernels.int8_linear(one, weight, scale, bias)
             assert torch.equal(got, kernels.int8_linear(one, weight, scale, bias, "int12"))
             chained = kernels.chain(one, ((weight,), (scale,), (bias,), "auto"))
             assert torch.equal(chained, got)
-        assert torch.equal(kernels.int8_linear(x[:, :1], weight, scale, bias), wide[:, :1])
+        assert torch.equal(kernels.int8_linear(x[:4, :1], weight, scale, bias), wide[:4, :1])
+        for texts in (x[:, :1], x.unsqueeze(2)):
+            got = kernels.int8_linear(texts, weight, scale, bias)
+            assert torch.equal(got.flatten(), usual[:, : texts.shape[1]].flatten())
+            chained = kernels.chain(texts, ((weight,), (scale,), (bias,), "auto"))
+            assert torch.equal(chained, got)
         # a matrix of tokens is no sequence of one token, whatever its height
         for many in (x, x[0], x[0, :1], x[0, 0]):
             assert torch.equal(
@@ -200,6 +205,6 @@ def test_auto_is_wide_where_a_sequence_has_one_token_and_looks_at_nothing_else(p
             )
         with kernels.using(activations="int8"):
             assert torch.equal(
-                kernels.int8_linear(x[:, :1], weight, scale, bias),
-                kernels.int8_linear(x[:, :1], weight, scale, bias, "int8"),
+                kernels.int8_linear(x[:4, :1], weight, scale, bias),
+                kernels.int8_linear(x[:4, :1], weight, scale, bias, "int8"),
             )
