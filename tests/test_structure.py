@@ -64,7 +64,7 @@ ROOMS = {
     ],
     "graphs": [
         ["matching"],
-        ["layouts"],
+        ["layouts", "parts"],
         ["cleaning", "activations", "norms", "rotary", "attention"],
         ["products", "convolutions"],
         ["prologues"],

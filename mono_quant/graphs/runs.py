@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from mono_quant import kernels
 from mono_quant.graphs.matching import is_call, is_method, value
+from mono_quant.graphs.parts import Images, images_of
 
 _KERNELS = (
     kernels.chain,
@@ -48,11 +49,9 @@ def join_runs(module: GraphModule) -> None:
             dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
         )
         outputs = [node for node in nodes if any(user not in inside for user in node.users)]
-        setattr(
-            module,
-            name,
-            Run(_part(module, nodes, inputs, outputs), [_is_parameter(source) for source in inputs]),
-        )
+        fixed = [_is_parameter(source) for source in inputs]
+        plain = _part(module, nodes, inputs, outputs)
+        setattr(module, name, Run(plain, fixed, images_of(nodes, inputs, fixed)))
         with graph.inserting_before(nodes[0]):
             call = graph.call_module(name, tuple(inputs))
             views = [graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs))]
@@ -75,6 +74,9 @@ def _runs(graph: Graph) -> list[list[Node]]:
 
 def _belongs(node: Node, before: Sequence[Node]) -> bool:
     """Say whether a node can go on with a run."""
+    if is_method(node, "contiguous") and is_call(node.args[0], kernels.conv) and node.args[1:] == ():
+        # puts the channels in front of the pixels again, which is no step of a program
+        return False
     if is_call(node, *_KERNELS) or is_method(node, *_VIEWS, "index_copy_"):
         return True
     if is_call(node, operator.getitem):
@@ -119,10 +121,10 @@ def _part(
 class Run(nn.Module):
     """Some nodes in a row: as they stand, or by a program for inputs of one shape."""
 
-    def __init__(self, plain: GraphModule, fixed: Sequence[bool]) -> None:
-        """Take a part of a graph, and which of its inputs are guarded parameters."""
+    def __init__(self, plain: GraphModule, fixed: Sequence[bool], images: Images | None) -> None:
+        """Take a part of a graph, which of its inputs are guarded parameters, and which are images that may be kept apart."""
         super().__init__()
-        self._plain = plain
+        self._plain, self._images = plain, images
         self._moving = [i for i, known in enumerate(fixed) if not known]
         self._programs: dict[Any, kernels.Program] = {}
         # by what was seen: calls until a program is written for it; None where none can be
@@ -132,12 +134,44 @@ class Run(nn.Module):
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         """Do what the nodes do."""
-        key = self._key(inputs)
+        images, cpu = self._images, kernels.active.cpu
+        count = None if images is None or cpu is None else images.count(inputs)
+        if images is None or count is None:
+            return self._run(self._key(inputs), inputs)
+        size = min(count, images.at_once(inputs))
+        key = self._key(inputs, size)
+        if size == count or key is None:
+            return self._run(key, inputs)
+        return self._run_parts(images, inputs, count, size, key)
+
+    def _run_parts(
+        self, images: Images, inputs: Sequence[Any], count: int, size: int, key: Any
+    ) -> tuple[Tensor, ...]:
+        """Take `size` images of `count` at a time; `key` is that of so many."""
+        outputs: tuple[Tensor, ...] = ()
+        for first in range(0, count, size):
+            last = min(first + size, count)
+            if last - first < size:
+                key = self._key(inputs, last - first)
+            places = [output[first:last] for output in outputs]
+            found = self._run(key, images.part(inputs, first, last), places or None)
+            if first == 0:
+                outputs = tuple([_for_all(one, count) for one in found])
+                places = [output[:last] for output in outputs]
+            for place, one in zip(places, found, strict=True):
+                if one is not place:
+                    place.copy_(one)
+        return outputs
+
+    def _run(
+        self, key: Any, inputs: Sequence[Any], places: Sequence[Tensor] | None = None
+    ) -> tuple[Any, ...]:
+        """Do what the nodes do, by the program of a key if there is one: it may write into `places`."""
         if key is None:
             return self._run_plain(inputs)
         program = self._programs.get(key)
         if program is not None:
-            found = program.run([x for x in inputs if isinstance(x, Tensor)])
+            found = program.run([x for x in inputs if isinstance(x, Tensor)], places)
             if found is not None:
                 self._patience = 1
                 return found
@@ -157,8 +191,13 @@ class Run(nn.Module):
         found: tuple[Any, ...] = self._plain.forward(*inputs)
         return found
 
-    def _key(self, inputs: Sequence[Any]) -> Any:
-        """Return what a program depends on, besides what guards hold to; None where torch has to look at each call."""
+    def _key(self, inputs: Sequence[Any], images: int | None = None) -> Any:
+        """Return what a program depends on, besides what guards hold to; None where torch has to look at each call.
+
+        Args:
+            inputs: of the run.
+            images: how many of them the program is for, where that is not all.
+        """
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or kernels.is_followed():
             return None
         key: list[Any] = [torch.is_inference_mode_enabled()]
@@ -172,7 +211,9 @@ class Run(nn.Module):
                     or x.layout is not torch.strided
                 ):
                     return None
-                key += (x.dtype, x.shape, x.stride(), x.is_inference())
+                is_cut = images is not None and self._images is not None and i in self._images.inputs
+                shape = (images, *x.shape[1:]) if is_cut else x.shape
+                key += (x.dtype, shape, x.stride(), x.is_inference())
             elif type(x) is int:
                 key.append(x)
             else:
@@ -195,6 +236,13 @@ class Run(nn.Module):
                 self._waiting[oldest] = _REST
             self._programs[key] = program
         return found
+
+
+def _for_all(part: Tensor, count: int) -> Tensor:
+    """Return memory for `count` images, each of which lies as those of a part do."""
+    image = part[0].numel()
+    memory = kernels.empty((count * image,), part)
+    return memory.as_strided((count, *part.shape[1:]), (image, *part.stride()[1:]))
 
 
 class _Recording(Interpreter):  # type: ignore[misc]

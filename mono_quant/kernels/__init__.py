@@ -12,10 +12,11 @@ from mono_quant.kernels.device_chains import runs_on_device
 from mono_quant.kernels.encoding import cast_half, encode_rows
 from mono_quant.kernels.experts import has_experts, int8_experts, mix_experts
 from mono_quant.kernels.fused import chain, chain_kept, chain_parts, is_fusable, norm, rotary
-from mono_quant.kernels.fused_conv import BatchNorm, conv
+from mono_quant.kernels.fused_conv import BatchNorm, ConvGeometry, conv, conv_shape
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
 from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear
 from mono_quant.kernels.packs import bytes_held
+from mono_quant.kernels.pool import empty
 from mono_quant.kernels.program import Program
 from mono_quant.kernels.recording import Recorder
 from mono_quant.kernels.recurrent import run_recurrent
@@ -36,6 +37,7 @@ __all__ = [
     "SCHEMES",
     "ActivationScheme",
     "BatchNorm",
+    "ConvGeometry",
     "Norm",
     "Product",
     "Program",
@@ -52,8 +54,10 @@ __all__ = [
     "check_indices",
     "check_input",
     "conv",
+    "conv_shape",
     "describe",
     "describe_half",
+    "empty",
     "encode_rows",
     "environment",
     "half_linear",

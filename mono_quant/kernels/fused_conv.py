@@ -26,7 +26,7 @@ from mono_quant.kernels.watching import is_plain
 # Weight, bias, running mean, running variance and epsilon of `nn.BatchNorm2d` in evaluation; the first two may be None.
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
 # Stride, padding, dilation and groups.
-How = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+ConvGeometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 _NO_NORM = (None, None, None, None, 0.0)
 
 
@@ -104,7 +104,7 @@ def is_plain_conv(
 def native_conv(
     cpu: Cpu,
     layer: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    how: How,
+    how: ConvGeometry,
     batch_norm: BatchNorm | None,
     residual: Tensor | None,
     relu: bool,
@@ -143,9 +143,20 @@ def is_kept_packed(cpu: Cpu, weight: Tensor, groups: int, scheme: ActivationSche
     return groups == 1 and packs.pays(cpu, scheme) and weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def conv_shape(
+    x: tuple[int, ...], weight: tuple[int, ...], how: ConvGeometry
+) -> tuple[int, int, int, int] | None:
+    """Return the shape [B, O, H', W'] of what `conv` gives for these shapes; None where they do not fit together."""
+    found = _geometry(x, weight, how)
+    if found is None:
+        return None
+    images, height, width, rows = found[0]
+    return images, rows, height, width
+
+
 @lru_cache(maxsize=4096)
 def _geometry(
-    given: tuple[int, ...], weight: tuple[int, ...], how: How
+    given: tuple[int, ...], weight: tuple[int, ...], how: ConvGeometry
 ) -> tuple[tuple[int, int, int, int], Longs] | None:
     """Return the output's [B, H', W', O] and the sizes that the library is told, or None where these do not fit together."""
     (stride, padding, dilation, groups), (rows, inner, *kernel) = how, weight

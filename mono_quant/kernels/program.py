@@ -135,7 +135,7 @@ class Program:
         self._weights, self._held = tuple(weights), tuple(held)
         given = sorted({output.home for output in outputs if output.home < 0}, reverse=True)
         self._homes = {home: i for i, home in enumerate(given)}
-        self._fresh = [(made[-1 - home], _whole_shape(home, made[-1 - home], outputs)) for home in given]
+        self._fresh = [(made[-1 - home], _only_output(home, made[-1 - home], outputs)) for home in given]
         arena, self._arena = _laid_out(steps, made, self._homes)
         # inputs, outputs that are made here, packed weights, the memory between steps
         first_weight = inputs + len(given)
@@ -157,11 +157,15 @@ class Program:
         self._words = struct.pack(f"={len(words)}q", *words)
         self._steps, self._longest = len(steps), max(len(step.record) // 8 for step in steps)
 
-    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    def run(
+        self, inputs: Sequence[Tensor], places: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, ...] | None:
         """Run all steps; return None, and do nothing, where something is not as it was.
 
         Args:
             inputs: of the dtypes, shapes and strides with which the program was recorded, on CPU.
+            places: memory for outputs, in their dtypes; one that is all that a step makes, and would lie like its place, is
+                written there and given back as that place.
 
         Raises:
             IndexError: a row to be written is out of range.
@@ -174,7 +178,7 @@ class Program:
         packed = self._packed(cpu, inputs, pointers)
         if packed is None:
             return None
-        fresh = [made.empty(shape) for made, shape in self._fresh]
+        fresh = [self._memory(made, only, places) for made, only in self._fresh]
         arena = pool.empty((self._arena // 4,), _LIKE[torch.float32])
         words = [0 if one is None else one.words.data_ptr() for one in packed]
         bases = self._bases.pack(*pointers, *[one.data_ptr() for one in fresh], *words, arena.data_ptr())
@@ -202,6 +206,15 @@ class Program:
             return None
         return found
 
+    def _memory(self, made: Made, only: int | None, places: Sequence[Tensor] | None) -> Tensor:
+        """Return where outputs go: the place of the only one that is all of it, if that fits, or fresh memory."""
+        if only is None:
+            return made.empty(None)
+        _, shape, stride, _ = self._outputs[only]
+        if places is not None and places[only].shape == shape and places[only].stride() == stride:
+            return places[only]
+        return made.empty(shape if _is_dense(shape or (), stride) else None)
+
     def _output(self, output: Given, inputs: Sequence[Tensor], fresh: Sequence[Tensor]) -> Tensor:
         home, shape, stride, offset = output
         if home >= 0:
@@ -211,17 +224,21 @@ class Program:
                 if shape is None
                 else source.as_strided(shape, stride, source.storage_offset() + offset)
             )
-        at = self._homes[home]
-        return fresh[at] if self._fresh[at][1] == shape else fresh[at].as_strided(shape or (), stride, offset)
+        memory = fresh[self._homes[home]]
+        is_all = memory.shape == shape and memory.stride() == stride
+        return memory if is_all else memory.as_strided(shape or (), stride, offset)
 
 
-def _whole_shape(home: int, made: Made, outputs: Sequence[Given]) -> tuple[int, ...] | None:
-    """Return the shape of the output that is all of a home, if that is the only one and dense."""
-    shapes = [output for output in outputs if output.home == home]
-    shape, stride = shapes[0].shape or (), shapes[0].stride
-    dense = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    whole = math.prod(shape) * _LIKE[made.dtype].element_size() == made.size
-    return shape if len(shapes) == 1 and whole and stride == dense else None
+def _only_output(home: int, made: Made, outputs: Sequence[Given]) -> int | None:
+    """Return the number of the output that is all of a home, if that is the only one."""
+    views = [i for i, output in enumerate(outputs) if output.home == home]
+    count = math.prod(outputs[views[0]].shape or ())
+    return views[0] if len(views) == 1 and count * _LIKE[made.dtype].element_size() == made.size else None
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Say whether these are the strides of a contiguous tensor, in dimensions of size one as well."""
+    return stride == tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _laid_out(

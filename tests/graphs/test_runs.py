@@ -8,50 +8,15 @@ import weakref
 import pytest
 import torch
 import transformers as hf
+from beside import Beside, beside
 from captured import CLASSIFIER, GRAPHS
 from native import native_only
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from mono_quant import dynamic_quantize, kernels
-from mono_quant.graphs.backend import rewrite_
-from mono_quant.graphs.runs import Run, join_runs
 from mono_quant.kernels import choice
 
 pytestmark = native_only
-
-
-class Beside:
-    """A backend that runs each graph twice, call by call and with runs, and holds one result against the other."""
-
-    def __init__(self) -> None:
-        self.runs: list[Run] = []
-
-    def __call__(self, graph: GraphModule, _inputs):
-        plain = copy.deepcopy(rewrite_(graph))
-        join_runs(graph)
-        graph.recompile()
-        self.runs += [module for module in graph.children() if isinstance(module, Run)]
-
-        def both(*args):
-            own = [arg.clone() if type(arg) is Tensor else arg for arg in args]
-            expected, found = plain.forward(*own), graph.forward(*args)
-            for one, other in zip((*expected, *own), (*found, *args), strict=True):
-                assert not isinstance(one, Tensor) or torch.equal(one, other)
-            return found
-
-        return both
-
-    @property
-    def programs(self) -> int:
-        return sum(len(run._programs) for run in self.runs)
-
-
-def beside(model: nn.Module) -> tuple[nn.Module, Beside]:
-    torch.compiler.reset()
-    backend = Beside()
-    model.compile(backend=backend)
-    return model, backend
 
 
 def int8(model: nn.Module) -> nn.Module:
@@ -89,6 +54,18 @@ def test_the_convolutions_of_a_cnn_are_one_run():
     (only,) = backend.runs
     assert backend.programs == 1
     assert sum(node.target is kernels.conv for node in only._plain.graph.nodes) == 11
+
+
+def test_images_that_are_given_away_leave_convolutions_a_program():
+    layers = [nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Conv2d(24, 16, 1), nn.ReLU()]
+    model = dynamic_quantize(nn.Sequential(*layers).eval(), "int8", disable_defaults=["head", "small"])[0]
+    backend = Beside()
+    call = torch.compile(model, backend=backend)
+    x = torch.randn(2, 16, 7, 5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for _ in range(4):
+            assert call(x).is_contiguous()
+    assert backend.programs == len(backend.runs) == 1
 
 
 def decode(model, cache, ids, prompt=5):

@@ -163,6 +163,34 @@ def test_convolutions_run_again_on_other_images():
     assert made.run([other, *constants]) is None
 
 
+def test_outputs_go_to_places_that_lie_as_they_do():
+    block, constants = block_of_convolutions()
+    x, other = images(2, 16, 11, 7), images(2, 16, 11, 7)
+    for _ in range(2):
+        block(kernels, x)
+    made, _ = recorded([x, *constants], lambda r: (block(r, x),))
+    y = block(kernels, other)
+    wide = torch.full((5, *y.shape[1:]), 7.0).contiguous(memory_format=torch.channels_last)
+    place = wide[2:4]
+    (found,) = made.run([other, *constants], [place])
+    assert found is place and torch.equal(wide[2:4], y)
+    assert (wide[:2] == 7).all() and (wide[4:] == 7).all()
+    plain = torch.zeros(y.shape)
+    (found,) = made.run([other, *constants], [plain])
+    assert found is not plain and torch.equal(found, y) and plain.count_nonzero() == 0
+
+    def twice(r):
+        y = block(r, x)
+        return y, r.views(y[:, 3:5], y)
+
+    # both lie in one piece of memory
+    made, _ = recorded([x, *constants], twice)
+    places = [torch.zeros_like(y), torch.zeros_like(y[:, 3:5])]
+    found = made.run([other, *constants], places)
+    assert torch.equal(found[0], y) and torch.equal(found[1], y[:, 3:5])
+    assert all(place.count_nonzero() == 0 for place in places)
+
+
 def test_convolutions_of_copies_spoil_a_program_and_not_the_run():
     block, constants = block_of_convolutions()
     x, plain = images(2, 16, 11, 7), torch.randn(2, 16, 11, 7)
