@@ -16,7 +16,8 @@ from torch.fx.node import map_arg
 from mono_quant import kernels
 from mono_quant.graphs.matching import is_call
 
-# Bytes that the widest step of a part reads and writes at most, where one image does not take more (measured).
+# Bytes that the widest step of a part reads and writes at most, where one image does not take more (measured: those of two images
+# of 224 x 224 pixels in ResNet-50, or of eight of 112 x 112).
 _IN_CACHES = 16 << 20
 
 

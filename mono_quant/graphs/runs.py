@@ -125,6 +125,7 @@ class Run(nn.Module):
         """Take a part of a graph, which of its inputs are guarded parameters, and which are images that may be kept apart."""
         super().__init__()
         self._plain, self._images = plain, images
+        self._cut = frozenset[int]() if images is None else images.inputs
         self._moving = [i for i, known in enumerate(fixed) if not known]
         self._programs: dict[Any, kernels.Program] = {}
         # by what was seen: calls until a program is written for it; None where none can be
@@ -211,8 +212,7 @@ class Run(nn.Module):
                     or x.layout is not torch.strided
                 ):
                     return None
-                is_cut = images is not None and self._images is not None and i in self._images.inputs
-                shape = (images, *x.shape[1:]) if is_cut else x.shape
+                shape = x.shape if images is None or i not in self._cut else (images, *x.shape[1:])
                 key += (x.dtype, shape, x.stride(), x.is_inference())
             elif type(x) is int:
                 key.append(x)

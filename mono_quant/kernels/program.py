@@ -230,10 +230,11 @@ class Program:
 
 
 def _only_output(home: int, made: Made, outputs: Sequence[Given]) -> int | None:
-    """Return the number of the output that is all of a home, if that is the only one."""
-    views = [i for i, output in enumerate(outputs) if output.home == home]
-    count = math.prod(outputs[views[0]].shape or ())
-    return views[0] if len(views) == 1 and count * _LIKE[made.dtype].element_size() == made.size else None
+    """Return the number of the output that reaches over all of a home, if that is the only one."""
+    first, *others = [i for i, output in enumerate(outputs) if output.home == home]
+    _, shape, stride, _ = outputs[first]
+    reach = 1 + sum((size - 1) * step for size, step in zip(shape or (), stride, strict=True))
+    return None if others or reach * _LIKE[made.dtype].element_size() != made.size else first
 
 
 def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -190,6 +190,16 @@ def test_outputs_go_to_places_that_lie_as_they_do():
     assert torch.equal(found[0], y) and torch.equal(found[1], y[:, 3:5])
     assert all(place.count_nonzero() == 0 for place in places)
 
+    def some(r):
+        y = block(r, x)
+        return (r.views(y[:1], y),)
+
+    # more is written than what is given away
+    made, _ = recorded([x, *constants], some)
+    place = torch.zeros_like(y[:1])
+    (found,) = made.run([other, *constants], [place])
+    assert torch.equal(found, y[:1]) and place.count_nonzero() == 0
+
 
 def test_convolutions_of_copies_spoil_a_program_and_not_the_run():
     block, constants = block_of_convolutions()
