@@ -1,4 +1,4 @@
-"""Int8 convolutions with batch norm, residual and ReLU behind them, as one call of `kernels.conv`."""
+"""Int8 convolutions with batch norm, residual and ReLU behind them, as one call of `kernels.conv`, and pooling behind that."""
 
 import operator
 from typing import Any
@@ -21,12 +21,13 @@ from mono_quant.graphs.matching import (
 )
 
 _GEOMETRY = ("x", "weight", "weight_scale", "bias", "stride", "padding", "dilation", "groups")
+_POOLS = (F.max_pool2d, torch.max_pool2d)
 _PLUS = (operator.add, torch.add, operator.iadd)
 
 
 def join_convolutions(graph: Graph) -> None:
     """Replace int8 convolutions over fp32 images, and what stands behind them, by `kernels.conv`."""
-    for step in (_start, _join_batch_norm, _join_residual, _join_relu, _call_alone):
+    for step in (_start, _join_batch_norm, _join_residual, _join_relu, _join_pool, _call_alone):
         for node in graph.nodes:
             step(node)
 
@@ -80,6 +81,18 @@ def _join_relu(node: Node) -> None:
     if found is not None and found[0] == "relu" and _open(found[1], "relu") and undisturbed(found[1], node):
         made = found[1]
         replace(node, kernels.conv, made.args, {**made.kwargs, "relu": True})
+
+
+def _join_pool(node: Node) -> None:
+    defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+    names = ("input", "kernel_size", *defaults)
+    given = named(node, names, defaults) if is_call(node, *_POOLS) else None
+    if given is None or given["return_indices"] is not False:
+        return
+    made = given["input"]
+    if _open(made, "residual") and undisturbed(made, node):
+        pool = tuple(given[name] for name in names[1:-1])
+        replace(node, kernels.pooled_conv, made.args, {**made.kwargs, "pool": pool})
 
 
 def _call_alone(node: Node) -> None:

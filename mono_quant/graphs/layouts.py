@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.nn import functional as F
 
 from mono_quant import kernels
-from mono_quant.graphs.matching import is_barrier, is_call, is_method
+from mono_quant.graphs.matching import is_barrier, is_call, is_method, value
 
 # Functions of images whose result does not depend on that order, and has it too.
 _KEEPERS = (
@@ -26,9 +26,9 @@ def restore_layouts(graph: Graph) -> None:
     last: set[Node] = set()
     for node in graph.nodes:
         seen = [source for source in node.all_input_nodes if source in last]
-        if is_call(node, kernels.conv):
+        if is_call(node, kernels.conv, kernels.pooled_conv):
             last.add(node)
-        elif seen and (is_call(node, *_KEEPERS) or (is_barrier(node) and node.op != "output")):
+        elif seen and (_keeps(node) or (is_barrier(node) and node.op != "output")):
             # a write has to reach the tensor itself
             last.add(node)
         else:
@@ -37,6 +37,11 @@ def restore_layouts(graph: Graph) -> None:
                     plain = graph.call_method("contiguous", (source,))
                 plain.meta = dict(source.meta)
                 node.replace_input_with(source, plain)
+
+
+def _keeps(node: Node) -> bool:
+    # with `return_indices` a pool gives two, which are no image
+    return is_call(node, *_KEEPERS) and value(node) is not None
 
 
 def keeps_heads_apart(node: Node) -> bool:

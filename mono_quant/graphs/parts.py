@@ -16,10 +16,6 @@ from torch.fx.node import map_arg
 from mono_quant import kernels
 from mono_quant.graphs.matching import is_call
 
-# Bytes that the widest step of a part reads and writes at most, where one image does not take more (measured: those of two images
-# of 224 x 224 pixels in ResNet-50, or of eight of 112 x 112).
-_IN_CACHES = 16 << 20
-
 
 class _Step(NamedTuple):
     """A convolution by the numbers of its tensors: inputs of a run come first, then what its steps make."""
@@ -52,7 +48,7 @@ class Images:
         shapes = [inputs[i].shape[1:] for i in self.inputs]
         seen, size = self._last
         if seen != shapes:
-            size = max(1, _IN_CACHES // max(1, self._widest(inputs)))
+            size = kernels.images_at_once(self._widest(inputs))
             self._last = shapes, size
         return size
 

@@ -157,7 +157,7 @@ class Run(nn.Module):
             places = [output[first:last] for output in outputs]
             found = self._run(key, images.part(inputs, first, last), places or None)
             if first == 0:
-                outputs = tuple([_for_all(one, count) for one in found])
+                outputs = tuple([kernels.for_images(one, count) for one in found])
                 places = [output[:last] for output in outputs]
             for place, one in zip(places, found, strict=True):
                 if one is not place:
@@ -236,13 +236,6 @@ class Run(nn.Module):
                 self._waiting[oldest] = _REST
             self._programs[key] = program
         return found
-
-
-def _for_all(part: Tensor, count: int) -> Tensor:
-    """Return memory for `count` images, each of which lies as those of a part do."""
-    image = part[0].numel()
-    memory = kernels.empty((count * image,), part)
-    return memory.as_strided((count, *part.shape[1:]), (image, *part.stride()[1:]))
 
 
 class _Recording(Interpreter):  # type: ignore[misc]

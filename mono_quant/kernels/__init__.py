@@ -12,11 +12,18 @@ from mono_quant.kernels.device_chains import runs_on_device
 from mono_quant.kernels.encoding import cast_half, encode_rows
 from mono_quant.kernels.experts import has_experts, int8_experts, mix_experts
 from mono_quant.kernels.fused import chain, chain_kept, chain_parts, is_fusable, norm, rotary
-from mono_quant.kernels.fused_conv import BatchNorm, ConvGeometry, conv, conv_shape
+from mono_quant.kernels.fused_conv import (
+    BatchNorm,
+    ConvGeometry,
+    conv,
+    conv_shape,
+    for_images,
+    images_at_once,
+    pooled_conv,
+)
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
 from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear
 from mono_quant.kernels.packs import bytes_held
-from mono_quant.kernels.pool import empty
 from mono_quant.kernels.program import Program
 from mono_quant.kernels.recording import Recorder
 from mono_quant.kernels.recurrent import run_recurrent
@@ -57,11 +64,12 @@ __all__ = [
     "conv_shape",
     "describe",
     "describe_half",
-    "empty",
     "encode_rows",
     "environment",
+    "for_images",
     "half_linear",
     "has_experts",
+    "images_at_once",
     "int8_conv",
     "int8_embedding",
     "int8_experts",
@@ -71,6 +79,7 @@ __all__ = [
     "is_watched",
     "mix_experts",
     "norm",
+    "pooled_conv",
     "processors",
     "rotary",
     "run_recurrent",

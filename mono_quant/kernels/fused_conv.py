@@ -10,8 +10,10 @@ so that the result is `relu(int8_conv(x, weight, s', b') + residual)`, on every 
 call, which costs microseconds: nothing has to notice that statistics have changed.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from mono_quant.kernels import ops, packs, paths
 from mono_quant.kernels.activations import AUTO, ActivationScheme
 from mono_quant.kernels.choice import active, scheme_on
 from mono_quant.kernels.cpu import Cpu, Longs, longs
+from mono_quant.kernels.pool import empty
 from mono_quant.kernels.watching import is_plain
 
 # Weight, bias, running mean, running variance and epsilon of `nn.BatchNorm2d` in evaluation; the first two may be None.
@@ -28,6 +31,11 @@ BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
 # Stride, padding, dilation and groups.
 ConvGeometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 _NO_NORM = (None, None, None, None, 0.0)
+# What `F.max_pool2d` takes behind its input: size, stride, padding, dilation and whether sizes are rounded up.
+MaxPool = tuple[Any, Any, Any, Any, bool]
+# Bytes that a few images are while a convolution reads and writes them, at most, unless one alone takes more (measured: those of
+# two images of 224 x 224 pixels in ResNet-50, or of eight of 112 x 112).
+IN_CACHES = 16 << 20
 
 
 def conv(
@@ -88,6 +96,50 @@ def conv(
         weight_scale, bias = _folded(weight_scale, bias, batch_norm)
     lists = (list(how[0]), list(how[1]), list(how[2]), groups)
     return _finished(paths.conv(x, weight, weight_scale, bias, *lists, activations), residual, relu)
+
+
+def pooled_conv(x: Tensor, weight: Tensor, *layer: Any, pool: MaxPool, **after: Any) -> Tensor:
+    """Apply `conv`, then `F.max_pool2d`, a few images at a time: what lies between is larger than the result, and leaves the caches.
+
+    Args:
+        x: see `conv`.
+        weight: see `conv`.
+        layer: the rest of what `conv` takes by position.
+        pool: what `F.max_pool2d` takes behind its input.
+        after: what `conv` takes by name.
+
+    Returns:
+        [B, O, H'', W''], as the two functions give it.
+
+    Raises:
+        FrozenWeightError: see `conv`.
+        InputError: see `conv`.
+    """
+    scale, bias, stride, padding, dilation, groups = layer
+    plain = is_plain_conv(x, scale, bias, after.get("batch_norm"), after.get("residual"))
+    how = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    made = conv_shape(x.shape, weight.shape, how) if plain and after.get("residual") is None else None
+    at_once = images_at_once(4 * (math.prod(x.shape[1:]) + math.prod(made[1:]))) if made else 0
+    if made is None or at_once >= x.shape[0]:
+        return F.max_pool2d(conv(x, weight, *layer, **after), *pool)
+    out = None
+    for first in range(0, x.shape[0], at_once):
+        part = F.max_pool2d(conv(x[first : first + at_once], weight, *layer, **after), *pool)
+        if out is None:
+            out = for_images(part, x.shape[0])
+        out[first : first + at_once].copy_(part)
+    return cast(Tensor, out)
+
+
+def images_at_once(widest: int) -> int:
+    """Return how many images should go through some layers together, one at least, of which each is so many bytes there."""
+    return max(1, IN_CACHES // max(1, widest))
+
+
+def for_images(part: Tensor, count: int) -> Tensor:
+    """Return memory for `count` images, each of which lies as those of a part do."""
+    image = part[0].numel()
+    return empty((count * image,), part).as_strided((count, *part.shape[1:]), (image, *part.stride()[1:]))
 
 
 def is_plain_conv(
