@@ -32,7 +32,7 @@ class Images:
     def __init__(self, inputs: Sequence[int], steps: Sequence[_Step]) -> None:
         """Take the numbers of these inputs, and the steps of the run."""
         self.inputs, self._steps = frozenset(inputs), tuple(steps)
-        # the shapes that were seen last, and how many images go at once then
+        # the shapes and threads that were seen last, and how many images go at once then
         self._last: tuple[Any, int] = (None, 0)
 
     def count(self, inputs: Sequence[Any]) -> int | None:
@@ -45,11 +45,11 @@ class Images:
 
     def at_once(self, inputs: Sequence[Any]) -> int:
         """Return how many images should go through all steps together, one at least."""
-        shapes = [inputs[i].shape[1:] for i in self.inputs]
+        shapes, threads = [inputs[i].shape[1:] for i in self.inputs], torch.get_num_threads()
         seen, size = self._last
-        if seen != shapes:
-            size = kernels.images_at_once(self._widest(inputs))
-            self._last = shapes, size
+        if seen != (shapes, threads):
+            size = kernels.images_at_once(self._widest(inputs), threads)
+            self._last = (shapes, threads), size
         return size
 
     def _widest(self, inputs: Sequence[Any]) -> int:

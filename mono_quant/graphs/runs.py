@@ -150,14 +150,19 @@ class Run(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Take `size` images of `count` at a time; `key` is that of so many."""
         outputs: tuple[Tensor, ...] = ()
-        for first in range(0, count, size):
+        done, program = 0, self._programs.get(key)
+        if program is not None:
+            outputs, done = program.run_apart(inputs, images.inputs, count, size) or (outputs, done)
+        for first in range(done, count, size):
             last = min(first + size, count)
             if last - first < size:
                 key = self._key(inputs, last - first)
             places = [output[first:last] for output in outputs]
             found = self._run(key, images.part(inputs, first, last), places or None)
             if first == 0:
-                outputs = tuple([kernels.for_images(one, count) for one in found])
+                outputs = tuple([
+                    kernels.for_images(count, one.shape[1:], one.stride()[1:], one) for one in found
+                ])
                 places = [output[:last] for output in outputs]
             for place, one in zip(places, found, strict=True):
                 if one is not place:

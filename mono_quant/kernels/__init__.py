@@ -17,13 +17,13 @@ from mono_quant.kernels.fused_conv import (
     ConvGeometry,
     conv,
     conv_shape,
-    for_images,
     images_at_once,
     pooled_conv,
 )
 from mono_quant.kernels.inputs import NO_GRADIENT, check_indices, check_input
 from mono_quant.kernels.ops import half_linear, int8_conv, int8_embedding, int8_linear
 from mono_quant.kernels.packs import bytes_held
+from mono_quant.kernels.pool import for_images
 from mono_quant.kernels.program import Program
 from mono_quant.kernels.recording import Recorder
 from mono_quant.kernels.recurrent import run_recurrent

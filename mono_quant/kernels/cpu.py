@@ -71,6 +71,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "mq_transpose": [_INT] + [_LONG] * 4 + [_POINTER] * 2,
     "mq_attention": [ctypes.c_char_p],
     "mq_run": [ctypes.c_char_p, _LONG, ctypes.c_char_p, _LONG],
+    "mq_run_apart": [ctypes.c_char_p, _LONG, ctypes.c_char_p, _LONG, _LONG, _LONG, _LONG, _INT],
 }
 
 
@@ -165,6 +166,7 @@ class Cpu:
         self.conv_and_norm: Callable[..., int] = library.mq_fused_conv
         # runs what `program` wrote down
         self.run: Callable[..., int] = library.mq_run
+        self.run_apart: Callable[..., int] = library.mq_run_apart
 
     def linear(
         self,

@@ -23,7 +23,7 @@ from mono_quant.kernels import ops, packs, paths
 from mono_quant.kernels.activations import AUTO, ActivationScheme
 from mono_quant.kernels.choice import active, scheme_on
 from mono_quant.kernels.cpu import Cpu, Longs, longs
-from mono_quant.kernels.pool import empty
+from mono_quant.kernels.pool import for_images
 from mono_quant.kernels.watching import is_plain
 
 # Weight, bias, running mean, running variance and epsilon of `nn.BatchNorm2d` in evaluation; the first two may be None.
@@ -126,20 +126,19 @@ def pooled_conv(x: Tensor, weight: Tensor, *layer: Any, pool: MaxPool, **after: 
     for first in range(0, x.shape[0], at_once):
         part = F.max_pool2d(conv(x[first : first + at_once], weight, *layer, **after), *pool)
         if out is None:
-            out = for_images(part, x.shape[0])
+            out = for_images(x.shape[0], part.shape[1:], part.stride()[1:], part)
         out[first : first + at_once].copy_(part)
     return cast(Tensor, out)
 
 
-def images_at_once(widest: int) -> int:
-    """Return how many images should go through some layers together, one at least, of which each is so many bytes there."""
-    return max(1, IN_CACHES // max(1, widest))
+def images_at_once(widest: int, threads: int = 1) -> int:
+    """Return how many images should go through some layers together, one at least.
 
-
-def for_images(part: Tensor, count: int) -> Tensor:
-    """Return memory for `count` images, each of which lies as those of a part do."""
-    image = part[0].numel()
-    return empty((count * image,), part).as_strided((count, *part.shape[1:]), (image, *part.stride()[1:]))
+    Args:
+        widest: bytes of an image in the layer that reads and writes most.
+        threads: that have images of their own.
+    """
+    return max(1, IN_CACHES // threads // max(1, widest))
 
 
 def is_plain_conv(

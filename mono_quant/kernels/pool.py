@@ -7,6 +7,7 @@ block back. So a block is never in two hands, whatever views, arrays or other th
 """
 
 import ctypes
+import math
 import os
 import threading
 import time
@@ -66,6 +67,19 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     view = (ctypes.c_char * rounded).from_address(block.data_ptr())
     weakref.finalize(view, _returned.append, block).atexit = False
     return torch.frombuffer(view, dtype=like.dtype, count=size // like.element_size()).view(tuple(shape))
+
+
+def for_images(count: int, shape: Sequence[int], strides: Sequence[int], like: Tensor) -> Tensor:
+    """Return an uninitialised tensor [count, *shape] of images one behind the other, in each of which elements are `strides` apart.
+
+    Args:
+        count: of images.
+        shape: of one.
+        strides: of one that is dense in some order of its dimensions.
+        like: see `empty`.
+    """
+    size = math.prod(shape)
+    return empty((count * size,), like).as_strided((count, *shape), (size, *strides))
 
 
 def idle_bytes() -> int:

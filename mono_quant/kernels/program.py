@@ -191,6 +191,68 @@ class Program:
             raise MemoryError("there is no memory for what lies between products; use a smaller batch")
         return tuple([self._output(output, inputs, fresh) for output in self._outputs])
 
+    def run_apart(
+        self, inputs: Sequence[Tensor], cut: Collection[int], count: int, size: int
+    ) -> tuple[tuple[Tensor, ...], int] | None:
+        """Run all steps once for each part of a batch, every part by one thread.
+
+        Args:
+            inputs: those with which the program was recorded, but for those of `cut`, which hold all images.
+            cut: numbers of inputs.
+            count: of images.
+            size: of a part, as the program was recorded.
+
+        Returns:
+            Outputs with room for all images, and how many are there: as many as keep all threads busy, the first ones. None, and
+            nothing is done, where something is not as it was, or outputs are not what steps make.
+
+        Raises:
+            MemoryError: there was not enough.
+        """
+        cpu, threads = self._conditions.cpu, self._conditions.threads
+        parts = count // size // threads * threads
+        if (
+            parts == 0
+            or not self._conditions.hold()
+            or self._written
+            or any(home >= 0 for home, *_ in self._outputs)
+        ):
+            return None
+        pointers = [tensor.data_ptr() for tensor in inputs]
+        packed = self._packed(cpu, inputs, pointers)
+        fresh = [self._images(made, only, count) for made, only in self._fresh]
+        if packed is None or len(fresh) < len(self._outputs) or any(one is None for one in fresh):
+            return None
+        outputs = [one for one in fresh if one is not None]
+        arena = pool.empty((threads * self._arena // 4,), _LIKE[torch.float32])
+        words = [0 if one is None else one.words.data_ptr() for one in packed]
+        steps = [size * x.stride(0) * x.element_size() if i in cut else 0 for i, x in enumerate(inputs)]
+        places = [(one.data_ptr(), size * one.stride(0) * one.element_size()) for one in outputs]
+        rows = [
+            self._bases.pack(
+                *[pointer + part * step for pointer, step in zip(pointers, steps, strict=True)],
+                *[start + part * step for start, step in places], *words, arena.data_ptr(),
+            )
+            for part in range(parts)
+        ]  # fmt: skip
+        width = self._bases.size // 8
+        if cpu.run_apart(
+            self._words, self._steps, b"".join(rows), parts, width, self._arena, self._longest, threads
+        ):
+            raise MemoryError("there is no memory for what lies between products; use a smaller batch")
+        by_home = {home: outputs[at] for home, at in self._homes.items()}
+        return tuple([by_home[output.home] for output in self._outputs]), parts * size
+
+    def _images(self, made: Made, only: int | None, count: int) -> Tensor | None:
+        """Return memory for an output of `count` images; None where it is not all that a step makes."""
+        if only is None:
+            return None
+        _, shape, stride, _ = self._outputs[only]
+        image = math.prod((shape or ())[1:])
+        if not shape or (shape[0] > 1 and stride[0] != image):
+            return None
+        return pool.for_images(count, shape[1:], stride[1:], _LIKE[made.dtype])
+
     def _packed(
         self, cpu: Cpu, inputs: Sequence[Tensor], pointers: Sequence[int]
     ) -> list[Packed | None] | None:

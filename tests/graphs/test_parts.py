@@ -309,3 +309,34 @@ def test_a_pool_is_joined_only_to_what_nobody_else_sees(monkeypatch):
     torch.compile(stem, backend="mono_quant")(given).sum().backward()
     assert given.grad.abs().sum() > 0
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_have_parts_of_their_own(monkeypatch, threads):
+    monkeypatch.setattr(fused_conv, "IN_CACHES", threads * (2 * 4 * (16 + 24) * 6 * 5 + 9))
+    done, apart = [], kernels.Program.run_apart
+
+    def noted(*given):
+        found = apart(*given)
+        done.extend(() if found is None else found[1:])
+        return found
+
+    monkeypatch.setattr(kernels.Program, "run_apart", noted)
+    layers = [nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 16, 3, padding=1), nn.ReLU()]
+    model, before = int8(nn.Sequential(*layers)), torch.get_num_threads()
+    compiled = torch.compile(model, backend=Beside())
+    try:
+        torch.set_num_threads(threads)
+        for batch in (13, 14, 3, 33):
+            x = torch.randn(batch, 16, 6, 5).contiguous(memory_format=torch.channels_last)
+            with torch.no_grad():
+                expected = model(x)
+                for _ in range(4):
+                    assert torch.equal(compiled(x), expected)
+            # as many parts as keep all threads busy; those that are left have all threads
+            assert not done or set(done) == {batch // 2 // threads * threads * 2}
+            assert done or batch < 2 * threads
+            done.clear()
+            assert torch.equal(expected, model(x))
+    finally:
+        torch.set_num_threads(before)

@@ -8,6 +8,8 @@
 #include "program.h"
 #include "recurrent.h"
 
+#include <omp.h>
+
 using namespace mq;
 
 #define MQ_API extern "C" __attribute__((visibility("default")))
@@ -398,4 +400,31 @@ MQ_API int mq_run(const int64_t* program, int64_t steps, const int64_t* bases, i
   if (steps < 0 || longest < 0) return 2;
   int64_t* record = static_cast<int64_t*>(scratch.reserve(longest * 8));
   return record == nullptr ? 1 : run_steps(program, steps, bases, record, run_step);
+}
+
+// The same for `parts` rows of `width` bases, each by one thread. The last base is memory between steps, of which every thread has
+// a piece of `arena` bytes. Returns what one of those that failed returned; then some parts may not have run.
+MQ_API int mq_run_apart(const int64_t* program, int64_t steps, const int64_t* bases, int64_t parts, int64_t width, int64_t arena,
+                        int64_t longest, int threads) {
+  if (steps < 0 || longest < 0 || parts < 0 || width < 1 || arena < 0 || threads < 1) return 2;
+  int failed = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch scratch;
+    int64_t* own = static_cast<int64_t*>(scratch.reserve((width + longest) * 8));
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < parts; ++part) {
+      int result = 1;
+      if (own != nullptr) {
+        std::memcpy(own, bases + part * width, width * 8);
+        own[width - 1] += omp_get_thread_num() * arena;
+        result = run_steps(program, steps, own, own + width, run_step);
+      }
+      if (result != 0) {
+#pragma omp atomic write
+        failed = result;
+      }
+    }
+  }
+  return failed;
 }
