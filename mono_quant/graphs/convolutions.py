@@ -90,7 +90,9 @@ def _join_pool(node: Node) -> None:
     if given is None or given["return_indices"] is not False:
         return
     made = given["input"]
-    if _open(made, "residual") and undisturbed(made, node):
+    # what nothing joined is called as eager code does; what comes from another convolution stays in a run with it
+    alone = not _open(made, "residual") or not made.kwargs.keys() - {"activations"}
+    if not alone and not is_call(made.args[0], kernels.conv) and undisturbed(made, node):
         pool = tuple(given[name] for name in names[1:-1])
         replace(node, kernels.pooled_conv, made.args, {**made.kwargs, "pool": pool})
 

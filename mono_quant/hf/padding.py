@@ -2,8 +2,8 @@
 
 sentence-transformers sorts texts by their characters and pads a batch to its longest text: of mixed texts a third of what a model then
 computes is padding, which pooling leaves out. An encoder is called for parts of like length instead, and its outputs are put together;
-behind a part there are zeros. What is no padding keeps its bits: our layers and our attention give a token the same bits
-in every batch. (MPNet and DeBERTa write their attention out; torch gives theirs other last bits in batches of other sizes.)
+behind a part there are zeros. What is no padding keeps its bits: our layers and our attention give a token of a text the same
+bits in every batch. (MPNet and DeBERTa write their attention out; torch gives theirs other last bits in batches of other sizes.)
 """
 
 import functools

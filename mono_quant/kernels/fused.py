@@ -3,7 +3,7 @@
 Plain functions on tensors. Where the native library can do it, a whole chain runs in blocks of tokens whose intermediate
 values never leave the caches; on a device that has kernels of ours it is `device_chains`; anywhere else (gradients, other
 dtypes, transforms, no library) the same call is the composition of torch's operations and `int8_linear`. A single product has the
-bits of `int8_linear`; on a CPU a chain gives the same bits on every path, for any number of threads and any batch. From the
+bits of `int8_linear`; on a CPU a chain of a named scheme gives the same bits on every path, for any number of threads and any batch. From the
 composition it differs by what float arithmetic in another order does, and by one code of an activation where a value lies next to
 a tie of rounding.
 """

@@ -32,7 +32,8 @@ def int8_linear(
         activations: how `x` becomes codes, one of `ACTIVATIONS`.
 
     Returns:
-        [..., N] in the dtype of `x`. Each row depends on that row of `x` alone.
+        [..., N] in the dtype of `x`. Each row depends on that row of `x` alone; with "auto", which looks at how
+        many there are (see `choice`), its scheme does not.
 
     Raises:
         InputError: `x` is not floating point, or has another width.

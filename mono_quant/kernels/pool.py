@@ -79,7 +79,11 @@ def for_images(count: int, shape: Sequence[int], strides: Sequence[int], like: T
         like: see `empty`.
     """
     size = math.prod(shape)
-    return empty((count * size,), like).as_strided((count, *shape), (size, *strides))
+    memory = empty((count * size,), like)
+    # no view, which a caller could not write into where gradients are on
+    return like.new_empty(0).set_(
+        memory.untyped_storage(), memory.storage_offset(), (count, *shape), (size, *strides)
+    )
 
 
 def idle_bytes() -> int:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mono_quant.kernels import library
 from mono_quant.kernels.activations import AUTO
+from mono_quant.kernels.choice import scheme_of
 
 
 def is_transformed() -> bool:
@@ -86,7 +87,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _rows(linear, info, in_dims, args)
+        x, *rest, activations = args
+        if in_dims[0] is not None:
+            # of one element: all of them together are more tokens
+            activations = scheme_of(activations, x.select(in_dims[0], 0)).name
+        return _rows(linear, info, in_dims, (x, *rest, activations))
 
     @staticmethod
     def jvp(ctx: Any, x: Any, _weight: Any, _scale: Any, bias: Any, _activations: Any) -> Any:

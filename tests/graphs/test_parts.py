@@ -279,6 +279,33 @@ def test_a_convolution_with_a_pool_behind_it_goes_in_parts(monkeypatch, pool, la
     torch.compiler.reset()
 
 
+def test_a_result_in_parts_can_be_written_into(monkeypatch):
+    monkeypatch.setattr(fused_conv, "IN_CACHES", 1)
+    stem = int8(Stem(norm=False, kernel_size=7))
+    with torch.no_grad():
+        found = torch.compile(stem, backend="mono_quant")(torch.randn(3, 16, 14, 13))
+    factor = nn.Parameter(torch.full((1,), 2.0))
+    expected = 2 * found
+    found.mul_(factor)
+    assert torch.equal(found, expected) and found.requires_grad
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_pool_behind_a_lone_convolution_keeps_the_layout_of_eager_code(last):
+    conv = int8(nn.Sequential(nn.Conv2d(8, 12, 3, padding=1)))
+    order = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(3, 8, 8, 8).contiguous(memory_format=order)
+
+    def pooled(x):
+        return torch.nn.functional.max_pool2d(conv(x), 2)
+
+    with torch.no_grad():
+        expected, found = pooled(x), torch.compile(pooled, backend="mono_quant")(x)
+    assert torch.equal(found, expected) and found.stride() == expected.stride()
+    torch.compiler.reset()
+
+
 def test_a_pool_is_joined_only_to_what_nobody_else_sees(monkeypatch):
     monkeypatch.setattr(fused_conv, "IN_CACHES", 1)
     calls = []

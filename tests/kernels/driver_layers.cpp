@@ -8,6 +8,7 @@ int mq_fused_conv(int, int, int64_t, int, const int64_t*, const float*, const in
                   const float*, const float*, const float*, const float*, const float*, double, const float*, int, float*);
 int mq_recurrent(int, int, int64_t, int, int, int64_t, const int64_t*, int, int64_t, const float*, const int8_t*,
                  const int32_t*, const float*, const float*, float*, float*, float*, int64_t);
+int mq_run_apart(const int64_t*, int64_t, const int64_t*, int64_t, int64_t, int64_t, int64_t, int);
 }
 
 namespace {
@@ -69,6 +70,27 @@ void recurrent(int isa, int cell, int64_t size, bool backward, int64_t group, in
   }
 }
 
+// Numbers are added by two steps, the first of which leaves its sums in memory of a thread's own.
+void parts(int64_t count, int threads) {
+  constexpr int64_t kNumbers = 9, kAddLongs = 5, kWords = 7, kBases = 3;
+  // kind, words, places; of these the word, its base and an offset; count, a, its step, b, its step, constant, out
+  const std::vector<int64_t> program = {
+      kAddLongs, kWords, 2, 1, 0, 0, 6, 2, 0, kNumbers, 0, 1, 0, 0, 5, 0,
+      kAddLongs, kWords, 3, 1, 2, 0, 3, 0, 0, 6, 1, 0, kNumbers, 0, 1, 0, 1, 0, 0};
+  std::vector<int64_t> given(count * kNumbers), out(count * kNumbers), between(threads * kNumbers), bases;
+  for (int64_t& number : given) number = random_bits();
+  const auto address = [](const int64_t* place) { return reinterpret_cast<int64_t>(place); };
+  for (int64_t i = 0; i < count; ++i) {
+    for (const int64_t base : {address(given.data() + i * kNumbers), address(out.data() + i * kNumbers), address(between.data())}) {
+      bases.push_back(base);
+    }
+  }
+  if (mq_run_apart(program.data(), 2, bases.data(), count, kBases, kNumbers * 8, kWords, threads) != 0) std::abort();
+  for (size_t i = 0; i < given.size(); ++i) {
+    if (out[i] != 2 * given[i] + 5) std::abort();
+  }
+}
+
 }  // namespace
 
 void drive_layers(int isa) {
@@ -79,6 +101,7 @@ void drive_layers(int isa) {
       for (int64_t group : {0, 64, 128}) conv(isa, s, qmax, group, 1 + static_cast<int>(group) / 64);
     }
   }
+  for (int64_t count : {0, 1, 7, 32}) parts(count, 1 + static_cast<int>(count) % 4);
   for (int cell = 0; cell < 4; ++cell) {
     for (int64_t size : {1, 16, 67, 130}) recurrent(isa, cell, size, size % 2, size == 130 ? 64 : 0, 1 + cell % 2);
   }

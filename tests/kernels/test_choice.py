@@ -208,3 +208,16 @@ def test_auto_is_wide_for_the_next_tokens_of_a_few_texts(path):
                 kernels.int8_linear(x[:4, :1], weight, scale, bias),
                 kernels.int8_linear(x[:4, :1], weight, scale, bias, "int8"),
             )
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 100), (2, 3, 1, 100), (8, 1, 1, 100), (2, 5, 1, 100), (6, 1, 2, 100)]
+)
+def test_auto_means_the_same_for_each_element_of_a_vmap(shape):
+    weight, scale = torch.randint(-127, 128, (24, 100), dtype=torch.int8), torch.rand(24, 1)
+
+    def layer(x):
+        return kernels.int8_linear(x, weight, scale, None)
+
+    x = torch.randn(shape)
+    assert torch.equal(torch.func.vmap(layer)(x), torch.stack([layer(one) for one in x]))

@@ -143,8 +143,8 @@ struct Ahead {
 
 // What a thread reads after `now`, the keys of a block of a span, of which `next` is the one to come, or null.
 Ahead ahead_of(const Attention& a, const Span& span, int64_t block, const Keys& now, const Span* next) {
-  for (int64_t later = block + 1; later < a.blocks(); ++later) {
-    const Keys keys = keys_of(a, span, later);
+  if (block + 1 < a.blocks()) {
+    const Keys keys = keys_of(a, span, block + 1);
     if (!keys.empty()) return {a, now, keys, nullptr, nullptr};
   }
   if (next == nullptr) return {a, now, {}, nullptr, &span};

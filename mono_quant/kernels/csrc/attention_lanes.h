@@ -191,7 +191,8 @@ void attend_block(const Attention& a, const Span& span, int64_t block, const Par
   copy_queries(a, span, b);
   const Keys keys = keys_of(a, span, block);
   const Step step = step_of(a, span, b, block, keys);
-  const Ahead ahead = ahead_of(a, span, block, keys, nullptr);
+  // the block that comes next is another thread's
+  const Ahead ahead = {a, keys, {}, nullptr, nullptr};
   for (int64_t first = 0; first < rows; first += kScoreRows) {
     step.rows(first, smaller(kScoreRows, rows - first), parts.at(block).from(first), ahead);
   }
