@@ -10,6 +10,8 @@ namespace {
 // Rows of a tile, by its width in vectors: as many as registers hold.
 constexpr int kWidest = 4;
 constexpr int kTile[] = {0, 12, 12, 8, 6};
+// Rows that meet keys where these lie, at most.
+constexpr int kDirectRows = 4;
 
 }  // namespace
 }  // namespace mq

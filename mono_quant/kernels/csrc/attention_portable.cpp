@@ -9,6 +9,8 @@ namespace {
 // Rows of a tile, by its width in vectors: as many as registers hold.
 constexpr int kWidest = 1;
 constexpr int kTile[] = {0, 4};
+// Keys are always laid out: unrolled for no vectors, the other way takes a compiler too long.
+constexpr int kDirectRows = 0;
 
 }  // namespace
 }  // namespace mq

@@ -122,7 +122,7 @@ MQ_TARGET void score_rows(const float* a, int64_t a_stride, const void* keys, in
                           float* c, int64_t c_stride) {
   const char* row = static_cast<const char*>(keys);
   Lanes acc[R];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int t = 0; t < R; ++t) acc[t] = zeros();
   for (int64_t d = 0; d < size; d += kLaneCount) {
     Lanes r[kLaneCount];
@@ -138,29 +138,25 @@ MQ_TARGET void score_rows(const float* a, int64_t a_stride, const void* keys, in
     if (size - d >= kLaneCount) {
 #pragma GCC unroll 16
       for (int i = 0; i < kLaneCount; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int t = 0; t < R; ++t) acc[t] = fma(all(x[t * a_stride + i]), r[i], acc[t]);
       }
     } else {
       for (int64_t i = 0; i < size - d; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int t = 0; t < R; ++t) acc[t] = fma(all(x[t * a_stride + i]), r[i], acc[t]);
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int t = 0; t < R; ++t) store(c + t * c_stride, acc[t]);
 }
-
-// Rows that meet keys where these lie.
-constexpr int64_t kDirectRows = 8;
 
 template <DType D, int R = kDirectRows>
 void score_keys(int64_t rows, const float* a, int64_t a_stride, const void* keys, int64_t stride, int64_t count,
                 int64_t size, float* c, int64_t c_stride) {
-  if (rows == R) {
-    score_rows<D, R>(a, a_stride, keys, stride, count, size, c, c_stride);
-  } else if constexpr (R > 1) {
+  if constexpr (R > 0) {
+    if (rows == R) return score_rows<D, R>(a, a_stride, keys, stride, count, size, c, c_stride);
     score_keys<D, R - 1>(rows, a, a_stride, keys, stride, count, size, c, c_stride);
   }
 }
