@@ -32,7 +32,7 @@ class Images:
     def __init__(self, inputs: Sequence[int], steps: Sequence[_Step]) -> None:
         """Take the numbers of these inputs, and the steps of the run."""
         self.inputs, self._steps = frozenset(inputs), tuple(steps)
-        # the shapes and threads that were seen last, and how many images go at once then
+        # the shapes that were seen last, and the bytes of an image in the widest step then
         self._last: tuple[Any, int] = (None, 0)
 
     def count(self, inputs: Sequence[Any]) -> int | None:
@@ -43,14 +43,18 @@ class Images:
         counts = {x.shape[0] for x in images}
         return counts.pop() if len(counts) == 1 else None
 
-    def at_once(self, inputs: Sequence[Any]) -> int:
-        """Return how many images should go through all steps together, one at least."""
+    def at_once(self, inputs: Sequence[Any], count: int) -> int:
+        """Return how many of `count` images should go through all steps together, one at least.
+
+        Each thread has a part of its own; where there are too few images for that, all threads share each part.
+        """
         shapes, threads = [inputs[i].shape[1:] for i in self.inputs], torch.get_num_threads()
-        seen, size = self._last
-        if seen != (shapes, threads):
-            size = kernels.images_at_once(self._widest(inputs), threads)
-            self._last = (shapes, threads), size
-        return size
+        seen, widest = self._last
+        if seen != shapes:
+            widest = self._widest(inputs)
+            self._last = shapes, widest
+        size = kernels.images_at_once(widest, threads)
+        return size if size * threads <= count else kernels.images_at_once(widest)
 
     def _widest(self, inputs: Sequence[Any]) -> int:
         """Return the bytes that one image is in the step that reads and writes most of them."""

@@ -139,7 +139,7 @@ class Run(nn.Module):
         count = None if images is None or cpu is None else images.count(inputs)
         if images is None or count is None:
             return self._run(self._key(inputs), inputs)
-        size = min(count, images.at_once(inputs))
+        size = min(count, images.at_once(inputs, count))
         key = self._key(inputs, size)
         if size == count or key is None:
             return self._run(key, inputs)

@@ -125,7 +125,8 @@ def test_images_may_lie_apart_and_be_parts_of_larger_ones(blocks):
     x, side = images(10)
     wide = torch.randn(5, 9, 7, 20).permute(0, 3, 1, 2)[:, 2:18]
     for inputs in [(x[::2], side[1::2]), (x[3:8], side[5:]), (x[:1].expand(5, -1, -1, -1), side[:5]), (wide, side[::2])]:  # fmt: skip
-        settled(model, inputs)
+        dense = tuple(t.contiguous(memory_format=torch.channels_last) for t in inputs)
+        assert all(map(torch.equal, settled(model, inputs), settled(model, dense)))
 
 
 def test_what_changes_between_calls_is_read(blocks):
@@ -230,7 +231,15 @@ def test_what_fits_is_found_from_the_shapes(monkeypatch):
         for room, expected in [(3 * widest + 5, 3), (3 * widest - 1, 2), (widest, 1), (5, 1)]:
             monkeypatch.setattr(fused_conv, "IN_CACHES", room)
             found._last = (None, 0)
-            assert found.at_once([x, *weights]) == expected
+            assert found.at_once([x, *weights], 5) == expected
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        monkeypatch.setattr(fused_conv, "IN_CACHES", 4 * widest)
+        # each thread its own image, where there is one for each
+        assert [found.at_once([x, *weights], count) for count in (4, 5, 3)] == [1, 1, 4]
+    finally:
+        torch.set_num_threads(before)
     assert found.count([x, *weights]) == 5
     assert found.count([x.half(), *weights]) is None
 
