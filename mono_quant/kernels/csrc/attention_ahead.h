@@ -77,7 +77,7 @@ void fetch(const Rows& rows, DType dtype, int64_t batch, int64_t head, int64_t f
   }
 }
 
-// Keys for which a thread with few rows fetches ahead: the caches hold little more than one block besides what they hold.
+// So far ahead are keys fetched for few rows: a whole block of them, and of values, would push out what is read before.
 constexpr int64_t kKeysAhead = 64;
 
 // Brings what is needed next while something else is computed.
@@ -141,12 +141,10 @@ struct Ahead {
   }
 };
 
-// What a thread reads after `now`, the keys of a block of a span, of which `next` is the one to come, or null.
-Ahead ahead_of(const Attention& a, const Span& span, int64_t block, const Keys& now, const Span* next) {
-  if (block + 1 < a.blocks()) {
-    const Keys keys = keys_of(a, span, block + 1);
-    if (!keys.empty()) return {a, now, keys, nullptr, nullptr};
-  }
+// What a thread reads after `now`, the keys of a block of a span, of which `later` is the block behind it and `next` the span to
+// come, or null.
+Ahead ahead_of(const Attention& a, const Span& span, const Keys& now, const Keys& later, const Span* next) {
+  if (!later.empty()) return {a, now, later, nullptr, nullptr};
   if (next == nullptr) return {a, now, {}, nullptr, &span};
   Keys keys = keys_of(a, *next, seen(a, next->first, next->end).begin / kKeyBlock);
   // what several spans read is there already

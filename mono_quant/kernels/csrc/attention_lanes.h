@@ -164,10 +164,12 @@ void attend(const Attention& a, const Span& span, const Span* next, void* memory
   const bool is_single = a.blocks() == 1;
   const Results total = is_single ? Results{} : begin_total(span, value_size, b);
   const int64_t groups = (rows + kScoreRows - 1) / kScoreRows;
+  Keys later = keys_of(a, span, 0);
   for (int64_t block = 0; block < a.blocks(); ++block) {
-    const Keys keys = keys_of(a, span, block);
+    const Keys keys = later;
+    later = block + 1 < a.blocks() ? keys_of(a, span, block + 1) : Keys{};
     if (keys.empty() && !is_single) continue;
-    const Ahead ahead = ahead_of(a, span, block, keys, next);
+    const Ahead ahead = ahead_of(a, span, keys, later, next);
     const Step step = step_of(a, span, b, block, keys);
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t first = rows * i / groups, n = rows * (i + 1) / groups - first;
