@@ -90,16 +90,22 @@ def _join_pool(node: Node) -> None:
     if given is None or given["return_indices"] is not False:
         return
     made = given["input"]
-    # what nothing joined is called as eager code does; what comes from another convolution stays in a run with it
-    alone = not _open(made, "residual") or not made.kwargs.keys() - {"activations"}
-    if not alone and not is_call(made.args[0], kernels.conv) and undisturbed(made, node):
+    if not _open(made, "residual") or not _is_joined(made) or not undisturbed(made, node):
+        return
+    # what comes from another convolution stays in a run with it
+    if not is_call(made.args[0], kernels.conv):
         pool = tuple(given[name] for name in names[1:-1])
         replace(node, kernels.pooled_conv, made.args, {**made.kwargs, "pool": pool})
 
 
+def _is_joined(made: Node) -> bool:
+    """Say whether anything became part of a convolution: if not, it is called as eager code does."""
+    return bool(made.kwargs.keys() - {"activations"})
+
+
 def _call_alone(node: Node) -> None:
     """Call a convolution that nothing could be joined to as eager code does."""
-    if is_call(node, kernels.conv) and not node.kwargs.keys() - {"activations"}:
+    if is_call(node, kernels.conv) and not _is_joined(node):
         scheme = node.kwargs.get("activations")
         replace(node, kernels.int8_conv, node.args if scheme is None else (*node.args, scheme))
     elif is_call(node, *kernels.CONV_OPS):

@@ -106,7 +106,7 @@ def pooled_conv(x: Tensor, weight: Tensor, *layer: Any, pool: MaxPool, **after: 
         weight: see `conv`.
         layer: the rest of what `conv` takes by position.
         pool: what `F.max_pool2d` takes behind its input.
-        after: what `conv` takes by name.
+        after: what `conv` takes by name, but for `residual`.
 
     Returns:
         [B, O, H'', W''], as the two functions give it.
@@ -116,9 +116,9 @@ def pooled_conv(x: Tensor, weight: Tensor, *layer: Any, pool: MaxPool, **after: 
         InputError: see `conv`.
     """
     scale, bias, stride, padding, dilation, groups = layer
-    plain = is_plain_conv(x, scale, bias, after.get("batch_norm"), after.get("residual"))
+    plain = is_plain_conv(x, scale, bias, after.get("batch_norm"), None)
     how = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    made = conv_shape(x.shape, weight.shape, how) if plain and after.get("residual") is None else None
+    made = conv_shape(x.shape, weight.shape, how) if plain else None
     at_once = images_at_once(4 * (math.prod(x.shape[1:]) + math.prod(made[1:]))) if made else 0
     if made is None or at_once >= x.shape[0]:
         return F.max_pool2d(conv(x, weight, *layer, **after), *pool)

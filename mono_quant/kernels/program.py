@@ -25,6 +25,7 @@ _LIKE = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in _DTYPES}
 # What the library returns for an index that is out of range.
 _BAD_INDEX = 3
 _ALIGNMENT = 64
+_NO_MEMORY = "there is no memory for what lies between products; use a smaller batch"
 
 
 class Place(NamedTuple):
@@ -188,7 +189,7 @@ class Program:
         if failed == _BAD_INDEX:
             raise IndexError("index_copy_(): an index is out of bounds")
         if failed:
-            raise MemoryError("there is no memory for what lies between products; use a smaller batch")
+            raise MemoryError(_NO_MEMORY)
         return tuple([self._output(output, inputs, fresh) for output in self._outputs])
 
     def run_apart(
@@ -239,7 +240,7 @@ class Program:
         if cpu.run_apart(
             self._words, self._steps, b"".join(rows), parts, width, self._arena, self._longest, threads
         ):
-            raise MemoryError("there is no memory for what lies between products; use a smaller batch")
+            raise MemoryError(_NO_MEMORY)
         by_home = {home: outputs[at] for home, at in self._homes.items()}
         return tuple([by_home[output.home] for output in self._outputs]), parts * size
 
